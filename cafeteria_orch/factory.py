@@ -1,0 +1,287 @@
+"""The factory: which processor and which decoder an opcode has, and who is connected."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from inspect import iscoroutinefunction
+from typing import Any, NamedTuple
+
+from constantly import NamedConstant
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IAddress
+from twisted.internet.protocol import ServerFactory
+from twisted.internet.threads import deferToThreadPool
+from twisted.logger import Logger, LogLevel
+from twisted.python.reflect import fullyQualifiedName
+from twisted.python.threadpool import ThreadPool
+
+from . import responses
+from .framing import DEFAULT_MAX_FRAME_BYTES
+from .messages import DECODERS, Decoder, RawMessage
+from .opcodes import RESPONSES, BatchStatus, Opcode
+from .protocol import OrchestratorProtocol
+from .responses import Exchange
+
+Processor = Callable[[Any, Exchange], Any]
+"""``processor(message, client)``. It answers through :mod:`~cafeteria_orch.responses`, and
+returns ``True`` or ``None`` to keep the connection, ``False`` to have it closed once all that
+is owed is sent; or a Deferred or a coroutine of that."""
+
+PREVIEW_ROWS = 2
+"""How many rows of a batch the debug preview shows at most."""
+
+_STATUS_TEXTS: dict[int, str] = {
+    BatchStatus.CONTINUE: "Continue",
+    BatchStatus.EOF: "EOF",
+    BatchStatus.CANCEL: "Cancel",
+}
+
+_log = Logger()
+
+
+class _Registration(NamedTuple):
+    call: Processor
+    name: str
+    answers: bool
+
+
+class OrchestratorFactory(ServerFactory):
+    """Makes a connection's protocol, and handles the messages of all of them.
+
+    :param reactor: for time and threads; a test may give a ``Clock``.
+    :param max_frame_bytes: the longest payload that is accepted.
+    :param log_level: what is less important than this is not even put together.
+    """
+
+    noisy = False
+
+    def __init__(
+        self,
+        reactor: Any,
+        *,
+        max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
+        log_level: NamedConstant = LogLevel.info,
+    ) -> None:
+        self.reactor = reactor
+        self.max_frame_bytes = max_frame_bytes
+        self.log_info = log_level <= LogLevel.info
+        self.log_debug = log_level <= LogLevel.debug
+        self.decoders: dict[int, Decoder] = dict(DECODERS)
+        self.connections: set[OrchestratorProtocol] = set()
+        self._processors: dict[int, _Registration] = {}
+        self._threads: _DaemonThreadPool | None = None
+        self._draining = False
+        self._drained: list[Deferred[None]] = []
+
+    def buildProtocol(self, addr: IAddress | None) -> OrchestratorProtocol | None:
+        """Make the protocol of a new connection; ``None`` turns it away, while draining."""
+        if self._draining:
+            return None
+        protocol = OrchestratorProtocol(self)
+        protocol.factory = self
+        return protocol
+
+    def register_processor(
+        self,
+        opcode: int,
+        processor: Processor,
+        *,
+        blocking: bool = False,
+        answers: bool = True,
+        decoder: Decoder | None = None,
+        replace: bool = False,
+    ) -> None:
+        """Have all messages of an opcode processed by a function.
+
+        :param opcode: 0 to 255.
+        :param processor: called as ``processor(message, client)`` in the reactor's thread.
+        :param blocking: call it in a thread of a pool of our own instead. It may answer
+            from there.
+        :param answers: say ``False`` if it may be done without having answered; otherwise
+            that gives FAIL, and a warning.
+        :param decoder: makes the message of the body's bytes, raising ``ValueError`` if
+            they are malformed. Without it, a message of the wire is decoded as the wire
+            says, and any other is a :class:`~cafeteria_orch.messages.RawMessage`.
+        :param replace: take the place of the processor that the opcode has.
+        :raises TypeError: if the processor or the decoder cannot be called, or a coroutine
+            function is said to be blocking.
+        :raises ValueError: if the opcode is not one byte, or has a processor already.
+        """
+        if isinstance(opcode, bool) or not isinstance(opcode, int):
+            raise TypeError(f"an opcode is a number, not {type(opcode).__name__}")
+        if not 0 <= opcode <= 255:
+            raise ValueError(f"opcode {opcode}: an opcode is one byte, 0 to 255")
+        for what, function in (("processor", processor), ("decoder", decoder)):
+            if not (callable(function) or (function is None and what == "decoder")):
+                raise TypeError(f"opcode {opcode}: the {what} {function!r} cannot be called")
+        if blocking and iscoroutinefunction(processor):
+            raise TypeError(f"opcode {opcode}: an async processor cannot run in a thread")
+        if opcode in self._processors and not replace:
+            raise ValueError(
+                f"opcode {opcode} is processed by {self.processor_name(opcode)} already;"
+                " say replace=True to take its place"
+            )
+        call = partial(self._call_in_thread, processor) if blocking else processor
+        self._processors[opcode] = _Registration(call, _name_of(processor), answers)
+        default = DECODERS.get(opcode, partial(RawMessage, opcode))
+        self.decoders[opcode] = default if decoder is None else decoder
+
+    def handle_message(self, message: Any, client: Exchange) -> Any:
+        """Process a message as its opcode is registered, or as the seed has it by default.
+
+        :param message: what the opcode's decoder returned.
+        :param client: the message's handle; its opcode decides.
+        :return: what the processor returned (see :data:`Processor`).
+        """
+        registration = self._processors.get(client.opcode)
+        if registration is not None:
+            return registration.call(message, client)
+        if self.is_data_message(client.opcode):
+            return self._handle_data_message(message, client)
+        if client.opcode == Opcode.FINISHED:
+            self.log_finished(client)
+            return False
+        _log.warn(
+            "action: receive_message | result: ignored | ip: {ip} | opcode: {opcode}"
+            " | error: a response is the server's to send",
+            ip=client.ip,
+            opcode=client.opcode,
+        )
+        return True
+
+    def is_data_message(self, opcode: int) -> bool:
+        """Whether an opcode carries data: it is neither FINISHED nor a response."""
+        return opcode != Opcode.FINISHED and opcode not in RESPONSES
+
+    def must_answer(self, opcode: int) -> bool:
+        """Whether a client waits for an answer to a message of this opcode."""
+        registration = self._processors.get(opcode)
+        return self.is_data_message(opcode) and (registration is None or registration.answers)
+
+    def processor_name(self, opcode: int) -> str:
+        """Who processes messages of this opcode: a name for the log."""
+        registration = self._processors.get(opcode)
+        return "the default handling" if registration is None else registration.name
+
+    def get_status_text(self, batch_status: int) -> str:
+        """The name of a batch's status; ``Unknown(n)`` for one that has none."""
+        return _STATUS_TEXTS.get(batch_status, f"Unknown({batch_status})")
+
+    def log_data_message(self, message: Any, client: Exchange) -> None:
+        """Log that a data message came, and at debug a preview of what is in it."""
+        if not self.log_info:
+            return
+        status = getattr(message, "status", None)
+        status_text = "-" if status is None else self.get_status_text(status)
+        _log.info(
+            "action: data_message_received | opcode: {opcode} | amount: {amount}"
+            " | status: {status}",
+            opcode=client.opcode,
+            amount=getattr(message, "amount", "-"),
+            status=status_text,
+        )
+        if self.log_debug and hasattr(message, "rows"):
+            self.log_batch_preview(message, status_text)
+
+    def log_finished(self, client: Exchange) -> None:
+        """Log that a client has sent all it had."""
+        if self.log_info:
+            _log.info(
+                "action: finished | result: success | ip: {ip} | agency_id: {agency_id}",
+                ip=client.ip,
+                agency_id="-" if client.agency_id is None else client.agency_id,
+            )
+
+    def log_batch_preview(self, message: Any, status_text: str) -> None:
+        """Log the columns and the first rows of a batch, at debug."""
+        sample = [list(row) for row in message.rows[:PREVIEW_ROWS]]
+        _log.debug(
+            "action: batch_preview | batch_number: {batch_number} | status: {status}"
+            " | opcode: {opcode} | keys: {keys} | sample_count: {sample_count}"
+            " | sample: {sample}",
+            batch_number=message.batch_number,
+            status=status_text,
+            opcode=int(message.opcode),
+            keys=list(message.columns),
+            sample_count=len(sample),
+            sample=sample,
+        )
+
+    def connection_made(self, connection: OrchestratorProtocol) -> None:
+        """A client has connected."""
+        self.connections.add(connection)
+        if self.log_info:
+            _log.info(
+                "action: accept_connections | result: success | ip: {ip}",
+                ip=connection.session.ip,
+            )
+
+    def connection_lost(self, connection: OrchestratorProtocol) -> None:
+        """A client is gone, and nothing of it is in hand any more."""
+        self.connections.discard(connection)
+        if self.log_debug:
+            _log.debug(
+                "action: close_connection | result: success | ip: {ip}",
+                ip=connection.session.ip,
+            )
+        if self._draining and not self.connections:
+            self._report_drained()
+
+    def drain(self) -> Deferred[None]:
+        """Take no new connections; close those there are, each after the message in hand.
+
+        :return: fires when none is left.
+        """
+        self._draining = True
+        for connection in list(self.connections):
+            connection.drain()
+        if not self.connections:
+            return succeed(None)
+        waiting: Deferred[None] = Deferred()
+        self._drained.append(waiting)
+        return waiting
+
+    def abort(self) -> None:
+        """Close all connections at once."""
+        for connection in list(self.connections):
+            connection.abort()
+
+    def stop_threads(self) -> None:
+        """Let go of the threads of blocking processors; what still runs is not waited for."""
+        if self._threads is not None and not self._threads.working:
+            self._threads.stop()
+        self._threads = None
+
+    def _report_drained(self) -> None:
+        waiting, self._drained = self._drained, []
+        for deferred in waiting:
+            if not deferred.called:
+                deferred.callback(None)
+
+    def _handle_data_message(self, message: Any, client: Exchange) -> bool:
+        self.log_data_message(message, client)
+        responses.send_success(client)
+        return True
+
+    def _call_in_thread(
+        self, processor: Processor, message: Any, client: Exchange
+    ) -> Deferred[Any]:
+        if self._threads is None:
+            self._threads = _DaemonThreadPool(minthreads=0, name="cafeorch-blocking")
+            self._threads.start()
+        return deferToThreadPool(self.reactor, self._threads, processor, message, client)
+
+
+class _DaemonThreadPool(ThreadPool):
+    """A hung processor must not keep the process from ending."""
+
+    threadFactory = partial(threading.Thread, daemon=True)  # type: ignore[assignment]
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    try:
+        return str(fullyQualifiedName(function))
+    except AttributeError:
+        return repr(function)

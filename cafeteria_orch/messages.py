@@ -1,0 +1,238 @@
+"""The messages of the wire as frozen values: ``decode(payload)`` and ``encode(message)``.
+
+A payload is what a frame holds: one byte of opcode, then the body. All that is here is
+pure: bytes in, values out, or the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from struct import Struct
+from struct import error as struct_error
+from typing import Any, ClassVar, Union
+from uuid import UUID
+
+from .errors import ProtocolError, UnknownOpcode
+from .opcodes import BatchStatus, Opcode
+from .rows import Row, decode_rows, encode_rows
+from .tables import END_OF_TABLE, TABLES, Table
+
+Decoder = Callable[[bytes], Any]
+"""From the body of a message to its value; raises :class:`ValueError` if it is malformed."""
+
+BATCH_HEADER = Struct("<iqB")
+"""Number of rows, batch number, status."""
+
+_AGENCY_ID = Struct("<i")
+
+
+@dataclass(frozen=True)
+class TableBatch:
+    """Some rows of one table, or (the table is ``END_OF_TABLE``) the end of one.
+
+    :ivar table: whose rows they are.
+    :ivar batch_number: as the sender counts them. Clients in the field start again at 1 in
+        each file, so the number alone does not identify a batch.
+    :ivar status: a :class:`~cafeteria_orch.opcodes.BatchStatus`, or any other byte.
+    :ivar rows: tuples in the order of :attr:`columns`; ``None`` for an optional column
+        that the row leaves out.
+    :ivar body: the bytes that the batch was decoded from, empty for a batch made here.
+    """
+
+    table: Table
+    batch_number: int
+    status: int
+    rows: tuple[Row, ...]
+    body: bytes = field(default=b"", repr=False, compare=False)
+
+    @property
+    def opcode(self) -> Opcode:
+        """The opcode of its table."""
+        return self.table.opcode
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the cells of a row."""
+        return self.table.columns
+
+    @property
+    def amount(self) -> int:
+        """How many rows there are."""
+        return len(self.rows)
+
+    def dicts(self) -> list[dict[str, str | None]]:
+        """The rows by the names of their columns."""
+        return [dict(zip(self.columns, row)) for row in self.rows]
+
+    @classmethod
+    def decode_body(cls, table: Table, body: bytes) -> TableBatch:
+        """Decode the body of a batch of ``table``.
+
+        :raises ProtocolError: if it is malformed.
+        """
+        if len(body) < BATCH_HEADER.size:
+            raise ProtocolError("the body is shorter than the header of a table batch")
+        amount, batch_number, status = BATCH_HEADER.unpack_from(body)
+        if table is END_OF_TABLE and amount != 1:
+            raise ProtocolError("an EOF message has exactly one row")
+        rows = decode_rows(body, BATCH_HEADER.size, amount, table)
+        return cls(table, batch_number, status, tuple(rows), body)
+
+    def encode_body(self) -> bytes:
+        """Encode the rows anew (:attr:`body` plays no part in it).
+
+        :raises ValueError: if a row does not fit the table.
+        :raises struct.error: if a number does not fit its place.
+        """
+        header = BATCH_HEADER.pack(self.amount, self.batch_number, self.status)
+        return header + encode_rows(self.rows, self.table)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The client has sent all it had.
+
+    :ivar agency_id: which agency it is; later clients do not say.
+    """
+
+    opcode: ClassVar = Opcode.FINISHED
+    agency_id: int | None = None
+
+    @classmethod
+    def decode_body(cls, body: bytes) -> Finished:
+        """:raises ProtocolError: if the body is neither empty nor one ``i32``."""
+        if not body:
+            return cls()
+        if len(body) != _AGENCY_ID.size:
+            raise ProtocolError("a FINISHED body holds 4 bytes or none")
+        return cls(*_AGENCY_ID.unpack(body))
+
+    def encode_body(self) -> bytes:
+        """:raises struct.error: if the agency id does not fit an ``i32``."""
+        return b"" if self.agency_id is None else _AGENCY_ID.pack(self.agency_id)
+
+
+@dataclass(frozen=True)
+class ClientHello:
+    """Who the sender is, across connections: the first message of a connection, or none."""
+
+    opcode: ClassVar = Opcode.CLIENT_HELLO
+    client_id: UUID
+
+    @classmethod
+    def decode_body(cls, body: bytes) -> ClientHello:
+        """:raises ProtocolError: if the body is not the 16 bytes of a UUID."""
+        if len(body) != 16:
+            raise ProtocolError("a CLIENT_HELLO body holds 16 bytes")
+        return cls(UUID(bytes=body))
+
+    def encode_body(self) -> bytes:
+        """The 16 bytes of the UUID."""
+        return self.client_id.bytes
+
+
+@dataclass(frozen=True)
+class BatchRecvSuccess:
+    """The answer to a message that was accepted."""
+
+    opcode: ClassVar = Opcode.BATCH_RECV_SUCCESS
+
+    @classmethod
+    def decode_body(cls, body: bytes) -> BatchRecvSuccess:
+        """:raises ProtocolError: if there is a body."""
+        if body:
+            raise ProtocolError("a BATCH_RECV_SUCCESS body is empty")
+        return cls()
+
+    def encode_body(self) -> bytes:
+        """Nothing."""
+        return b""
+
+
+@dataclass(frozen=True)
+class BatchRecvFail:
+    """The answer to a message that was not accepted.
+
+    :ivar reason: a :class:`~cafeteria_orch.opcodes.FailReason` or any other byte;
+        ``None`` where the server does not say.
+    """
+
+    opcode: ClassVar = Opcode.BATCH_RECV_FAIL
+    reason: int | None = None
+
+    @classmethod
+    def decode_body(cls, body: bytes) -> BatchRecvFail:
+        """:raises ProtocolError: if there is more than one byte."""
+        if len(body) > 1:
+            raise ProtocolError("a BATCH_RECV_FAIL body holds one byte or none")
+        return cls(body[0] if body else None)
+
+    def encode_body(self) -> bytes:
+        """One byte of reason, or nothing."""
+        return b"" if self.reason is None else bytes([self.reason])
+
+
+@dataclass(frozen=True)
+class RawMessage:
+    """A message whose opcode has a processor and no decoder of its own."""
+
+    opcode: int
+    body: bytes
+
+    def encode_body(self) -> bytes:
+        """The body as it is."""
+        return self.body
+
+
+Answer = Union[BatchRecvSuccess, BatchRecvFail]
+Message = Union[TableBatch, Finished, ClientHello, BatchRecvSuccess, BatchRecvFail, RawMessage]
+
+DECODERS: Mapping[int, Decoder] = {
+    **{table.opcode: partial(TableBatch.decode_body, table) for table in (*TABLES, END_OF_TABLE)},
+    **{
+        message.opcode: message.decode_body
+        for message in (BatchRecvSuccess, BatchRecvFail, Finished, ClientHello)
+    },
+}
+"""The messages that the wire itself defines, by opcode."""
+
+
+def decode(payload: bytes, decoders: Mapping[int, Decoder] = DECODERS) -> Any:
+    """Decode what a frame holds.
+
+    :param payload: one byte of opcode, then the body.
+    :param decoders: what is known, by opcode.
+    :return: a :data:`Message`, or whatever the opcode's decoder makes of the body.
+    :raises ProtocolError: if the payload is malformed. Its text shows nothing of the data.
+    """
+    if not payload:
+        raise ProtocolError("the frame is empty")
+    opcode = payload[0]
+    decoder = decoders.get(opcode)
+    if decoder is None:
+        raise UnknownOpcode(f"opcode {opcode} is unknown")
+    try:
+        return decoder(payload[1:])
+    except ProtocolError:
+        raise
+    except ValueError as error:
+        kind = type(error).__name__
+        raise ProtocolError(f"the decoder of opcode {opcode} raised {kind}") from error
+
+
+def encode(message: Message) -> bytes:
+    """Encode a message: what :func:`decode` decodes.
+
+    :raises ValueError: if a row does not fit its table, or a number its place.
+    """
+    try:
+        return bytes([message.opcode]) + message.encode_body()
+    except struct_error as error:
+        raise ValueError(f"{type(message).__name__}: a number does not fit: {error}") from error
+
+
+def end_of_table(name: str, batch_number: int = 0) -> TableBatch:
+    """The message that says that no more batches of the table ``name`` come."""
+    return TableBatch(END_OF_TABLE, batch_number, BatchStatus.EOF, ((name,),))

@@ -1,0 +1,343 @@
+"""One connection: a frame becomes a message, its handler is called, its answer goes back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from inspect import iscoroutine
+from typing import Any, Protocol, cast
+
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import (
+    IDelayedCall,
+    IHalfCloseableProtocol,
+    IPushProducer,
+    ISSLTransport,
+    ITCPTransport,
+)
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from .errors import FrameTooLong, ProtocolError
+from .framing import FrameReceiver
+from .messages import ClientHello, Decoder, Finished, decode
+from .responses import Exchange, Session, handle_processing_error, send_failure
+
+CLOSE_TIMEOUT = 2.0
+"""How long, in seconds, an orderly close waits for the peer before it becomes an abort."""
+
+_NO_OPCODE = -1
+
+_log = Logger()
+
+
+class MessageHandler(Protocol):
+    """What a connection needs of the factory that made it."""
+
+    reactor: Any
+    max_frame_bytes: int
+    log_info: bool
+
+    @property
+    def decoders(self) -> Mapping[int, Decoder]:
+        """How the bodies of messages are decoded, by opcode."""
+
+    def handle_message(self, message: Any, client: Exchange) -> Any:
+        """Process a message: keep the connection or not, a Deferred or a coroutine of it."""
+
+    def must_answer(self, opcode: int) -> bool:
+        """Whether a client waits for an answer to a message of this opcode."""
+
+    def processor_name(self, opcode: int) -> str:
+        """Who processes messages of this opcode: a name for the log."""
+
+    def connection_made(self, connection: OrchestratorProtocol) -> None:
+        """It is open."""
+
+    def connection_lost(self, connection: OrchestratorProtocol) -> None:
+        """It is gone, and nothing that came by it is in hand any more."""
+
+
+@implementer(IHalfCloseableProtocol)
+class OrchestratorProtocol(FrameReceiver):
+    """One client's connection.
+
+    Its messages are processed one at a time and answered in their order. While one is in
+    hand nothing more is read, so what a connection holds is bounded by a frame and a chunk.
+
+    :param handler: the factory.
+    :ivar session: who the client is.
+    :ivar thread: the identifier of the reactor's thread.
+    """
+
+    session: Session
+    thread: int
+
+    _first = True
+    _in_hand = False
+    _output_full = False
+    _draining = False
+    _closing = False
+    _input_over = False
+    _lost = False
+    _was_reset = False
+    _abort_call: IDelayedCall | None = None
+
+    def __init__(self, handler: MessageHandler) -> None:
+        super().__init__()
+        self.handler = handler
+        self.reactor = handler.reactor
+        self.MAX_LENGTH = handler.max_frame_bytes
+        self._outgoing: list[bytes] = []
+
+    def connectionMade(self) -> None:
+        """A client has connected."""
+        self.thread = threading.get_ident()
+        peer = self.transport.getPeer()
+        ip = "unix"
+        if isinstance(peer, (IPv4Address, IPv6Address)):
+            ip = peer.host
+            if ITCPTransport.providedBy(self.transport):
+                self.transport.setTcpNoDelay(True)
+        self.session = Session(ip, self.reactor.seconds())
+        self.transport.registerProducer(_OutputGate(self), True)
+        self.handler.connection_made(self)
+
+    def stringReceived(self, payload: bytes) -> None:
+        """A frame is whole: decode it, have it handled, see to its answer."""
+        exchange = Exchange(self, payload[0] if payload else _NO_OPCODE)
+        try:
+            message = decode(payload, self.handler.decoders)
+            self._note_identity(message)
+            if self.handler.log_info:
+                _log.info(
+                    "action: receive_message | result: success | ip: {ip} | opcode: {opcode}",
+                    ip=self.session.ip,
+                    opcode=exchange.opcode,
+                )
+            self._process(message, exchange)
+        except ProtocolError as error:
+            self._refuse(error, exchange)
+        except Exception:
+            self._crash(Failure(), exchange)
+
+    def lengthLimitExceeded(self, length: int) -> None:
+        """A frame declares more than the limit: refuse it before it is read."""
+        error = FrameTooLong(f"a frame of {length} bytes, the limit is {self.MAX_LENGTH}")
+        self._refuse(error, Exchange(self, _NO_OPCODE))
+
+    def framesDelivered(self) -> None:
+        """What was whole is handled, or waits: the answers leave in one write."""
+        self._flush()
+        if self._input_over and not self.paused:
+            self._end_of_input()
+
+    def readConnectionLost(self) -> None:
+        """The client sends no more. What it is owed still goes out."""
+        self._input_over = True
+        if self._closing:
+            self.transport.loseConnection()
+        elif not self.paused:
+            self._end_of_input()
+
+    def writeConnectionLost(self) -> None:
+        """Our half-close has gone out."""
+
+    def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
+        """The connection is gone. What was read of it whole is still handled."""
+        self._lost = self._input_over = True
+        self._was_reset = reason.check(ConnectionDone) is None
+        self._output_full = False
+        if self._abort_call is not None and self._abort_call.active():
+            self._abort_call.cancel()
+        if self._closing:
+            self._forget_if_idle()
+        elif not self._in_hand:
+            self.resumeProducing()
+
+    def pauseReading(self) -> None:
+        """Read no more for now."""
+        if not self._input_over:
+            self.transport.pauseProducing()
+
+    def resumeReading(self) -> None:
+        """Read on, if there is anything left to read."""
+        # A transport that is resumed after a half-close reports the end of input for ever.
+        if not self._input_over:
+            self.transport.resumeProducing()
+
+    def output_full(self, full: bool) -> None:
+        """The client does not read its answers: take no more messages until it does."""
+        self._output_full = full
+        if full:
+            self.pauseProducing()
+        else:
+            self._proceed()
+
+    def send_answer(self, payload: bytes) -> None:
+        """Send an answer, together with the others that this ``dataReceived`` gives."""
+        if self._closing or self._lost:
+            return
+        self._outgoing.append(self.encodeFrame(payload))
+        if not self.delivering:
+            self._flush()
+
+    def processor_name(self, opcode: int) -> str:
+        """Who processes messages of this opcode: a name for the log."""
+        return self.handler.processor_name(opcode)
+
+    def close(self) -> None:
+        """Close so that the last answer arrives; handle nothing more.
+
+        With input unread a plain close would become a reset, and the client might lose its
+        answers. So: half-close, read and drop, and abort after :data:`CLOSE_TIMEOUT`.
+        """
+        if self._closing:
+            return
+        self._flush()
+        self._closing = True
+        self.stopDelivery()
+        if self._lost:
+            self._forget_if_idle()
+            return
+        self.transport.unregisterProducer()
+        self._abort_call = self.reactor.callLater(CLOSE_TIMEOUT, self.abort)
+        if self._input_over or not _can_half_close(self.transport):
+            self.transport.loseConnection()
+        else:
+            self.transport.loseWriteConnection()
+            self.transport.resumeProducing()
+
+    def drain(self) -> None:
+        """Close now if idle, otherwise as soon as the message in hand is answered."""
+        self._draining = True
+        if not self._in_hand:
+            self.close()
+
+    def abort(self) -> None:
+        """Close at once, whatever is on its way."""
+        self._closing = True
+        self.stopDelivery()
+        self.transport.abortConnection()
+
+    def _note_identity(self, message: object) -> None:
+        if isinstance(message, ClientHello):
+            if not self._first:
+                raise ProtocolError("a CLIENT_HELLO that is not the first message")
+            self.session.client_id = message.client_id
+        elif isinstance(message, Finished):
+            self.session.agency_id = message.agency_id
+        self._first = False
+
+    def _process(self, message: Any, exchange: Exchange) -> None:
+        try:
+            result = self.handler.handle_message(message, exchange)
+        except Exception as error:
+            result = handle_processing_error(message, exchange, error)
+        if iscoroutine(result):
+            result = Deferred.fromCoroutine(result)
+        if not isinstance(result, Deferred):
+            self._done(result, exchange)
+            return
+
+        def failed(failure: Failure) -> bool:
+            error = cast("BaseException", failure.value)
+            return handle_processing_error(message, exchange, error)
+
+        def done(keep: object) -> None:
+            self._in_hand = False
+            self._done(keep, exchange)
+            self._proceed()
+
+        self._in_hand = True
+        result.addErrback(failed).addCallback(done).addErrback(self._crash, exchange)
+        if self._in_hand:
+            self.pauseProducing()
+
+    def _done(self, keep: object, exchange: Exchange) -> None:
+        if not exchange.settled and self.handler.must_answer(exchange.opcode):
+            _log.warn(
+                "action: send_response | result: fail | ip: {ip} | opcode: {opcode}"
+                " | error: {processor} did not answer",
+                ip=self.session.ip,
+                opcode=exchange.opcode,
+                processor=self.processor_name(exchange.opcode),
+            )
+            send_failure(exchange)
+        exchange.settled = True
+        if self._draining or not (keep is None or keep):
+            self.close()
+
+    def _proceed(self) -> None:
+        if self._closing:
+            self._forget_if_idle()
+        elif self.paused and not (self._in_hand or self._output_full):
+            self.resumeProducing()
+
+    def _refuse(self, error: ProtocolError, exchange: Exchange) -> None:
+        _log.error(
+            "action: receive_message | result: fail | ip: {ip} | opcode: {opcode}"
+            " | error: {error}",
+            ip=self.session.ip,
+            opcode=exchange.opcode,
+            error=error,
+        )
+        send_failure(exchange, error.reason)
+        self.close()
+
+    def _crash(self, failure: Failure, exchange: Exchange) -> None:
+        _log.failure(
+            "action: receive_message | result: fail | ip: {ip} | opcode: {opcode}",
+            failure,
+            ip=self.session.ip,
+            opcode=exchange.opcode,
+        )
+        if not exchange.settled:
+            send_failure(exchange)
+        self._in_hand = False
+        self.close()
+
+    def _flush(self) -> None:
+        if self._outgoing:
+            self.transport.write(b"".join(self._outgoing))
+            self._outgoing.clear()
+
+    def _end_of_input(self) -> None:
+        if self.missing or self._was_reset:
+            _log.warn(
+                "action: receive_message | result: fail | ip: {ip}"
+                " | error: {what}, {missing} bytes of a frame were missing",
+                ip=self.session.ip,
+                what="connection reset" if self._was_reset else "connection closed",
+                missing=self.missing,
+            )
+        self.close()
+
+    def _forget_if_idle(self) -> None:
+        if self._lost and not self._in_hand:
+            self.handler.connection_lost(self)
+
+
+@implementer(IPushProducer)
+class _OutputGate:
+    """Tells a connection when its transport holds more answers than it should."""
+
+    def __init__(self, connection: OrchestratorProtocol) -> None:
+        self._connection = connection
+
+    def pauseProducing(self) -> None:
+        self._connection.output_full(True)
+
+    def resumeProducing(self) -> None:
+        self._connection.output_full(False)
+
+    def stopProducing(self) -> None:
+        """The connection hears of its end from ``connectionLost``."""
+
+
+def _can_half_close(transport: object) -> bool:
+    # TLS passes a half-close on to the socket below it, which cuts off its own farewell.
+    return ITCPTransport.providedBy(transport) and not ISSLTransport.providedBy(transport)

@@ -1,0 +1,167 @@
+"""Answers: the only place that makes them, and the slot that each message has for one."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import PurePath
+from traceback import walk_tb
+from typing import Any, Protocol
+from uuid import UUID
+
+from twisted.internet.interfaces import IReactorFromThreads
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from .errors import OrchestratorError
+from .opcodes import FailReason, Opcode
+
+_log = Logger()
+
+
+@dataclass(eq=False)
+class Session:
+    """Who is at the other end of a connection, as far as it has said.
+
+    :ivar ip: the peer's address, or ``unix`` for a local socket.
+    :ivar connected_at: when it connected, in seconds since the epoch.
+    :ivar client_id: the UUID of its CLIENT_HELLO.
+    :ivar agency_id: the number in its FINISHED.
+    """
+
+    ip: str
+    connected_at: float
+    client_id: UUID | None = None
+    agency_id: int | None = None
+
+
+class Connection(Protocol):
+    """What an :class:`Exchange` needs of the connection that its message came by."""
+
+    session: Session
+    thread: int
+    reactor: IReactorFromThreads
+
+    def send_answer(self, payload: bytes) -> None:
+        """Send it, in the order of the messages. In the reactor's thread only."""
+
+    def processor_name(self, opcode: int) -> str:
+        """Who processes messages of this opcode: a name for the log."""
+
+
+class Exchange:
+    """One message's handle on its connection: what a processor gets as ``client``.
+
+    It has exactly one slot for an answer. Fill it through this module's functions, from
+    any thread; a second answer is not sent, since clients count them.
+
+    :ivar opcode: of the message.
+    :ivar settled: whether the slot is used up. The reactor's thread alone may ask.
+    """
+
+    __slots__ = ("_connection", "opcode", "settled")
+
+    def __init__(self, connection: Connection, opcode: int) -> None:
+        self._connection = connection
+        self.opcode = opcode
+        self.settled = False
+
+    @property
+    def session(self) -> Session:
+        """Who the client is: one object for all messages of a connection."""
+        return self._connection.session
+
+    @property
+    def ip(self) -> str:
+        """The client's address."""
+        return self._connection.session.ip
+
+    @property
+    def client_id(self) -> UUID | None:
+        """The client's UUID, if it has said CLIENT_HELLO."""
+        return self._connection.session.client_id
+
+    @property
+    def agency_id(self) -> int | None:
+        """The agency's number, if its FINISHED gave one."""
+        return self._connection.session.agency_id
+
+    def answer(self, payload: bytes) -> None:
+        """Fill the slot; :func:`send` and its kin call this."""
+        connection = self._connection
+        # isInIOThread() is wrong where no reactor runs, as under a test's string transport.
+        if threading.get_ident() == connection.thread:
+            self._settle(payload)
+        else:
+            connection.reactor.callFromThread(self._settle, payload)
+
+    def _settle(self, payload: bytes) -> None:
+        if self.settled:
+            _log.warn(
+                "action: send_response | result: fail | ip: {ip} | opcode: {opcode}"
+                " | error: not sent, {processor} has had its one answer",
+                ip=self.ip,
+                opcode=self.opcode,
+                processor=self._connection.processor_name(self.opcode),
+            )
+            return
+        self.settled = True
+        self._connection.send_answer(payload)
+
+
+def send(client: Exchange, opcode: int, body: bytes = b"") -> None:
+    """Answer with a response of one's own. From any thread.
+
+    :param client: the message's handle.
+    :param opcode: 0 to 255.
+    :raises ValueError: if the opcode is not one byte.
+    """
+    client.answer(bytes([opcode]) + body)
+
+
+def send_success(client: Exchange) -> None:
+    """Answer BATCH_RECV_SUCCESS. From any thread."""
+    send(client, Opcode.BATCH_RECV_SUCCESS)
+
+
+def send_failure(client: Exchange, reason: FailReason | None = FailReason.REJECTED) -> None:
+    """Answer BATCH_RECV_FAIL. From any thread.
+
+    :param reason: what the client is told; ``None`` for an empty body, as in the seed.
+    """
+    send(client, Opcode.BATCH_RECV_FAIL, b"" if reason is None else bytes([reason]))
+
+
+def handle_processing_error(message: Any, client: Exchange, error: BaseException) -> bool:
+    """Answer FAIL for a processor that failed, unless it has answered before; and log it.
+
+    In the reactor's thread. The reason is the error's own if it is of this package,
+    :attr:`~cafeteria_orch.opcodes.FailReason.REJECTED` otherwise.
+
+    :return: ``True``: the connection stays.
+    """
+    if not client.settled:
+        send_failure(client, getattr(error, "reason", FailReason.REJECTED))
+    _log.error(
+        "action: message_processing | result: fail | batch_number: {batch_number}"
+        " | amount: {amount} | error: {error}",
+        batch_number=getattr(message, "batch_number", "-"),
+        amount=getattr(message, "amount", "-"),
+        error=describe(error),
+    )
+    _log.debug("action: message_processing | result: fail", log_failure=Failure(error))
+    return True
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line for the log, without what a row may have put into its text.
+
+    The texts of this package's errors hold no data. Of any other error this is the kind and
+    the place it came from; its text and traceback are logged at debug.
+    """
+    if isinstance(error, OrchestratorError):
+        return str(error)
+    place = ""
+    for frame, line in walk_tb(error.__traceback__):
+        place = f" at {PurePath(frame.f_code.co_filename).name}:{line}"
+    return type(error).__name__ + place

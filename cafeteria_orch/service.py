@@ -1,0 +1,188 @@
+"""The service: it listens, and when it has to stop it loses nothing that was acknowledged."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, Union
+
+from twisted.application.service import Service
+from twisted.internet.defer import CancelledError, Deferred, maybeDeferred, succeed
+from twisted.internet.interfaces import IDelayedCall, IListeningPort, IStreamServerEndpoint
+from twisted.logger import ILogObserver, Logger
+from twisted.python.failure import Failure
+
+from .factory import OrchestratorFactory
+from .logs import BufferedLogObserver
+from .sinks import ISink
+
+DEFAULT_DRAIN_TIMEOUT = 10.0
+"""Seconds."""
+
+_Handler = Union[Callable[[int, Union[FrameType, None]], Any], int, None]
+
+_log = Logger()
+
+
+class OrchestratorService(Service):
+    """Listens for clients; drains when it is stopped.
+
+    Draining is: listen no more, let every connection finish the message in hand, close the
+    store, flush the log. It is done once, whoever asks for it: the reactor's shutdown, or
+    ``stopService``.
+
+    :param reactor: the reactor.
+    :param factory: handles the connections.
+    :param endpoints: where to listen.
+    :param sink: the store, if there is one.
+    :param drain_timeout: seconds after which draining is given up and all is closed; what
+        was not committed by then was not acknowledged.
+    :param log_observer: what ``twistd`` is to log with; ``None`` leaves it its own.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        factory: OrchestratorFactory,
+        endpoints: Sequence[IStreamServerEndpoint],
+        *,
+        sink: ISink | None = None,
+        drain_timeout: float = DEFAULT_DRAIN_TIMEOUT,
+        log_observer: BufferedLogObserver | None = None,
+    ) -> None:
+        self._reactor = reactor
+        self._factory = factory
+        self._endpoints = endpoints
+        self._sink = sink
+        self._drain_timeout = drain_timeout
+        self._log_observer = log_observer
+        self._ports: list[IListeningPort] = []
+        self._draining: Deferred[None] | None = None
+        self._waiting: list[Deferred[None]] = []
+        self._drained = False
+        self._signalled = False
+        self._previous_handlers: dict[int, _Handler] = {}
+
+    def setServiceParent(self, parent: Any) -> None:
+        """Become part of an application, which is to log as this service logs."""
+        super().setServiceParent(parent)
+        if self._log_observer is not None:
+            parent.setComponent(ILogObserver, self._log_observer)
+
+    def privilegedStartService(self) -> None:
+        """Listen, while low ports are still allowed."""
+        super().privilegedStartService()
+        self._listen()
+
+    def startService(self) -> None:
+        """Open the store and listen.
+
+        :raises Exception: whatever keeps the store from opening or an endpoint from
+            listening. Never a ``SystemExit``, which would hang a daemonising ``twistd``.
+        """
+        super().startService()
+        if self._sink is not None:
+            self._sink.start()
+        if not self._ports:
+            self._listen()
+        if self._log_observer is not None:
+            self._log_observer.start(self._reactor)
+        self._reactor.addSystemEventTrigger("before", "shutdown", self.drain)
+        self._reactor.callWhenRunning(self._handle_signals)
+
+    def stopService(self) -> Deferred[None]:
+        """Drain."""
+        super().stopService()
+        return self.drain()
+
+    def drain(self) -> Deferred[None]:
+        """Stop without losing anything that was acknowledged.
+
+        :return: fires when it is done, at the latest after the drain timeout; never fails.
+        """
+        if self._drained:
+            return succeed(None)
+        waiting: Deferred[None] = Deferred()
+        self._waiting.append(waiting)
+        if self._draining is None:
+            timeout = self._reactor.callLater(self._drain_timeout, self._hurry)
+            self._draining = Deferred.fromCoroutine(self._drain())
+            self._draining.addErrback(self._give_up).addCallback(self._report_drained, timeout)
+        return waiting
+
+    async def _drain(self) -> None:
+        for port in self._ports:
+            await maybeDeferred(port.stopListening)
+        await self._factory.drain()
+        if self._sink is not None:
+            await self._sink.stop()
+
+    def _hurry(self) -> None:
+        self._drain_timeout = 0.0
+        if self._draining is not None:
+            self._draining.cancel()
+
+    def _give_up(self, failure: Failure) -> None:
+        if failure.check(CancelledError):
+            _log.warn(
+                "action: drain | result: fail | connections: {connections}"
+                " | error: closed before they were done",
+                connections=len(self._factory.connections),
+            )
+        else:
+            _log.failure("action: drain | result: fail", failure)
+        self._factory.abort()
+        if self._sink is not None:
+            self._sink.stop()
+
+    def _report_drained(self, _: None, timeout: IDelayedCall) -> None:
+        self._drained = True
+        if timeout.active():
+            timeout.cancel()
+        self._factory.stop_threads()
+        self._restore_signals()
+        _log.info("action: drain | result: success")
+        if self._log_observer is not None:
+            self._log_observer.stop()
+        for waiting in self._waiting:
+            waiting.callback(None)
+
+    def _listen(self) -> None:
+        for endpoint in self._endpoints:
+            # All of Twisted's server endpoints say at once whether they listen.
+            failures: list[Failure] = []
+            endpoint.listen(self._factory).addCallbacks(self._listening, failures.append)
+            for failure in failures:
+                failure.raiseException()
+
+    def _listening(self, port: IListeningPort) -> None:
+        self._ports.append(port)
+        _log.info("action: listen | result: success | address: {address}", address=port.getHost())
+
+    def _handle_signals(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            # What a parent has chosen to ignore (nohup, a shell's background) stays ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous_handlers[number] = signal.signal(number, self._on_signal)
+
+    def _restore_signals(self) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers.clear()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._reactor.callFromThread(
+                _log.info, "action: reload | result: ignored | error: there is nothing to reload"
+            )
+        elif self._signalled or self._draining is not None:
+            self._reactor.callFromThread(self._hurry)
+        else:
+            self._signalled = True
+            previous = self._previous_handlers[number]
+            if callable(previous):
+                previous(number, frame)

@@ -1,0 +1,259 @@
+"""The store's file: its schema, and how batches are written to it.
+
+Plain blocking code on the standard library's ``sqlite3``. A :class:`Database` belongs to one
+thread at a time.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from functools import cache
+from hashlib import blake2b
+from itertools import chain
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+from cafeteria_orch.messages import TableBatch
+from cafeteria_orch.responses import Session
+from cafeteria_orch.rows import Row
+from cafeteria_orch.tables import TABLES, Table
+
+SCHEMA_VERSION = 1
+
+BUSY_TIMEOUT = 1.0
+"""How long, in seconds, a statement waits for another process's lock."""
+
+# So many rows go into one statement. sqlite3 gives up the interpreter lock at every
+# statement, and a busy reactor can keep it for milliseconds: few and large ones win.
+_ROWS_PER_STATEMENT = 256
+
+_NUMERIC_COLUMNS = {
+    "quantity": "INTEGER",
+    **dict.fromkeys(
+        (
+            "price",
+            "latitude",
+            "longitude",
+            "unit_price",
+            "subtotal",
+            "original_amount",
+            "discount_applied",
+            "final_amount",
+        ),
+        "REAL",
+    ),
+}
+
+_SCHEMA = """
+CREATE TABLE session (
+    id INTEGER PRIMARY KEY,
+    client_id TEXT,
+    ip TEXT NOT NULL,
+    connected_at TEXT NOT NULL,
+    finished_at TEXT,
+    agency_id INTEGER
+);
+CREATE TABLE batch (
+    id INTEGER PRIMARY KEY,
+    session_id INTEGER NOT NULL REFERENCES session,
+    client_id TEXT,
+    opcode INTEGER NOT NULL,
+    batch_number INTEGER NOT NULL,
+    status INTEGER NOT NULL,
+    amount INTEGER NOT NULL,
+    digest BLOB NOT NULL,
+    received_at TEXT NOT NULL,
+    UNIQUE (client_id, opcode, batch_number, digest)
+);
+CREATE TABLE table_eof (
+    session_id INTEGER NOT NULL REFERENCES session,
+    table_name TEXT NOT NULL,
+    received_at TEXT NOT NULL,
+    PRIMARY KEY (session_id, table_name)
+);
+"""
+
+
+class StoreError(Exception):
+    """A file that cannot be the store. Its text says why, for the operator."""
+
+
+class Database:
+    """An open store.
+
+    :param path: the file; it is made if there is none.
+    :raises StoreError: if it cannot be opened, or is something else.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            self._connection = sqlite3.connect(
+                path,
+                timeout=BUSY_TIMEOUT,
+                isolation_level=None,
+                check_same_thread=False,
+                cached_statements=256,
+            )
+        except sqlite3.Error as error:
+            raise StoreError(f"the store {path} cannot be opened: {error}") from error
+        # Sessions that have a row; those of the open transaction may still lose it.
+        self._session_ids: WeakKeyDictionary[Session, int] = WeakKeyDictionary()
+        self._new_sessions: list[Session] = []
+        try:
+            self._prepare()
+        except sqlite3.Error as error:
+            self.close()
+            raise StoreError(f"the store {path} cannot be opened: {error}") from error
+        except StoreError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; the last to do so brings the WAL into it."""
+        self._connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All that is written inside is on disk when this ends, or nothing of it is.
+
+        :raises sqlite3.Error: if it could not be committed.
+        """
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            for session in self._new_sessions:
+                self._session_ids.pop(session, None)
+            raise
+        finally:
+            self._new_sessions.clear()
+
+    def store_batch(self, batch: TableBatch, session: Session, received_at: float) -> bool:
+        """Store a batch, inside a transaction.
+
+        :param received_at: seconds since the epoch.
+        :return: ``False`` if this client has sent the same batch before: nothing is stored.
+        """
+        inserted = self._connection.execute(
+            "INSERT INTO batch (session_id, client_id, opcode, batch_number, status, amount,"
+            " digest, received_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            (
+                self._session_id(session),
+                _client_id(session),
+                batch.opcode,
+                batch.batch_number,
+                batch.status,
+                batch.amount,
+                blake2b(batch.body, digest_size=16).digest(),
+                _timestamp(received_at),
+            ),
+        )
+        if not inserted.rowcount:
+            return False
+        self._insert_rows(batch, inserted.lastrowid)
+        return True
+
+    def end_table(self, table_name: str, session: Session, received_at: float) -> None:
+        """Note that no more batches of a table come in this session, inside a transaction."""
+        self._connection.execute(
+            "INSERT INTO table_eof VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+            (self._session_id(session), table_name, _timestamp(received_at)),
+        )
+
+    def finish_session(self, session: Session, finished_at: float) -> None:
+        """Note that a client has sent all it had, inside a transaction."""
+        self._connection.execute(
+            "UPDATE session SET finished_at = ?, agency_id = ? WHERE id = ?",
+            (_timestamp(finished_at), session.agency_id, self._session_id(session)),
+        )
+
+    def _insert_rows(self, batch: TableBatch, batch_id: int | None) -> None:
+        start = 0
+        while start < batch.amount:
+            # Powers of two: a few statements serve batches of every size.
+            size = min(_ROWS_PER_STATEMENT, 1 << (batch.amount - start).bit_length() - 1)
+            rows: tuple[Row, ...] = batch.rows[start : start + size]
+            self._connection.execute(
+                _insert_statement(batch.table, size), [batch_id, *chain.from_iterable(rows)]
+            )
+            start += size
+
+    def _session_id(self, session: Session) -> int:
+        session_id = self._session_ids.get(session)
+        if session_id is None:
+            inserted = self._connection.execute(
+                "INSERT INTO session (client_id, ip, connected_at) VALUES (?, ?, ?)",
+                (_client_id(session), session.ip, _timestamp(session.connected_at)),
+            )
+            session_id = self._session_ids[session] = inserted.lastrowid or 0
+            self._new_sessions.append(session)
+        return session_id
+
+    def _prepare(self) -> None:
+        version = self._pragma("user_version")
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"the store {self._path} has schema version {version}, this program knows"
+                f" {SCHEMA_VERSION}: run the newer program, or name another --store"
+            )
+        if version == 0 and self._connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
+            raise StoreError(f"{self._path} is a database of something else: name another --store")
+        self._pragma("journal_mode = WAL")
+        # NORMAL may lose a committed transaction at power loss; it was acknowledged by then.
+        self._pragma("synchronous = FULL")
+        with self.transaction():
+            if version == 0:
+                for statement in _schema():
+                    self._connection.execute(statement)
+                self._pragma(f"user_version = {SCHEMA_VERSION}")
+
+    def _pragma(self, pragma: str) -> int:
+        result = self._connection.execute(f"PRAGMA {pragma}").fetchone()
+        return 0 if result is None else result[0]
+
+
+def check_store(path: str) -> None:
+    """Find out whether a file can be the store, and leave no trace of having asked.
+
+    :raises StoreError: if it cannot.
+    """
+    is_new = not Path(path).exists()
+    Database(path).close()
+    if is_new:
+        # Privileges may be shed before the store is opened to stay.
+        Path(path).unlink()
+
+
+def _schema() -> Iterator[str]:
+    yield from filter(str.strip, _SCHEMA.split(";"))
+    for table in TABLES:
+        columns = ", ".join(
+            f"{name} {_NUMERIC_COLUMNS.get(name, 'TEXT')}" for name in table.columns
+        )
+        yield (
+            f"CREATE TABLE {table.name} (batch_id INTEGER NOT NULL REFERENCES batch, {columns})"
+        )
+
+
+@cache
+def _insert_statement(table: Table, rows: int) -> str:
+    row = f"({', '.join('?' * len(table.columns))})"
+    values = ", ".join([row] * rows)
+    return f"INSERT INTO {table.name} SELECT ?, * FROM (VALUES {values})"  # noqa: S608
+
+
+def _client_id(session: Session) -> str | None:
+    return None if session.client_id is None else str(session.client_id)
+
+
+def _timestamp(seconds: float) -> str:
+    """UTC, in the form that SQLite's date functions read."""
+    moment = datetime.fromtimestamp(seconds, timezone.utc)
+    return moment.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]

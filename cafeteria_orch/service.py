@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any, Union
 
 from twisted.application.service import Service
+from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred, succeed
 from twisted.internet.interfaces import IDelayedCall, IListeningPort, IStreamServerEndpoint
 from twisted.logger import ILogObserver, Logger
@@ -159,7 +160,10 @@ class OrchestratorService(Service):
 
     def _listening(self, port: IListeningPort) -> None:
         self._ports.append(port)
-        _log.info("action: listen | result: success | address: {address}", address=port.getHost())
+        host: object = port.getHost()
+        if isinstance(host, (IPv4Address, IPv6Address)):
+            host = f"{host.host}:{host.port}"
+        _log.info("action: listen | result: success | address: {address}", address=host)
 
     def _handle_signals(self) -> None:
         if threading.current_thread() is not threading.main_thread():

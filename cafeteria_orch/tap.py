@@ -108,12 +108,12 @@ class Options(usage.Options):
     opt_l = opt_listen
 
     def opt_processors(self, name: str) -> None:
-        """module:function, called with the factory at start; looked for in . first; may be repeated"""
+        """module:function, called at start; looked for in . first; may be repeated"""
         self._repeated.setdefault("processors", []).append(name)
 
     def opt_version(self) -> None:
         """Display the version and exit."""
-        print(f"cafeteria_orch {__version__}")  # noqa: T201
+        print(f"cafeteria_orch {__version__}")
         sys.exit(0)
 
     def parseArgs(self, *arguments: str) -> None:

@@ -1,0 +1,154 @@
+"""The sending side, for programs: one connection to an orchestrator."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Union
+from uuid import UUID
+
+from twisted.internet.defer import Deferred, fail
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.python.failure import Failure
+
+from .errors import ProtocolError
+from .framing import FrameReceiver
+from .messages import (
+    DECODERS,
+    BatchRecvFail,
+    BatchRecvSuccess,
+    ClientHello,
+    Decoder,
+    Finished,
+    Message,
+    RawMessage,
+    TableBatch,
+    decode,
+    encode,
+    end_of_table,
+)
+from .opcodes import RESPONSES, BatchStatus
+from .rows import Row
+from .tables import Table
+
+Answer = Union[BatchRecvSuccess, BatchRecvFail, RawMessage]
+"""What a server answers; a :class:`RawMessage` is a response of its own."""
+
+_ANSWER_DECODERS: dict[int, Decoder] = {opcode: DECODERS[opcode] for opcode in RESPONSES}
+
+
+class OrchestratorClient(FrameReceiver):
+    """Sends messages and pairs each with its answer. In the reactor's thread only.
+
+    ::
+
+        client = await connectProtocol(endpoint, OrchestratorClient())
+        answer = await client.send_batch(USERS, rows, batch_number=1)
+        await client.finish()
+
+    Messages may be sent without waiting for the answers of those before; how many are on
+    their way at once is the caller's to limit. A Deferred of an answer fails with
+    ``ConnectionLost`` if the connection ends before it, and with a
+    :class:`~cafeteria_orch.errors.ProtocolError` if the server sends what is no answer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: deque[Deferred[Answer]] = deque()
+        self._finished: Deferred[None] | None = None
+        self._lost: Failure | None = None
+
+    def send_batch(
+        self,
+        table: Table,
+        rows: Iterable[Row],
+        batch_number: int,
+        status: int = BatchStatus.CONTINUE,
+    ) -> Deferred[Answer]:
+        """Send rows of a table.
+
+        :param rows: tuples in the order of ``table.columns``.
+        :param batch_number: 1 for the first of a table, and so on.
+        :param status: a :class:`~cafeteria_orch.opcodes.BatchStatus`.
+        :raises ValueError: if a row does not fit the table; nothing is sent then.
+        """
+        return self.send_message(TableBatch(table, batch_number, status, tuple(rows)))
+
+    def send_eof(self, table: Table) -> Deferred[Answer]:
+        """Say that no more batches of a table come."""
+        return self.send_message(end_of_table(table.name))
+
+    def send_hello(self, client_id: UUID) -> Deferred[Answer]:
+        """Say who this is, across connections. Before anything else, or not at all."""
+        return self.send_message(ClientHello(client_id))
+
+    def send_message(self, message: Message) -> Deferred[Answer]:
+        """Send any message that is answered.
+
+        :raises ValueError: if it cannot be encoded; nothing is sent then.
+        """
+        return self.send_payload(encode(message))
+
+    def send_payload(self, payload: bytes) -> Deferred[Answer]:
+        """Send a message that is encoded already: what may have to be sent again."""
+        if self._lost is not None:
+            return fail(self._lost)
+        answer: Deferred[Answer] = Deferred()
+        self._waiting.append(answer)
+        self.sendString(payload)
+        return answer
+
+    def finish(self, agency_id: int | None = None) -> Deferred[None]:
+        """Say that all is sent.
+
+        :param agency_id: the number of the agency, if it is to be told.
+        :return: fires when the server has answered everything and closed the connection;
+            fails if it closes with an answer owed, or the connection is cut.
+        """
+        if self._lost is not None:
+            return fail(self._lost)
+        self._finished = Deferred()
+        self.sendString(encode(Finished(agency_id)))
+        return self._finished
+
+    def stringReceived(self, payload: bytes) -> None:
+        """An answer has come: it is that of the oldest message without one."""
+        try:
+            answer = self._decode_answer(payload)
+        except ProtocolError:
+            self._lost = Failure()
+            self.stopDelivery()
+            self.transport.abortConnection()
+            return
+        self._waiting.popleft().callback(answer)
+
+    def lengthLimitExceeded(self, length: int) -> None:
+        """An answer of this length is no answer."""
+        self._lost = Failure(ProtocolError(f"an answer of {length} bytes"))
+        self.transport.abortConnection()
+
+    def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
+        """The connection is gone: nothing more is answered."""
+        if self._lost is None:
+            clean = reason.check(ConnectionDone) is not None and not self._waiting
+            self._lost = reason if clean else Failure(_lost_with(len(self._waiting), reason))
+        while self._waiting:
+            self._waiting.popleft().errback(self._lost)
+        if self._finished is not None:
+            finished, self._finished = self._finished, None
+            if self._lost.check(ConnectionDone):
+                finished.callback(None)
+            else:
+                finished.errback(self._lost)
+
+    def _decode_answer(self, payload: bytes) -> Answer:
+        if not self._waiting:
+            raise ProtocolError("an answer to no message")
+        if payload and payload[0] not in _ANSWER_DECODERS:
+            return RawMessage(payload[0], payload[1:])
+        answer: Answer = decode(payload, _ANSWER_DECODERS)
+        return answer
+
+
+def _lost_with(unanswered: int, reason: Failure) -> ConnectionLost:
+    return ConnectionLost(f"{reason.getErrorMessage()} ({unanswered} messages unanswered)")

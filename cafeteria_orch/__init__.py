@@ -1,10 +1,44 @@
 """A Twisted server that takes tables from coffee-shop agencies, batch by batch.
 
-What a processor needs: :mod:`~cafeteria_orch.responses` to answer with,
-:mod:`~cafeteria_orch.errors` to raise, :class:`OrchestratorFactory` to be registered with.
-What a program that sends needs: :class:`OrchestratorClient`.
+A processor answers through :mod:`~cafeteria_orch.responses` and is registered with an
+:class:`OrchestratorFactory`. A program that sends uses an :class:`OrchestratorClient`.
 """
 
 from __future__ import annotations
 
+from .client import OrchestratorClient
+from .errors import BatchRejected, ProtocolError, TryAgainLater
+from .factory import OrchestratorFactory
+from .messages import (
+    BatchRecvFail,
+    BatchRecvSuccess,
+    ClientHello,
+    Finished,
+    RawMessage,
+    TableBatch,
+)
+from .opcodes import BatchStatus, FailReason, Opcode
+from .responses import Exchange
+from .tables import TABLES, Table
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "TABLES",
+    "BatchRecvFail",
+    "BatchRecvSuccess",
+    "BatchRejected",
+    "BatchStatus",
+    "ClientHello",
+    "Exchange",
+    "FailReason",
+    "Finished",
+    "Opcode",
+    "OrchestratorClient",
+    "OrchestratorFactory",
+    "ProtocolError",
+    "RawMessage",
+    "Table",
+    "TableBatch",
+    "TryAgainLater",
+]

@@ -117,15 +117,14 @@ class OrchestratorClient(FrameReceiver):
             answer = self._decode_answer(payload)
         except ProtocolError:
             self._lost = Failure()
-            self.stopDelivery()
-            self.transport.abortConnection()
+            self.abortConnection()
             return
         self._waiting.popleft().callback(answer)
 
     def lengthLimitExceeded(self, length: int) -> None:
         """An answer of this length is no answer."""
         self._lost = Failure(ProtocolError(f"an answer of {length} bytes"))
-        self.transport.abortConnection()
+        self.abortConnection()
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         """The connection is gone: nothing more is answered."""

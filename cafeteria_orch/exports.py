@@ -152,8 +152,8 @@ def find_exports(directory: Path) -> tuple[list[Export], list[ExportError]]:
     for path in sorted(directory.rglob("*")):
         if path.suffix.lower() != ".csv" or not path.is_file():
             continue
-        inside = path.resolve().relative_to(directory.resolve().parent)
-        table = _table_of([path.stem, *reversed(inside.parts[:-1])])
+        folders = (directory.resolve().name, *path.relative_to(directory).parts[:-1])
+        table = _table_of([path.stem, *reversed(folders)])
         if table is None:
             names = ", ".join(table.name for table in TABLES)
             errors.append(

@@ -220,7 +220,9 @@ class OrchestratorFactory(ServerFactory):
 
     def connection_lost(self, connection: OrchestratorProtocol) -> None:
         """A client is gone, and nothing of it is in hand any more."""
-        self.connections.discard(connection)
+        if connection not in self.connections:
+            return
+        self.connections.remove(connection)
         if self.log_debug:
             _log.debug(
                 "action: close_connection | result: success | ip: {ip}",

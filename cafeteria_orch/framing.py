@@ -22,8 +22,9 @@ class FrameReceiver(Int32StringReceiver):
     out once.
 
     ``stringReceived(payload)`` and ``lengthLimitExceeded(length)`` are the hooks, as in the
-    stock class, and :meth:`framesDelivered`. Once this side closes the connection nothing
-    more is delivered; once the peer has, what had come from it still is.
+    stock class, and :meth:`framesDelivered`. Once this side has closed the connection
+    (``transport.loseConnection()``, or :meth:`abortConnection`) nothing more is delivered; once
+    the peer has, what had come from it still is.
 
     :ivar MAX_LENGTH: the longest payload, in bytes.
     :ivar delivering: whether ``stringReceived`` is being called from within
@@ -52,7 +53,8 @@ class FrameReceiver(Int32StringReceiver):
 
         Of a frame whose length is not whole yet: the missing bytes of that length.
         """
-        return self._wanted - len(self._rest) if self._rest and not self._chunk else 0
+        begun = self._rest and not self._chunk
+        return max(0, self._wanted - len(self._rest)) if begun else 0
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes from the transport; deliver the frames that are whole."""
@@ -103,6 +105,15 @@ class FrameReceiver(Int32StringReceiver):
         """A frame declares more than :attr:`MAX_LENGTH`; no more is delivered. A hook."""
         self.transport.loseConnection()
 
+    def abortConnection(self) -> None:
+        """Close at once, and deliver nothing more.
+
+        To be called rather than the transport's own: an aborted TCP transport does not say
+        that it is closing, as one that loses its connection does.
+        """
+        self.stopDelivery()
+        self.transport.abortConnection()
+
     def framesDelivered(self) -> None:
         """Called when all that is whole was delivered, or delivery was paused. A hook."""
 
@@ -114,13 +125,17 @@ class FrameReceiver(Int32StringReceiver):
         if self.delivering:
             return
         self.delivering = True
+        transport, head, length_at = self.transport, _LENGTH.size, _LENGTH.unpack_from
         try:
             while not self.paused:
+                if getattr(transport, "disconnecting", False):
+                    self.stopDelivery()
+                    break
                 chunk = self._chunk
-                start = self._offset + _LENGTH.size
-                wanted = _LENGTH.size
+                start = self._offset + head
+                wanted = head
                 if start <= len(chunk):
-                    (length,) = _LENGTH.unpack_from(chunk, self._offset)
+                    (length,) = length_at(chunk, start - head)
                     if length > self.MAX_LENGTH:
                         self.stopDelivery()
                         self.lengthLimitExceeded(length)
@@ -129,8 +144,6 @@ class FrameReceiver(Int32StringReceiver):
                     if end <= len(chunk):
                         self._offset = end
                         self.stringReceived(chunk[start:end])
-                        if getattr(self.transport, "disconnecting", False):
-                            self.stopDelivery()
                         continue
                     wanted += length
                 if not self._gather(wanted):
@@ -141,6 +154,8 @@ class FrameReceiver(Int32StringReceiver):
 
     def _gather(self, wanted: int) -> bool:
         """Make one chunk of all that is held, or keep it until ``wanted`` bytes are there."""
+        if not self._chunk and len(self._rest) < self._wanted:
+            return False
         left = self._chunk[self._offset :]
         self._offset = 0
         if len(left) + len(self._rest) < wanted:

@@ -77,6 +77,13 @@ class BufferedLogObserver:
             self._flushing = None
         self.flush()
 
+    def _write(self, lines: str) -> None:
+        try:
+            self._file.write(lines)
+        except UnicodeEncodeError:
+            self._file.write(lines.encode("ascii", "backslashreplace").decode("ascii"))
+        self._file.flush()
+
     def flush(self) -> None:
         """Write the lines that wait."""
         with self._lock:
@@ -86,8 +93,7 @@ class BufferedLogObserver:
             if self._lost:
                 lines += f"{self._timestamp} [{__name__}#error] {self._lost} lines were lost\n"
             try:
-                self._file.write(lines)
-                self._file.flush()
+                self._write(lines)
             except OSError:
                 if len(self._lines) > _MOST_LINES_HELD:
                     self._lost += len(self._lines)

@@ -220,8 +220,7 @@ class OrchestratorProtocol(FrameReceiver):
     def abort(self) -> None:
         """Close at once, whatever is on its way."""
         self._closing = True
-        self.stopDelivery()
-        self.transport.abortConnection()
+        self.abortConnection()
 
     def _note_identity(self, message: object) -> None:
         if isinstance(message, ClientHello):
@@ -233,6 +232,7 @@ class OrchestratorProtocol(FrameReceiver):
         self._first = False
 
     def _process(self, message: Any, exchange: Exchange) -> None:
+        self._in_hand = True
         try:
             result = self.handler.handle_message(message, exchange)
         except Exception as error:
@@ -248,16 +248,15 @@ class OrchestratorProtocol(FrameReceiver):
             return handle_processing_error(message, exchange, error)
 
         def done(keep: object) -> None:
-            self._in_hand = False
             self._done(keep, exchange)
             self._proceed()
 
-        self._in_hand = True
         result.addErrback(failed).addCallback(done).addErrback(self._crash, exchange)
         if self._in_hand:
             self.pauseProducing()
 
     def _done(self, keep: object, exchange: Exchange) -> None:
+        self._in_hand = False
         if not exchange.settled and self.handler.must_answer(exchange.opcode):
             _log.warn(
                 "action: send_response | result: fail | ip: {ip} | opcode: {opcode}"

@@ -141,7 +141,10 @@ def handle_processing_error(message: Any, client: Exchange, error: BaseException
     :return: ``True``: the connection stays.
     """
     if not client.settled:
-        send_failure(client, getattr(error, "reason", FailReason.REJECTED))
+        reason = FailReason.REJECTED
+        if isinstance(error, OrchestratorError):
+            reason = error.reason
+        send_failure(client, reason)
     _log.error(
         "action: message_processing | result: fail | batch_number: {batch_number}"
         " | amount: {amount} | error: {error}",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from struct import Struct
 from struct import error as struct_error
-from typing import NoReturn, Optional
+from typing import Optional
 
 from .errors import ProtocolError
 from .tables import Table
@@ -52,7 +52,7 @@ def decode_rows(body: bytes, offset: int, count: int, table: Table) -> list[Row]
             (pairs,) = unpack(body, offset)
             offset += 4
             if pairs > (size - offset) // _SMALLEST_PAIR:
-                _refuse_length(f"row {number}: the number of pairs", pairs)
+                raise _length_error(f"row {number}: the number of pairs", pairs)
             for _ in range(pairs):
                 (length,) = unpack(body, offset)
                 start = offset + 4
@@ -63,14 +63,13 @@ def decode_rows(body: bytes, offset: int, count: int, table: Table) -> list[Row]
                 offset = start + length
                 if offset > size:
                     column = table.columns[index]
-                    _refuse_length(f"row {number}: the value of {column!r}", length)
+                    raise _length_error(f"row {number}: the value of {column!r}", length)
                 if row[index] is not None:
                     raise ProtocolError(f"row {number}: column {table.columns[index]!r} twice")
                 row[index] = str(body[start:offset], "utf-8")
         except KeyError:
-            if offset > size:
-                _refuse_length(f"row {number}: a key", length)
-            raise ProtocolError(f"row {number}: unknown column") from None
+            # Not from the KeyError: it holds what stands there.
+            raise _key_error(number, length, offset > size) from None
         except struct_error:
             raise ProtocolError(f"row {number}: a length runs past the body") from None
         except UnicodeDecodeError:
@@ -84,8 +83,14 @@ def decode_rows(body: bytes, offset: int, count: int, table: Table) -> list[Row]
     return rows
 
 
-def _refuse_length(what: str, length: int) -> NoReturn:
-    raise ProtocolError(f"{what} {'runs past the body' if length < 2**31 else 'is negative'}")
+def _length_error(what: str, length: int) -> ProtocolError:
+    return ProtocolError(f"{what} {'runs past the body' if length < 2**31 else 'is negative'}")
+
+
+def _key_error(number: int, length: int, is_cut_off: bool) -> ProtocolError:
+    if is_cut_off:
+        return _length_error(f"row {number}: a key", length)
+    return ProtocolError(f"row {number}: unknown column")
 
 
 def _refuse_missing(number: int, row: Sequence[str | None], table: Table) -> None:

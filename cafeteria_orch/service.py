@@ -136,7 +136,8 @@ class OrchestratorService(Service):
             _log.failure("action: drain | result: fail", failure)
         self._factory.abort()
         if self._sink is not None:
-            self._sink.stop()
+            # Not waited for; if it is what failed, that was said just now.
+            maybeDeferred(self._sink.stop).addErrback(lambda _: None)
 
     def _report_drained(self, _: None, timeout: IDelayedCall) -> None:
         self._drained = True

@@ -8,12 +8,18 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from twisted.application.service import IService
-from twisted.internet.endpoints import TCP4ServerEndpoint, TCP6ServerEndpoint, serverFromString
+from twisted.internet.endpoints import (
+    TCP4ServerEndpoint,
+    TCP6ServerEndpoint,
+    UNIXServerEndpoint,
+    serverFromString,
+)
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IStreamServerEndpoint
 from twisted.logger import LogLevel
@@ -223,13 +229,13 @@ def _endpoints(reactor: Any, options: Options) -> list[IStreamServerEndpoint]:
 
 def _probe(endpoints: Iterable[IStreamServerEndpoint]) -> None:
     for endpoint in endpoints:
-        if isinstance(endpoint, (TCP4ServerEndpoint, TCP6ServerEndpoint)):
+        if isinstance(endpoint, (TCP4ServerEndpoint, TCP6ServerEndpoint, UNIXServerEndpoint)):
             failures: list[Failure] = []
             endpoint.listen(None).addErrback(failures.append)
             for failure in failures:
                 raise _exit(
                     f"{failure.getErrorMessage()} Stop what listens there, or choose another"
-                    " --port or --interface."
+                    " --port, --interface or --listen."
                 )
 
 
@@ -250,6 +256,14 @@ class _BindProbe:
                 probe.bind((interface, port))
             except OSError as error:
                 raise CannotListenError(interface, port, error) from error
+
+    def listenUNIX(self, address: str, factory: None, **_: object) -> None:
+        folder = Path(address).absolute().parent
+        if not os.access(folder, os.W_OK):
+            raise CannotListenError(None, address, OSError(f"{folder} is not writable"))
+        with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+            probe.connect(address)
+            raise CannotListenError(None, address, OSError("Address already in use"))
 
 
 def _load_processors(name: str, factory: OrchestratorFactory) -> None:

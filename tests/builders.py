@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
+import sqlite3
 import struct
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
+from constantly import NamedConstant
 from twisted.internet.address import IPv4Address
-from twisted.internet.interfaces import ITCPTransport
-from twisted.internet.task import Clock
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import IReactorTime, ITCPTransport
+from twisted.internet.task import Clock, deferLater
 from twisted.internet.testing import StringTransport
+from twisted.logger import LogEvent, formatEvent
+from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from cafeteria_orch import responses
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.messages import TableBatch, encode
+from cafeteria_orch.messages import RawMessage, TableBatch, decode, encode
 from cafeteria_orch.protocol import OrchestratorProtocol
+from cafeteria_orch.responses import Exchange
 from cafeteria_orch.tables import USERS, Table
 
 PEER = "192.0.2.7"
@@ -81,3 +93,88 @@ def connect(
     transport = TCPTransport()
     protocol.makeConnection(transport)
     return protocol, transport
+
+
+ECHO = 40
+"""An opcode that the wire does not know, for processors of a test."""
+
+
+def texts(events: Sequence[LogEvent], level: NamedConstant) -> list[str]:
+    """The lines of one level among captured events."""
+    return [formatEvent(event) for event in events if event["log_level"] is level]
+
+
+def lose(protocol: OrchestratorProtocol, error: Exception | None = None) -> None:
+    """Tell a connection that it is gone: closed, or as ``error`` says."""
+    protocol.connectionLost(Failure(error or ConnectionDone()))
+
+
+async def until(clock: IReactorTime, condition: Callable[[], object]) -> None:
+    """Let a real reactor run until a condition holds; a test's timeout ends it otherwise."""
+    while not condition():
+        await deferLater(clock, 0.002, lambda: None)
+
+
+def echo(message: RawMessage, client: Exchange) -> None:
+    """A processor that answers with what it got, so that its answers can be told apart."""
+    responses.send(client, message.opcode, message.body)
+
+
+def numbered(*numbers: int) -> bytes:
+    """The frames of some messages that can be told apart; an echo of them is the same."""
+    return b"".join(frame(bytes([ECHO, number])) for number in numbers)
+
+
+class Pending:
+    """A processor whose messages stay in hand until the test finishes them."""
+
+    def __init__(self) -> None:
+        self.messages: list[RawMessage] = []
+        self.in_hand: list[tuple[RawMessage, Exchange, Deferred[Any]]] = []
+
+    def __call__(self, message: RawMessage, client: Exchange) -> Deferred[Any]:
+        deferred: Deferred[Any] = Deferred()
+        self.messages.append(message)
+        self.in_hand.append((message, client, deferred))
+        return deferred
+
+    def finish(self, keep: object = True) -> None:
+        """Echo the message in hand, and let go of it."""
+        message, client, deferred = self.in_hand.pop(0)
+        echo(message, client)
+        deferred.callback(keep)
+
+
+DATA = Path(__file__).parent / "data"
+"""A small part of real exports, with what is peculiar about them."""
+
+NUMERIC_COLUMNS = {
+    "price",
+    "latitude",
+    "longitude",
+    "quantity",
+    "unit_price",
+    "subtotal",
+    "original_amount",
+    "discount_applied",
+    "final_amount",
+}
+"""Where a cell of a table is a number in the store, if it can be one."""
+
+
+def received(**changes: Any) -> TableBatch:
+    """A batch as a server has it: with the bytes that it came in."""
+    message: TableBatch = decode(encode(batch(**changes)))
+    return message
+
+
+def query(path: str, sql: str) -> list[tuple[Any, ...]]:
+    """What another program reads in a store at this moment."""
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def send_options(directory: Path, **changes: Any) -> argparse.Namespace:
+    """The options of ``cafeorch-send``; ``connect`` is what has no default."""
+    options = {"agency_id": 1, "batch_rows": 4000, "max_frame_bytes": 1_048_576, "window": 8}
+    return argparse.Namespace(directory=directory, **(options | changes))

@@ -23,6 +23,9 @@ from cafeteria_orch.tables import TABLES, Table
 
 SCHEMA_VERSION = 1
 
+APPLICATION_ID = 0x63616665
+"""Tells a store from the databases of other programs: ``PRAGMA application_id``."""
+
 BUSY_TIMEOUT = 1.0
 """How long, in seconds, a statement waits for another process's lock."""
 
@@ -197,14 +200,14 @@ class Database:
         return session_id
 
     def _prepare(self) -> None:
+        if self._pragma("application_id") != APPLICATION_ID and self._has_tables():
+            raise StoreError(f"{self._path} is a database of something else: name another --store")
         version = self._pragma("user_version")
         if version > SCHEMA_VERSION:
             raise StoreError(
                 f"the store {self._path} has schema version {version}, this program knows"
                 f" {SCHEMA_VERSION}: run the newer program, or name another --store"
             )
-        if version == 0 and self._connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
-            raise StoreError(f"{self._path} is a database of something else: name another --store")
         self._pragma("journal_mode = WAL")
         # NORMAL may lose a committed transaction at power loss; it was acknowledged by then.
         self._pragma("synchronous = FULL")
@@ -212,7 +215,12 @@ class Database:
             if version == 0:
                 for statement in _schema():
                     self._connection.execute(statement)
+                self._pragma(f"application_id = {APPLICATION_ID}")
                 self._pragma(f"user_version = {SCHEMA_VERSION}")
+
+    def _has_tables(self) -> bool:
+        # Not sqlite_schema: the SQLite of an older system does not know that name yet.
+        return bool(self._connection.execute("SELECT 1 FROM sqlite_master").fetchone())
 
     def _pragma(self, pragma: str) -> int:
         result = self._connection.execute(f"PRAGMA {pragma}").fetchone()

@@ -15,7 +15,12 @@ from typing import Any, NoReturn
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore
 from twisted.internet.endpoints import clientFromString, connectProtocol
-from twisted.internet.error import ConnectError, ConnectionClosed
+from twisted.internet.error import (
+    ConnectError,
+    ConnectingCancelledError,
+    ConnectionClosed,
+    DNSLookupError,
+)
 from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.task import react
 from twisted.python.failure import Failure
@@ -159,7 +164,10 @@ async def send_directory(reactor: Any, options: argparse.Namespace) -> int:
         return 1
     try:
         client = await connectProtocol(options.connect(reactor), OrchestratorClient())
-    except ConnectError as error:
+    except ConnectingCancelledError:
+        _say("interrupted")
+        return 1
+    except (ConnectError, DNSLookupError) as error:
         _say(f"{error} Is the server running? --connect says where.")
         return 1
     with _progress(rows) as acknowledged:

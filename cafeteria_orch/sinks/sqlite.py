@@ -24,6 +24,9 @@ from cafeteria_orch.tables import TABLES
 from . import ISink
 from .database import Database
 
+# A statement that SQLite refuses for what it says, as where somebody has dropped its table.
+_SQLITE_ERROR = 1
+
 _log = Logger()
 
 
@@ -139,7 +142,15 @@ def _commit(database: Database, job: _Job) -> object:
     try:
         with database.transaction():
             return job.write(database)
-    except sqlite3.OperationalError as error:
-        raise TryAgainLater(f"the store cannot take it now: {error}") from error
     except Exception as error:
+        if _is_the_stores_fault(error):
+            raise TryAgainLater(f"the store cannot take it now: {error}") from error
         raise BatchRejected(f"the store does not take it: {type(error).__name__}") from error
+
+
+def _is_the_stores_fault(error: Exception) -> bool:
+    """Whether it is full, locked, unreadable, ...: not what a batch can be blamed for."""
+    if isinstance(error, sqlite3.OperationalError):
+        # Python 3.10 does not know the code; there, every such error is taken for the store's.
+        return getattr(error, "sqlite_errorcode", None) != _SQLITE_ERROR
+    return type(error) is sqlite3.DatabaseError

@@ -1,0 +1,129 @@
+"""A service on a reactor in memory, and what stands in for the parts around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.address import IPv4Address
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
+from twisted.internet.testing import MemoryReactorClock
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer
+
+from cafeteria_orch.factory import OrchestratorFactory
+from cafeteria_orch.service import OrchestratorService
+from cafeteria_orch.sinks import ISink
+
+from .builders import ECHO, Pending, TCPTransport, connect, lose, numbered
+
+
+class Reactor(MemoryReactorClock):
+    """A reactor in memory whose own thread is the test's."""
+
+    def callFromThread(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        self.callLater(0, function, *args, **kwargs)
+
+    def start(self) -> None:
+        """Do what waits for the reactor to run."""
+        for function, args, kwargs in self.whenRunningHooks:
+            function(*args, **kwargs)
+
+    def shut_down(self) -> list[Any]:
+        """Fire the triggers before shutdown; what they return."""
+        triggers = self.triggers["before"]["shutdown"]
+        return [function(*args, **kwargs) for function, args, kwargs in triggers]
+
+
+@implementer(IListeningPort)
+class RecordingPort:
+    """A port that says when it is told to stop, and stops when the test says so."""
+
+    def __init__(self, stopped: Deferred[None] | None = None) -> None:
+        self.stops = 0
+        self.stopped = stopped
+
+    def startListening(self) -> None:
+        """It listens from the start."""
+
+    def stopListening(self) -> Deferred[None] | None:
+        self.stops += 1
+        return self.stopped
+
+    def getHost(self) -> IPv4Address:
+        return IPv4Address("TCP", "127.0.0.1", 4321)
+
+
+@implementer(IStreamServerEndpoint)
+class RecordingEndpoint:
+    """An endpoint whose ports are of the test's own."""
+
+    def __init__(self, stopped: Deferred[None] | None = None) -> None:
+        self.port = RecordingPort(stopped)
+        self.factories: list[object] = []
+
+    def listen(self, factory: object) -> Deferred[IListeningPort]:
+        self.factories.append(factory)
+        port: IListeningPort = self.port
+        return succeed(port)
+
+
+@implementer(ISink)
+class RecordingSink:
+    """A sink that counts, and closes when the test says so."""
+
+    def __init__(self, stop: Callable[[], Deferred[None]] = lambda: succeed(None)) -> None:
+        self.calls: list[str] = []
+        self._stop = stop
+
+    def register(self, factory: OrchestratorFactory) -> None:
+        self.calls.append("register")
+
+    def start(self) -> None:
+        self.calls.append("start")
+
+    def stop(self) -> Deferred[None]:
+        self.calls.append("stop")
+        return self._stop()
+
+
+def raising(error: Exception) -> Callable[[], Any]:
+    """A function that raises."""
+
+    def function() -> None:
+        raise error
+
+    return function
+
+
+class ServiceTestCase(SynchronousTestCase):
+    """A service on a reactor in memory, whose connections a test may keep busy."""
+
+    def setUp(self) -> None:
+        self.reactor = Reactor()
+        self.pending = Pending()
+        self.factory = OrchestratorFactory(self.reactor)
+        self.factory.register_processor(ECHO, self.pending)
+
+    def service(self, *endpoints: Any, **options: Any) -> OrchestratorService:
+        """A service that is not started."""
+        return OrchestratorService(self.reactor, self.factory, endpoints, **options)
+
+    def started(self, *endpoints: Any, **options: Any) -> OrchestratorService:
+        """A service that is started as ``twistd`` does it."""
+        service = self.service(*endpoints, **options)
+        service.privilegedStartService()
+        service.startService()
+        return service
+
+    def busy_client(self) -> TCPTransport:
+        """A client whose message is in hand."""
+        protocol, transport = connect(self.factory)
+        protocol.dataReceived(numbered(1))
+        return transport
+
+    def leave(self) -> None:
+        """All clients are gone."""
+        for connection in list(self.factory.connections):
+            lose(connection)

@@ -1,0 +1,243 @@
+"""The options of ``twistd cafeorch``: from the command line, from the environment, wrong."""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from twisted.logger import LogLevel
+from twisted.trial.unittest import SynchronousTestCase
+
+from cafeteria_orch import __version__
+from cafeteria_orch.tap import Options
+
+DEFAULTS = {
+    "port": 8080,
+    "interface": "127.0.0.1",
+    "backlog": 128,
+    "listen": [],
+    "processors": [],
+    "max-frame-bytes": 1048576,
+    "drain-timeout": 10.0,
+    "log-level": LogLevel.info,
+}
+"""All but the store, whose default depends on the working directory."""
+
+SINGLE = (
+    ("port", "0", 0),
+    ("port", "65535", 65535),
+    ("interface", "::1", "::1"),
+    ("backlog", "1", 1),
+    ("store", "none", None),
+    ("store", "/srv/tables.db", "/srv/tables.db"),
+    ("max-frame-bytes", "16", 16),
+    ("max-frame-bytes", "2147483647", 2**31 - 1),
+    ("drain-timeout", "0", 0.0),
+    ("drain-timeout", "2.5", 2.5),
+    ("log-level", "debug", LogLevel.debug),
+    ("log-level", "info", LogLevel.info),
+    ("log-level", "warn", LogLevel.warn),
+    ("log-level", "error", LogLevel.error),
+)
+"""Options that are given once: name, text, value."""
+
+REPEATED = ("listen", "processors")
+
+SHORT = {"port": "p", "interface": "i", "backlog": "b", "store": "s", "listen": "l"}
+
+BAD = (
+    ("port", ("x", "80.5", "-1", "65536", "8080 8081")),
+    ("backlog", ("x", "0", "-1", "1e3")),
+    ("max-frame-bytes", ("x", "0", "-1", "2147483648", "1MiB")),
+    ("drain-timeout", ("x", "-1", "nan", "inf", "10s")),
+    ("log-level", ("x", "INFO", "warning", "debug info")),
+)
+"""Values that are refused, by option."""
+
+
+def variable(name: str) -> str:
+    """The environment variable of an option."""
+    return "CAFEORCH_" + name.upper().replace("-", "_")
+
+
+class OptionsTestCase(SynchronousTestCase):
+    """Reads options, in an environment that has none of its own."""
+
+    def parse(self, *arguments: str, **environment: str) -> Options:
+        """The options that these arguments and variables give."""
+        kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        self.patch(os, "environ", kept | environment)
+        options = Options()
+        options.parseOptions(list(arguments))
+        return options
+
+    def refusal(self, *arguments: str, **environment: str) -> str:
+        """The one line that they end in."""
+        error = self.assertRaises(SystemExit, self.parse, *arguments, **environment)
+        self.assertRegex(str(error.code), r"^cafeorch: [^\n]+$")
+        return str(error.code)
+
+
+class Values(OptionsTestCase):
+    """Where a value comes from."""
+
+    def check(self, options: Options, **changes: Any) -> None:
+        """Options are the defaults but for these changes."""
+        changes = {name.replace("_", "-"): value for name, value in changes.items()}
+        expected = DEFAULTS | {"store": str(Path.cwd() / "cafeorch.sqlite3")} | changes
+        self.assertEqual({name: options[name] for name in expected}, expected)
+
+    def test_defaults(self) -> None:
+        """Without options, and with variables that are empty, the defaults hold, as values."""
+        self.check(self.parse())
+        empty = {variable(name): "" for name in (*DEFAULTS, "store")}
+        self.check(self.parse(**empty))
+
+    def test_command_line(self) -> None:
+        """Each option can be given on the command line, with or without an equals sign."""
+        for name, text, value in SINGLE:
+            self.check(self.parse(f"--{name}", text), **{name: value})
+            self.check(self.parse(f"--{name}={text}"), **{name: value})
+
+    def test_environment(self) -> None:
+        """Each option can come from the environment."""
+        for name, text, value in SINGLE:
+            self.check(self.parse(**{variable(name): text}), **{name: value})
+
+    def test_command_line_wins(self) -> None:
+        """An option that is in both has the command line's value; others are untouched."""
+        for name, text, value in SINGLE:
+            environment = {variable(other): good for other, good, _ in SINGLE}
+            given = self.parse(f"--{name}={text}", **environment)
+            expected = {other: last for other, _, last in SINGLE} | {name: value}
+            self.check(given, **expected)
+
+    def test_command_line_wins_with_a_default(self) -> None:
+        """Even if what it says is the default."""
+        self.check(self.parse("--port=8080", CAFEORCH_PORT="9000"))
+
+    def test_short_forms(self) -> None:
+        """Five options have a short form."""
+        for name, text, value in SINGLE:
+            if name in SHORT:
+                self.check(self.parse(f"-{SHORT[name]}", text), **{name: value})
+        self.check(self.parse("-l", "tcp:1"), listen=["tcp:1"])
+
+    def test_repeated(self) -> None:
+        """An option that may be repeated keeps all of its values, in their order."""
+        for name in REPEATED:
+            options = self.parse(f"--{name}", "a:b", f"--{name}=c:d")
+            self.check(options, **{name: ["a:b", "c:d"]})
+
+    def test_repeated_from_the_environment(self) -> None:
+        """There its values are separated by white space of any kind."""
+        for name in REPEATED:
+            options = self.parse(**{variable(name): " a:b  c:d\n\te:f "})
+            self.check(options, **{name: ["a:b", "c:d", "e:f"]})
+
+    def test_repeated_command_line_wins(self) -> None:
+        """The command line's values take the place of all of the environment's."""
+        for name in REPEATED:
+            options = self.parse(f"--{name}", "c:d", **{variable(name): "a:b e:f"})
+            self.check(options, **{name: ["c:d"]})
+
+    def test_one_place_to_listen(self) -> None:
+        """What the command line says of where to listen wins over the environment's other way."""
+        options = self.parse("--listen", "unix:/run/x", CAFEORCH_PORT="9000")
+        self.assertEqual(options["listen"], ["unix:/run/x"])
+        options = self.parse("--port", "9000", CAFEORCH_LISTEN="unix:/run/x")
+        self.check(options, port=9000)
+
+    def test_store_is_absolute(self) -> None:
+        """A store is found from where ``twistd`` was started: its ``--rundir`` moves nothing."""
+        folder = Path(self.mktemp())
+        folder.mkdir()
+        options = self.parse("--store", "sub/tables.db")
+        expected = str(Path.cwd() / "sub/tables.db")
+        self.addCleanup(os.chdir, Path.cwd())
+        os.chdir(folder)
+        self.assertEqual(options["store"], expected)
+
+    def test_foreign_variables(self) -> None:
+        """A variable that is no option's is left alone."""
+        self.check(self.parse(CAFEORCH_COLOUR="red", PORT="9000"))
+
+
+class Mistakes(OptionsTestCase):
+    """What is wrong ends in one line that names it, and a status of 1."""
+
+    def test_bad_values(self) -> None:
+        """A bad value on the command line is refused by the option's name."""
+        for name, texts in BAD:
+            for text in texts:
+                refusal = self.refusal(f"--{name}={text}")
+                self.assertIn(f"--{name}", refusal)
+                self.assertIn(repr(text), refusal)
+
+    def test_bad_values_from_the_environment(self) -> None:
+        """A bad value in the environment is refused by the variable's name."""
+        for name, texts in BAD:
+            for text in texts:
+                refusal = self.refusal(**{variable(name): text})
+                self.assertIn(variable(name), refusal)
+                self.assertNotIn("--", refusal)
+                self.assertIn(repr(text), refusal)
+
+    def test_limits_are_named(self) -> None:
+        """A number out of range is told the range, a word that is none the words."""
+        self.assertIn("from 0 to 65535", self.refusal("--port=65536"))
+        self.assertIn("debug, info, warn, error", self.refusal("--log-level=loud"))
+
+    def test_missing_value(self) -> None:
+        """An option without its value."""
+        for name in (*DEFAULTS, "store"):
+            self.assertIn(name, self.refusal(f"--{name}"))
+
+    def test_unknown_option(self) -> None:
+        """An option that there is not."""
+        self.assertIn("--prot", self.refusal("--prot=1"))
+        self.assertIn("-x", self.refusal("-x"))
+
+    def test_positional_argument(self) -> None:
+        """Nothing is taken but options."""
+        self.assertIn("'9000'", self.refusal("9000"))
+        self.assertIn("'9000'", self.refusal("--store", "none", "9000"))
+
+    def test_listen_excludes_the_others(self) -> None:
+        """``--listen`` takes the place of three options: it stands with none of them."""
+        for name, text in (("port", "1"), ("interface", "::1"), ("backlog", "1")):
+            refusal = self.refusal("--listen=tcp:1", f"--{name}={text}")
+            self.assertIn("--listen", refusal)
+            self.assertIn(f"--{name}", refusal)
+
+
+class Help(OptionsTestCase):
+    """What an operator reads."""
+
+    def printed(self, argument: str) -> str:
+        """What is printed for an option that prints and ends with status 0."""
+        with redirect_stdout(io.StringIO()) as output:
+            error = self.assertRaises(SystemExit, self.parse, argument)
+        self.assertEqual(error.code, 0)
+        return output.getvalue()
+
+    def test_help(self) -> None:
+        """``--help`` has every option on a line of its own, with its default."""
+        text = self.printed("--help")
+        shown = {"store": "cafeorch.sqlite3", "log-level": "info", "drain-timeout": "10"}
+        for name, default in (DEFAULTS | shown).items():
+            short = f"-{SHORT[name]}, " if name in SHORT else ""
+            self.assertRegex(text, rf"(?m)^ +{short}--{name}=")
+            if name not in REPEATED:
+                self.assertIn(f"[default: {default}]", " ".join(text.split()))
+
+    def test_help_on_the_environment(self) -> None:
+        """``--help`` says how the variables are named."""
+        self.assertIn("CAFEORCH_LOG_LEVEL", self.printed("--help"))
+
+    def test_version(self) -> None:
+        """``--version`` is the package's."""
+        self.assertEqual(self.printed("--version"), f"cafeteria_orch {__version__}\n")

@@ -1,0 +1,207 @@
+"""What is installed: from the folder, for editing, as a wheel; each in an environment of its own."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import venv
+import weakref
+from collections.abc import Mapping
+from configparser import ConfigParser
+from pathlib import Path
+from typing import ClassVar
+from zipfile import ZipFile
+
+from twisted.trial.unittest import SkipTest, SynchronousTestCase
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("cafeteria_orch", "twisted")
+PLUGIN = "twisted/plugins/cafeorch_plugin.py"
+
+
+def run(*command: object, folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command that sees nothing of this environment; its output, which a failure shows."""
+    hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    completed = subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        env={name: value for name, value in os.environ.items() if name not in hidden},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if check and completed.returncode:
+        raise AssertionError(f"{command} ended with {completed.returncode}:\n{completed.stdout}")
+    return completed
+
+
+def requirements() -> list[str]:
+    """What the project needs to be built and to run, as its files say."""
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    build = re.search(
+        r"^requires = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
+    assert build is not None
+    return [*setup["options"]["install_requires"].split(), *ast.literal_eval(build[1])]
+
+
+class Environment:
+    """A virtual environment without a pip of its own, which saves seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder, symlinks=True)
+        self.programs = folder / "bin"
+        self.packages = next(folder.glob("lib/python*/site-packages"))
+
+
+class Workshop:
+    """A copy of the project, all that it depends on, and what was built of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.elsewhere = folder / "elsewhere"
+        self.elsewhere.mkdir()
+        self._tools = folder / "tools"
+        self._wheels = folder / "wheels"
+        venv.create(self._tools, symlinks=True, with_pip=True)
+        needed = run(
+            *(self._tools / "bin" / "python", "-m", "pip", "wheel", "-q"),
+            *("--wheel-dir", self._wheels, *requirements()),
+            folder=folder,
+            check=False,
+        )
+        if needed.returncode:
+            raise SkipTest(f"what the project needs is not to be had: {needed.stdout}")
+        self.source = self.copy("source")
+        self.pip("install", *requirements()[1:])
+        self.sdist, self.wheel = self._build("sdist", "*.tar.gz"), self._build("wheel", "*.whl")
+
+    def copy(self, name: str) -> Path:
+        """A copy of the project's files, so that building leaves nothing beside them."""
+        target = self.folder / name
+        target.mkdir()
+        for path in ROOT.iterdir():
+            if path.is_file():
+                shutil.copy(path, target)
+        for source in SOURCES:
+            junk = shutil.ignore_patterns("__pycache__", "dropin.cache")
+            shutil.copytree(ROOT / source, target / source, ignore=junk)
+        return target
+
+    def pip(self, command: str, *arguments: object, into: Environment | None = None) -> None:
+        """Run pip on what is here already."""
+        where = () if into is None else ("--python", into.programs / "python")
+        offline = ("--no-index", "--find-links", self._wheels)
+        program = self._tools / "bin" / "python"
+        options = (*where, command, "-q", *offline)
+        run(program, "-m", "pip", *options, *arguments, folder=self.elsewhere)
+
+    def _build(self, kind: str, pattern: str) -> Path:
+        code = f"from setuptools import build_meta; build_meta.build_{kind}({str(self.folder)!r})"
+        run(self._tools / "bin" / "python", "-c", code, folder=self.copy(f"build_{kind}"))
+        (built,) = self.folder.glob(pattern)
+        return built
+
+
+class Packaging(SynchronousTestCase):
+    """What is built, and what is installed of it."""
+
+    _shared: ClassVar[list[Workshop | SkipTest]] = []
+
+    @property
+    def workshop(self) -> Workshop:
+        """What takes long to make, and is made when the first test asks for it."""
+        if not self._shared:
+            folder = Path(tempfile.mkdtemp())
+            # Trial knows no tearDownClass.
+            weakref.finalize(type(self), shutil.rmtree, folder)
+            try:
+                self._shared.append(Workshop(folder))
+            except SkipTest as unavailable:
+                self._shared.append(unavailable)
+        workshop = self._shared[0]
+        if isinstance(workshop, SkipTest):
+            raise workshop
+        return workshop
+
+    def check_install(self, *arguments: object) -> Environment:
+        """What ``pip install`` gives works from another directory."""
+        workshop = self.workshop
+        environment = Environment(Path(tempfile.mkdtemp(dir=workshop.folder)))
+        workshop.pip("install", "--no-compile", *arguments, into=environment)
+
+        def output(program: str, *options: str) -> str:
+            command = (environment.programs / program, *options)
+            return run(*command, folder=workshop.elsewhere).stdout
+
+        self.assertRegex(output("twistd", "--help"), r"(?m)^ +cafeorch ")
+        self.assertRegex(output("twistd", "--help"), r"(?m)^ +web ")
+        self.assertIn("--drain-timeout", output("twistd", "cafeorch", "--help"))
+        self.assertIn("--batch-rows", output("cafeorch-send", "--help"))
+        return environment
+
+    def test_install(self) -> None:
+        """``pip install .``: the plugin stands beside Twisted's own, which are still there."""
+        environment = self.check_install(self.workshop.source)
+        self.assertTrue((environment.packages / PLUGIN).is_file())
+
+    def test_editable_install(self) -> None:
+        """``pip install -e .``: the plugin is found in the folder itself."""
+        environment = self.check_install("-e", self.workshop.copy("editable"))
+        self.assertFalse((environment.packages / PLUGIN).exists())
+
+    def test_wheel_install(self) -> None:
+        """The wheel."""
+        self.check_install(self.workshop.wheel)
+
+    def test_wheel(self) -> None:
+        """The wheel has all of the package, its type marker, the plugin, and no more."""
+        names = {name for name in contents(self.workshop.wheel) if "-info/" not in name}
+        source = self.workshop.source
+        expected = {
+            path.relative_to(source).as_posix()
+            for folder in SOURCES
+            for path in (source / folder).rglob("*")
+            if path.is_file()
+        }
+        self.assertEqual(names, expected)
+        self.assertIn("cafeteria_orch/py.typed", names)
+        self.assertIn(PLUGIN, names)
+        for shadow in ("twisted/__init__.py", "twisted/plugins/__init__.py"):
+            self.assertNotIn(shadow, names)
+
+    def test_sdist(self) -> None:
+        """The source distribution has all that it takes to build the same wheel."""
+        folder = self.workshop.folder / "from_sdist"
+        self.workshop.pip("wheel", "--no-deps", "--wheel-dir", folder, self.workshop.sdist)
+        (wheel,) = folder.glob("*.whl")
+        self.assertEqual(wheel.name, self.workshop.wheel.name)
+        self.assertEqual(contents(wheel), contents(self.workshop.wheel))
+
+    def test_metadata(self) -> None:
+        """Twisted alone is needed to run; the version is the package's."""
+        files = contents(self.workshop.wheel)
+        (metadata,) = [text for name, text in files.items() if name.endswith("/METADATA")]
+        lines = metadata.decode().partition("\n\n")[0].splitlines()
+        required = [line for line in lines if line.startswith("Requires-Dist")]
+        always = [line for line in required if "extra ==" not in line]
+        self.assertEqual(len(always), 1)
+        self.assertRegex(always[0], "^Requires-Dist: Twisted>=26.10")
+        version = re.search(r'__version__ = "(.+)"', files["cafeteria_orch/__init__.py"].decode())
+        assert version is not None
+        self.assertIn(f"Version: {version[1]}", lines)
+
+
+def contents(wheel: Path) -> Mapping[str, bytes]:
+    """A wheel's files, but for the list of their digests."""
+    with ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/RECORD")]
+        return {name: archive.read(name) for name in names}

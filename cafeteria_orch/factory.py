@@ -10,18 +10,19 @@ from typing import Any, NamedTuple
 
 from constantly import NamedConstant
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IAddress
+from twisted.internet.interfaces import IAddress, IPushProducer
 from twisted.internet.protocol import ServerFactory
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger, LogLevel
 from twisted.python.reflect import fullyQualifiedName
 from twisted.python.threadpool import ThreadPool
+from zope.interface import implementer
 
 from . import responses
 from .framing import DEFAULT_MAX_FRAME_BYTES
 from .messages import DECODERS, Decoder, RawMessage
 from .opcodes import RESPONSES, BatchStatus, Opcode
-from .protocol import OrchestratorProtocol
+from .protocol import Hold, OrchestratorProtocol
 from .responses import Exchange
 
 Processor = Callable[[Any, Exchange], Any]
@@ -47,8 +48,12 @@ class _Registration(NamedTuple):
     answers: bool
 
 
+@implementer(IPushProducer)
 class OrchestratorFactory(ServerFactory):
     """Makes a connection's protocol, and handles the messages of all of them.
+
+    To a sink it is the producer of what is stored: a sink that has taken as much as it can
+    hold calls :meth:`pauseProducing`, and :meth:`resumeProducing` when there is room again.
 
     :param reactor: for time and threads; a test may give a ``Clock``.
     :param max_frame_bytes: the longest payload that is accepted.
@@ -72,6 +77,9 @@ class OrchestratorFactory(ServerFactory):
         self.connections: set[OrchestratorProtocol] = set()
         self._processors: dict[int, _Registration] = {}
         self._threads: _DaemonThreadPool | None = None
+        self._paused = False
+        # An ordered set: who has been held longest gets the first turn.
+        self._held: dict[OrchestratorProtocol, None] = {}
         self._draining = False
         self._drained: list[Deferred[None]] = []
 
@@ -212,6 +220,8 @@ class OrchestratorFactory(ServerFactory):
     def connection_made(self, connection: OrchestratorProtocol) -> None:
         """A client has connected."""
         self.connections.add(connection)
+        if self._paused:
+            self._hold(connection)
         if self.log_info:
             _log.info(
                 "action: accept_connections | result: success | ip: {ip}",
@@ -223,6 +233,7 @@ class OrchestratorFactory(ServerFactory):
         if connection not in self.connections:
             return
         self.connections.remove(connection)
+        self._held.pop(connection, None)
         if self.log_debug:
             _log.debug(
                 "action: close_connection | result: success | ip: {ip}",
@@ -230,6 +241,23 @@ class OrchestratorFactory(ServerFactory):
             )
         if self._draining and not self.connections:
             self._report_drained()
+
+    def pauseProducing(self) -> None:
+        """Take no more messages of any connection."""
+        self._paused = True
+        for connection in self.connections - self._held.keys():
+            self._hold(connection)
+
+    def resumeProducing(self) -> None:
+        """Take messages again, unless the first of them fill the sink anew."""
+        self._paused = False
+        while self._held and not self._paused:
+            connection = next(iter(self._held))
+            del self._held[connection]
+            connection.release(Hold.SINK)
+
+    def stopProducing(self) -> None:
+        """The sink is gone: its processors will say so."""
 
     def drain(self) -> Deferred[None]:
         """Take no new connections; close those there are, each after the message in hand.
@@ -256,6 +284,10 @@ class OrchestratorFactory(ServerFactory):
             self._threads.stop()
         self._threads = None
 
+    def _hold(self, connection: OrchestratorProtocol) -> None:
+        self._held[connection] = None
+        connection.hold(Hold.SINK)
+
     def _report_drained(self) -> None:
         waiting, self._drained = self._drained, []
         for deferred in waiting:
@@ -279,7 +311,9 @@ class OrchestratorFactory(ServerFactory):
 class _DaemonThreadPool(ThreadPool):
     """A hung processor must not keep the process from ending."""
 
-    threadFactory = partial(threading.Thread, daemon=True)  # type: ignore[assignment]
+    threadFactory = staticmethod(  # type: ignore[assignment]
+        partial(threading.Thread, daemon=True)
+    )
 
 
 def _name_of(function: Callable[..., Any]) -> str:

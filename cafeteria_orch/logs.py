@@ -84,6 +84,12 @@ class BufferedLogObserver:
             self._file.write(lines.encode("ascii", "backslashreplace").decode("ascii"))
         self._file.flush()
 
+    def rotate(self) -> None:
+        """Have the file, a :class:`~twisted.python.logfile.LogFile`, begin anew."""
+        with self._lock:
+            self.flush()
+            self._file.rotate()
+
     def flush(self) -> None:
         """Write the lines that wait."""
         with self._lock:

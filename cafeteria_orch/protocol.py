@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from enum import Enum
 from inspect import iscoroutine
 from typing import Any, Protocol, cast
 
@@ -34,12 +35,21 @@ _NO_OPCODE = -1
 _log = Logger()
 
 
+class Hold(Enum):
+    """Why a connection takes no more messages for now."""
+
+    PROCESSOR = "a message is in hand"
+    OUTPUT = "the client does not read its answers"
+    SINK = "too much waits to be stored"
+
+
 class MessageHandler(Protocol):
     """What a connection needs of the factory that made it."""
 
     reactor: Any
     max_frame_bytes: int
     log_info: bool
+    log_debug: bool
 
     @property
     def decoders(self) -> Mapping[int, Decoder]:
@@ -77,8 +87,6 @@ class OrchestratorProtocol(FrameReceiver):
     thread: int
 
     _first = True
-    _in_hand = False
-    _output_full = False
     _draining = False
     _closing = False
     _input_over = False
@@ -91,7 +99,9 @@ class OrchestratorProtocol(FrameReceiver):
         self.handler = handler
         self.reactor = handler.reactor
         self.MAX_LENGTH = handler.max_frame_bytes
+        self.log_debug = handler.log_debug
         self._outgoing: list[bytes] = []
+        self._holds: set[Hold] = set()
 
     def connectionMade(self) -> None:
         """A client has connected."""
@@ -150,13 +160,13 @@ class OrchestratorProtocol(FrameReceiver):
         """The connection is gone. What was read of it whole is still handled."""
         self._lost = self._input_over = True
         self._was_reset = reason.check(ConnectionDone) is None
-        self._output_full = False
+        self._holds &= {Hold.PROCESSOR}
         if self._abort_call is not None and self._abort_call.active():
             self._abort_call.cancel()
         if self._closing:
             self._forget_if_idle()
-        elif not self._in_hand:
-            self.resumeProducing()
+        else:
+            self._proceed()
 
     def pauseReading(self) -> None:
         """Read no more for now."""
@@ -169,13 +179,16 @@ class OrchestratorProtocol(FrameReceiver):
         if not self._input_over:
             self.transport.resumeProducing()
 
-    def output_full(self, full: bool) -> None:
-        """The client does not read its answers: take no more messages until it does."""
-        self._output_full = full
-        if full:
+    def hold(self, reason: Hold) -> None:
+        """Take no more messages until this and every other reason to hold is gone."""
+        if not self._closing:
+            self._holds.add(reason)
             self.pauseProducing()
-        else:
-            self._proceed()
+
+    def release(self, reason: Hold) -> None:
+        """A reason to hold is gone."""
+        self._holds.discard(reason)
+        self._proceed()
 
     def send_answer(self, payload: bytes) -> None:
         """Send an answer, together with the others that this ``dataReceived`` gives."""
@@ -205,11 +218,11 @@ class OrchestratorProtocol(FrameReceiver):
             return
         self.transport.unregisterProducer()
         self._abort_call = self.reactor.callLater(CLOSE_TIMEOUT, self.abort)
+        self.resumeReading()
         if self._input_over or not _can_half_close(self.transport):
             self.transport.loseConnection()
         else:
             self.transport.loseWriteConnection()
-            self.transport.resumeProducing()
 
     def drain(self) -> None:
         """Close now if idle, otherwise as soon as the message in hand is answered."""
@@ -222,6 +235,10 @@ class OrchestratorProtocol(FrameReceiver):
         self._closing = True
         self.abortConnection()
 
+    @property
+    def _in_hand(self) -> bool:
+        return Hold.PROCESSOR in self._holds
+
     def _note_identity(self, message: object) -> None:
         if isinstance(message, ClientHello):
             if not self._first:
@@ -232,7 +249,7 @@ class OrchestratorProtocol(FrameReceiver):
         self._first = False
 
     def _process(self, message: Any, exchange: Exchange) -> None:
-        self._in_hand = True
+        self._holds.add(Hold.PROCESSOR)
         try:
             result = self.handler.handle_message(message, exchange)
         except Exception as error:
@@ -241,6 +258,8 @@ class OrchestratorProtocol(FrameReceiver):
             result = Deferred.fromCoroutine(result)
         if not isinstance(result, Deferred):
             self._done(result, exchange)
+            if self.paused:
+                self._proceed()
             return
 
         def failed(failure: Failure) -> bool:
@@ -256,7 +275,7 @@ class OrchestratorProtocol(FrameReceiver):
             self.pauseProducing()
 
     def _done(self, keep: object, exchange: Exchange) -> None:
-        self._in_hand = False
+        self._holds.discard(Hold.PROCESSOR)
         if not exchange.settled and self.handler.must_answer(exchange.opcode):
             _log.warn(
                 "action: send_response | result: fail | ip: {ip} | opcode: {opcode}"
@@ -273,7 +292,7 @@ class OrchestratorProtocol(FrameReceiver):
     def _proceed(self) -> None:
         if self._closing:
             self._forget_if_idle()
-        elif self.paused and not (self._in_hand or self._output_full):
+        elif not self._holds and (self.paused or self._lost):
             self.resumeProducing()
 
     def _refuse(self, error: ProtocolError, exchange: Exchange) -> None:
@@ -296,7 +315,7 @@ class OrchestratorProtocol(FrameReceiver):
         )
         if not exchange.settled:
             send_failure(exchange)
-        self._in_hand = False
+        self._holds.discard(Hold.PROCESSOR)
         self.close()
 
     def _flush(self) -> None:
@@ -328,10 +347,10 @@ class _OutputGate:
         self._connection = connection
 
     def pauseProducing(self) -> None:
-        self._connection.output_full(True)
+        self._connection.hold(Hold.OUTPUT)
 
     def resumeProducing(self) -> None:
-        self._connection.output_full(False)
+        self._connection.release(Hold.OUTPUT)
 
     def stopProducing(self) -> None:
         """The connection hears of its end from ``connectionLost``."""

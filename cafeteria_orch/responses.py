@@ -41,6 +41,7 @@ class Connection(Protocol):
     session: Session
     thread: int
     reactor: IReactorFromThreads
+    log_debug: bool
 
     def send_answer(self, payload: bytes) -> None:
         """Send it, in the order of the messages. In the reactor's thread only."""
@@ -85,6 +86,11 @@ class Exchange:
     def agency_id(self) -> int | None:
         """The agency's number, if its FINISHED gave one."""
         return self._connection.session.agency_id
+
+    @property
+    def log_debug(self) -> bool:
+        """Whether debug events are to be emitted."""
+        return self._connection.log_debug
 
     def answer(self, payload: bytes) -> None:
         """Fill the slot; :func:`send` and its kin call this."""
@@ -152,7 +158,9 @@ def handle_processing_error(message: Any, client: Exchange, error: BaseException
         amount=getattr(message, "amount", "-"),
         error=describe(error),
     )
-    _log.debug("action: message_processing | result: fail", log_failure=Failure(error))
+    # Not left to the observer: Twisted's own do not filter, and the text may hold a row.
+    if client.log_debug:
+        _log.debug("action: message_processing | result: fail", log_failure=Failure(error))
     return True
 
 
@@ -163,7 +171,7 @@ def describe(error: BaseException) -> str:
     the place it came from; its text and traceback are logged at debug.
     """
     if isinstance(error, OrchestratorError):
-        return str(error)
+        return " ".join(str(error).split())
     place = ""
     for frame, line in walk_tb(error.__traceback__):
         place = f" at {PurePath(frame.f_code.co_filename).name}:{line}"

@@ -6,219 +6,141 @@ import argparse
 import csv
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
-from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore
-from twisted.internet.endpoints import clientFromString, connectProtocol
-from twisted.internet.error import (
-    ConnectError,
-    ConnectingCancelledError,
-    ConnectionClosed,
-    DNSLookupError,
-)
-from twisted.internet.interfaces import IStreamClientEndpoint
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.endpoints import clientFromString
 from twisted.internet.task import react
 from twisted.python.failure import Failure
 
 from . import __version__
-from .client import Answer, OrchestratorClient
+from .delivery import Delivery, GaveUp, TableExports, Totals
 from .errors import ProtocolError
-from .exports import Batch, Export, ExportError, find_exports
+from .exports import Export, ExportError, find_exports
 from .framing import DEFAULT_MAX_FRAME_BYTES
-from .messages import BatchRecvFail, BatchRecvSuccess
-from .opcodes import FailReason
+from .journal import FilePlan, Journal, JournalError
 from .tables import Table
 
-_REASONS: dict[int | None, str] = {
-    FailReason.TRY_AGAIN: "the server cannot take it now, send it again later",
-    FailReason.REJECTED: "the server rejects it",
-    FailReason.MALFORMED: "the server finds it malformed",
-}
-
-
-@dataclass
-class Totals:
-    """What has been acknowledged of a table."""
-
-    files: int = 0
-    rows: int = 0
-    batches: int = 0
-    bytes: int = 0
-
-
-class Sender:
-    """Sends files by one connection, a few batches ahead of their answers.
-
-    :param client: the connection.
-    :param window: how many batches may be on their way at once.
-    :param batch_rows: most rows of a batch.
-    :param max_frame_bytes: longest payload.
-    :param acknowledged: called with the number of rows of each batch that was acknowledged.
-    :ivar totals: what was acknowledged, by table.
-    :ivar problems: what was not, a line each.
-    :ivar unanswered: how many batches are on their way.
-    """
-
-    def __init__(
-        self,
-        client: OrchestratorClient,
-        *,
-        window: int,
-        batch_rows: int,
-        max_frame_bytes: int,
-        acknowledged: Callable[[int], object],
-    ) -> None:
-        self.totals: dict[Table, Totals] = {}
-        self.problems: list[str] = []
-        self._client = client
-        self._window_size = window
-        self._window = DeferredSemaphore(window)
-        self._batch_rows = batch_rows
-        self._max_frame_bytes = max_frame_bytes
-        self._acknowledged = acknowledged
-        self._lost: Failure | None = None
-        self.unanswered = 0
-
-    async def send_table(self, table: Table, exports: Sequence[Export], *, whole: bool) -> None:
-        """Send the files of a table, and that it ends there if all of it was acknowledged.
-
-        :param whole: whether these files are all there are.
-        :raises ConnectionClosed: if the connection ended before all was answered.
-        """
-        totals = self.totals[table] = Totals()
-        problems = len(self.problems)
-        number = 1
-        for export in exports:
-            totals.files += 1
-            try:
-                for batch in export.batches(number, self._batch_rows, self._max_frame_bytes):
-                    await self._send(batch, export, totals)
-                    number += 1
-            except (ExportError, OSError) as error:
-                self.problems.append(str(error))
-        await self._all_answered()
-        if whole and len(self.problems) == problems:
-            answer = await self._client.send_eof(table)
-            self._note_refusal(f"the end of {table.name}", answer)
-
-    async def _send(self, batch: Batch, export: Export, totals: Totals) -> None:
-        await self._window.acquire()
-        if self._lost is not None:
-            self._window.release()
-            self._lost.raiseException()
-
-        def answered(answer: Answer) -> None:
-            self.unanswered -= 1
-            lines = f"lines {batch.first_line} to {batch.last_line}"
-            if self._note_refusal(f"{export.path}, {lines}", answer):
-                return
-            totals.rows += batch.amount
-            totals.batches += 1
-            totals.bytes += len(batch.payload)
-            self._acknowledged(batch.amount)
-
-        def lost(failure: Failure) -> None:
-            self._lost = failure
-
-        self.unanswered += 1
-        sent = self._client.send_payload(batch.payload)
-        sent.addCallback(answered).addErrback(lost).addBoth(lambda _: self._window.release())
-
-    async def _all_answered(self) -> None:
-        for _ in range(self._window_size):
-            await self._window.acquire()
-        for _ in range(self._window_size):
-            self._window.release()
-        if self._lost is not None:
-            self._lost.raiseException()
-
-    def _note_refusal(self, what: str, answer: Answer) -> bool:
-        if isinstance(answer, BatchRecvSuccess):
-            return False
-        reason = answer.reason if isinstance(answer, BatchRecvFail) else None
-        text = _REASONS.get(reason, "the server does not accept it")
-        self.problems.append(f"{what}: {text}")
-        return True
+STATE_NAME = ".cafeorch-send.state"
+"""The state file's name, in the folder that is sent."""
 
 
 async def send_directory(reactor: Any, options: argparse.Namespace) -> int:
-    """Check all files of a folder, send those that are right, and report.
+    """Check all files of a folder, send what was not acknowledged before, and report.
 
     :param options: of :func:`main`.
-    :return: the exit status: 0 if all that is in the folder was acknowledged.
+    :return: the exit status: 0 if all that is in the folder has been acknowledged.
     """
     started = reactor.seconds()
     exports, errors = find_exports(options.directory)
     if not exports and not errors:
         _say(f"{options.directory}: there is no CSV file in it")
         return 1
-    good, rows = _check(exports, options, errors)
-    for error in errors:
-        _say(str(error))
-    if not good:
-        return 1
+    state = options.state or options.directory / STATE_NAME
     try:
-        client = await connectProtocol(options.connect(reactor), OrchestratorClient())
-    except ConnectingCancelledError:
-        _say("interrupted")
-        return 1
-    except (ConnectError, DNSLookupError) as error:
-        _say(f"{error} Is the server running? --connect says where.")
-        return 1
-    with _progress(rows) as acknowledged:
-        sender = Sender(
-            client,
-            window=options.window,
-            batch_rows=options.batch_rows,
-            max_frame_bytes=options.max_frame_bytes,
-            acknowledged=acknowledged,
-        )
-        await _send_all(sender, client, good, exports, options)
-    _report(sender.totals, reactor.seconds() - started)
-    for problem in sender.problems:
+        with closing(Journal(state, options.connect)) as journal:
+            tables, rows = _plan(exports, errors, journal, options)
+            problems = [str(error) for error in errors]
+            if tables:
+                with _progress(rows) as acknowledged:
+                    delivery = Delivery(
+                        reactor,
+                        clientFromString(reactor, options.connect),
+                        journal,
+                        window=options.window,
+                        retry_for=options.retry_for,
+                        acknowledged=acknowledged,
+                        say=_say,
+                    )
+                    problems += await _deliver(delivery, tables, options)
+                _report(delivery.totals, reactor.seconds() - started)
+                if not rows and not problems:
+                    print(f"All had been acknowledged before. To send all anew, remove {state}.")
+    except JournalError as error:
+        problems = [str(error)]
+    for problem in problems:
         _say(problem)
-    return 1 if errors or sender.problems else 0
+    return 1 if problems else 0
 
 
-def _check(
-    exports: Sequence[Export], options: argparse.Namespace, errors: list[ExportError]
-) -> tuple[list[Export], int]:
-    """Read every file through before any of it is sent: a broken one is not sent in part."""
-    good, rows = [], 0
-    for export in exports:
-        try:
-            batches = export.batches(1, options.batch_rows, options.max_frame_bytes)
-            rows += sum(batch.amount for batch in batches)
-        except ExportError as error:
-            errors.append(error)
-        except OSError as error:
-            errors.append(ExportError(export.path, None, str(error.strerror)))
-        else:
-            good.append(export)
-    return good, rows
-
-
-async def _send_all(
-    sender: Sender,
-    client: OrchestratorClient,
-    good: Sequence[Export],
-    exports: Sequence[Export],
-    options: argparse.Namespace,
-) -> None:
-    incomplete = {export.table for export in exports if export not in good}
+async def _deliver(
+    delivery: Delivery, tables: Sequence[TableExports], options: argparse.Namespace
+) -> list[str]:
     try:
-        for table, files in groupby(good, lambda export: export.table):
-            await sender.send_table(table, list(files), whole=table not in incomplete)
-        await client.finish(options.agency_id)
+        await delivery.send(tables, options.agency_id)
     except CancelledError:
-        sender.problems.append(f"interrupted; {sender.unanswered} batches were unanswered")
-    except (ConnectionClosed, ProtocolError) as error:
-        sender.problems.append(f"{error} Not all was sent; see the server's log for why.")
+        return [*delivery.problems, "interrupted; run it again to send the rest"]
+    except GaveUp as error:
+        return [
+            *delivery.problems,
+            f"{error} Gave up. Is the server at {options.connect} running?",
+        ]
+    except ProtocolError as error:
+        return [*delivery.problems, f"the server does not speak this protocol: {error}"]
+    return delivery.problems
+
+
+def _plan(
+    exports: Sequence[Export],
+    errors: list[ExportError],
+    journal: Journal,
+    options: argparse.Namespace,
+) -> tuple[list[TableExports], int]:
+    """Read every file through before any of it is sent: a broken one is not sent in part.
+
+    :return: what is to be sent, and how many rows of it were not acknowledged yet.
+    """
+    tables, rows = [], 0
+    for table, files in groupby(exports, lambda export: export.table):
+        planned, whole = [], True
+        for export in files:
+            try:
+                plan, left = _plan_file(export, journal, options)
+            except ExportError as error:
+                errors.append(error)
+                whole = False
+            except OSError as error:
+                errors.append(ExportError(export.path, None, str(error.strerror)))
+                whole = False
+            else:
+                planned.append((export, plan))
+                rows += left
+        if planned:
+            tables.append(TableExports(table, planned, whole))
+    return tables, rows
+
+
+def _plan_file(
+    export: Export, journal: Journal, options: argparse.Namespace
+) -> tuple[FilePlan, int]:
+    name = export.path.relative_to(options.directory).as_posix()
+    digest = export.digest()
+    plan = journal.plans.get(name)
+    if plan is not None and plan.digest != digest:
+        raise ExportError(
+            export.path,
+            None,
+            f"it has changed since {len(plan.acknowledged)} of its {plan.batches} batches were"
+            " acknowledged; what is new belongs into a file of its own",
+        )
+    batch_rows = plan.batch_rows if plan else options.batch_rows
+    max_frame_bytes = plan.max_frame_bytes if plan else options.max_frame_bytes
+    amounts = [batch.amount for batch in export.batches(1, batch_rows, max_frame_bytes)]
+    if plan is None:
+        plan = journal.add_plan(
+            name,
+            export.table,
+            digest=digest,
+            batches=len(amounts),
+            batch_rows=batch_rows,
+            max_frame_bytes=max_frame_bytes,
+        )
+    left = enumerate(amounts, plan.first)
+    return plan, sum(amount for number, amount in left if number not in plan.acknowledged)
 
 
 class _PlainProgress:
@@ -256,7 +178,10 @@ def _report(totals: Mapping[Table, Totals], seconds: float) -> None:
         whole.rows += part.rows
         whole.batches += part.batches
         whole.bytes += part.bytes
+        whole.earlier += part.earlier
     print(_line("acknowledged", whole), f"in {seconds:.1f} s")
+    if whole.earlier:
+        print(f"{whole.earlier} more batches had been acknowledged before.")
 
 
 def _line(name: str, totals: Totals) -> str:
@@ -286,16 +211,12 @@ def _directory(text: str) -> Path:
     return path
 
 
-def _endpoint(text: str) -> Callable[[Any], IStreamClientEndpoint]:
-    def of(reactor: Any) -> IStreamClientEndpoint:
-        endpoint: IStreamClientEndpoint = clientFromString(reactor, text)
-        return endpoint
-
+def _endpoint(text: str) -> str:
     try:
-        of(None)
+        clientFromString(None, text)
     except Exception as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
-    return of
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -304,7 +225,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Send the CSV files of a folder to an orchestrator. A file belongs to the"
         " table that it or a folder around it is named for (menu_items, stores,"
         " transaction_items, transactions, users); its columns are found by its header."
-        " The exit status is 0 if every row was acknowledged.",
+        " What was acknowledged is remembered: run it again after a stop, and only the rest is"
+        " sent. The exit status is 0 if every row was acknowledged.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -334,6 +256,17 @@ def _parser() -> argparse.ArgumentParser:
         default=8,
         help="how many batches may be on their way at once",
     )
+    add(
+        "--state",
+        type=Path,
+        help=f"where what was acknowledged is kept (default: {STATE_NAME} in DIRECTORY)",
+    )
+    add(
+        "--retry-for",
+        type=_from(float, 0, 10**9),
+        default=60.0,
+        help="seconds to go on while the server is away or takes nothing",
+    )
     add("--version", action="version", version=f"cafeteria_orch {__version__}")
     return parser
 
@@ -350,5 +283,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _run(reactor: Any, options: argparse.Namespace) -> Deferred[None]:
     sending = Deferred.fromCoroutine(send_directory(reactor, options))
-    reactor.addSystemEventTrigger("before", "shutdown", sending.cancel)
-    return sending.addCallback(sys.exit)
+    finished: Deferred[None] = Deferred()
+
+    def interrupt() -> Deferred[None]:
+        sending.cancel()
+        return finished
+
+    def done(result: int | Failure) -> int | Failure:
+        finished.callback(None)
+        return result
+
+    reactor.addSystemEventTrigger("before", "shutdown", interrupt)
+    return sending.addBoth(done).addCallback(sys.exit)

@@ -170,9 +170,12 @@ class OrchestratorService(Service):
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            # What a parent has chosen to ignore (nohup, a shell's background) stays ignored.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous_handlers[number] = signal.signal(number, self._on_signal)
+            handler = signal.getsignal(number)
+            # What a parent has chosen to ignore (nohup, a shell's background) stays ignored, and
+            # where Twisted has no handler to be chained to, a stop is not ours to catch.
+            if callable(handler) or (number == signal.SIGHUP and handler == signal.SIG_DFL):
+                self._previous_handlers[number] = handler
+                signal.signal(number, self._on_signal)
 
     def _restore_signals(self) -> None:
         for number, handler in self._previous_handlers.items():

@@ -15,6 +15,7 @@ from typing import Any
 
 from twisted.application.service import IService
 from twisted.internet.endpoints import (
+    SSL4ServerEndpoint,
     TCP4ServerEndpoint,
     TCP6ServerEndpoint,
     UNIXServerEndpoint,
@@ -135,12 +136,15 @@ class Options(usage.Options):
         defaults = {name: parse(self.defaults[name]) for name, parse in _PARSERS.items()}
         defaults |= {name: [] for name in _REPEATED}
         try:
-            given = self._read(options, lambda name: f"--{name}")
+            given = self._read(options, "--{}".format)
             environment = self._read(_environment_arguments(), _environment_name)
         except usage.UsageError as error:
             raise _exit(str(error)) from error
-        if "listen" in given and (clash := sorted(given.keys() & _TCP_OPTIONS)):
-            raise _exit(f"--listen takes the place of --{clash[0]}: give one of them")
+        for options_of, label in ((given, "--{}".format), (environment, _environment_name)):
+            clash = sorted(options_of.keys() & _TCP_OPTIONS)
+            if clash and "listen" in options_of:
+                what = f"{label('listen')} takes the place of {label(clash[0])}"
+                raise _exit(f"{what}: give one of them")
         if given.keys() & _TCP_OPTIONS:
             environment.pop("listen", None)
         self.update(defaults | environment | given)
@@ -229,7 +233,7 @@ def _endpoints(reactor: Any, options: Options) -> list[IStreamServerEndpoint]:
 
 def _probe(endpoints: Iterable[IStreamServerEndpoint]) -> None:
     for endpoint in endpoints:
-        if isinstance(endpoint, (TCP4ServerEndpoint, TCP6ServerEndpoint, UNIXServerEndpoint)):
+        if isinstance(endpoint, _PROBED):
             failures: list[Failure] = []
             endpoint.listen(None).addErrback(failures.append)
             for failure in failures:
@@ -237,6 +241,9 @@ def _probe(endpoints: Iterable[IStreamServerEndpoint]) -> None:
                     f"{failure.getErrorMessage()} Stop what listens there, or choose another"
                     " --port, --interface or --listen."
                 )
+
+
+_PROBED = (TCP4ServerEndpoint, TCP6ServerEndpoint, SSL4ServerEndpoint, UNIXServerEndpoint)
 
 
 class _BindProbe:
@@ -256,6 +263,16 @@ class _BindProbe:
                 probe.bind((interface, port))
             except OSError as error:
                 raise CannotListenError(interface, port, error) from error
+
+    def listenSSL(
+        self,
+        port: int,
+        factory: None,
+        contextFactory: object,
+        backlog: int,
+        interface: str,
+    ) -> None:
+        self.listenTCP(port, factory, backlog, interface)
 
     def listenUNIX(self, address: str, factory: None, **_: object) -> None:
         folder = Path(address).absolute().parent
@@ -301,15 +318,16 @@ def _log_observer(reactor: Any, options: Options) -> BufferedLogObserver | None:
         file = LogFile.fromFullPath(path)
     except OSError as error:
         raise _exit(f"--logfile {path}: {error.strerror}") from error
-    _rotate_on_signal(reactor, file)
-    return BufferedLogObserver(file, options["log-level"])
+    observer = BufferedLogObserver(file, options["log-level"])
+    _rotate_on_signal(reactor, observer)
+    return observer
 
 
-def _rotate_on_signal(reactor: Any, file: LogFile) -> None:
+def _rotate_on_signal(reactor: Any, observer: BufferedLogObserver) -> None:
     """SIGUSR1 rotates the log, as with twistd's own observer."""
 
     def rotate(_: int, __: FrameType | None) -> None:
-        reactor.callFromThread(file.rotate)
+        reactor.callFromThread(observer.rotate)
 
     if not signal.getsignal(signal.SIGUSR1):
         signal.signal(signal.SIGUSR1, rotate)

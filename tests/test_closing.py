@@ -343,6 +343,17 @@ class WeClose(ClosingCase):
             lose(protocol)
             self.assertEqual(self.clock.getDelayedCalls(), [])
 
+    def test_tls_reads_on_though_it_was_paused(self) -> None:
+        """A plain close reads and drops as well: unread input would become a reset."""
+        transport = TCPTransport()
+        alsoProvides(transport, ISSLTransport)
+        protocol = OrchestratorProtocol(self.factory)
+        protocol.makeConnection(transport)
+        protocol.dataReceived(numbered(1))
+        self.pending.finish(keep=False)
+        self.assertTrue(transport.disconnecting)
+        self.assertEqual(transport.producerState, "producing")
+
     def test_abort(self) -> None:
         """An abort is at once, and nothing is delivered or answered after it."""
         self.protocol.dataReceived(numbered(1, 2))

@@ -37,6 +37,7 @@ from .builders import (
 # Its type is that of a module, which has none of a reactor's methods.
 reactor: Any = installed_reactor
 
+MALFORMED = frame(b"\x63")
 LARGE = frame(bytes([ECHO]) + bytes(65536))
 
 
@@ -111,17 +112,27 @@ class Loopback(TestCase):
 class Closing(Loopback):
     """The last answer arrives, whatever the client is doing meanwhile."""
 
+    def flood(self, head: bytes) -> bytes:
+        """Send this and 40 MB behind it, then read until the server closes."""
+        with self.open() as client:
+            client.sendall(head)
+            for _ in range(40):
+                client.sendall(bytes(1_000_000))
+            return read_all(client)
+
     async def test_failure_is_read_behind_a_flood(self) -> None:
         """A client with 40 MB behind a malformed frame reads its FAIL, and no reset before it."""
+        answers = await deferToThread(self.flood, MALFORMED)
+        self.assertEqual(answers, FAIL + b"\x03")
 
-        def talk() -> bytes:
-            with self.open() as client:
-                client.sendall(frame(b"\x63"))
-                for _ in range(40):
-                    client.sendall(bytes(1_000_000))
-                return read_all(client)
-
-        self.assertEqual(await deferToThread(talk), FAIL + b"\x03")
+    async def test_flood_behind_a_message_in_hand(self) -> None:
+        """So does one whose malformed frame waited until the message before it was done."""
+        pending = Pending()
+        self.factory.register_processor(ECHO, pending)
+        answers = deferToThread(self.flood, numbered(1) + MALFORMED)
+        await until(reactor, lambda: pending.in_hand)
+        pending.finish()
+        self.assertEqual(await answers, numbered(1) + FAIL + b"\x03")
 
     async def test_half_close_with_answers_owed(self) -> None:
         """Many clients that half-close while answers are owed to them get them all."""
@@ -145,6 +156,20 @@ class Closing(Loopback):
 
         self.assertEqual(await deferToThread(talk), [messages] * 40)
         await until(reactor, lambda: not self.factory.connections)
+
+    async def test_half_close_with_much_owed(self) -> None:
+        """Answers that fill all buffers arrive too, to the last byte."""
+        self.factory.register_processor(
+            ECHO, lambda message, client: responses.send(client, ECHO, bytes(65536))
+        )
+
+        def talk() -> int:
+            with self.open() as client:
+                client.sendall(numbered(0) * 200)
+                client.shutdown(socket.SHUT_WR)
+                return len(read_all(client))
+
+        self.assertEqual(await deferToThread(talk), 200 * len(LARGE))
 
     async def test_finished_and_waiting(self) -> None:
         """A client that sends FINISHED and waits for the close sees it after its answers."""

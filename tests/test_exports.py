@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -387,7 +388,7 @@ class Batching(ExportCase):
         order = data.draw(st.permutations(columns))
         written = [
             tuple(
-                (cell or "") if column in columns else None
+                _writable(cell or "") if column in columns else None
                 for column, cell in zip(table.columns, row)
             )
             for row in data.draw(st.lists(rows(table), max_size=8))
@@ -424,3 +425,8 @@ class Batching(ExportCase):
             sent = [row for message in messages for row in message.rows]
             self.assertEqual(sent, [row for _, _, row in export.rows()])
             self.assertGreaterEqual(len(sent), 10)
+
+
+def _writable(cell: str) -> str:
+    # The csv module of Python 3.10 neither writes nor reads a NUL.
+    return cell.replace("\0", "") if sys.version_info < (3, 11) else cell

@@ -28,6 +28,7 @@ from .builders import (
     connect,
     frame,
     lose,
+    numbered,
     texts,
 )
 
@@ -365,3 +366,22 @@ class Logging(SynchronousTestCase):
         """At warn nothing of info or debug is so much as emitted; warnings still are."""
         events = self.events(LogLevel.warn, batch_frame() + frame(b"\x01") + FINISHED)
         self.assertEqual([event["log_level"] for event in events], [LogLevel.warn])
+
+
+class PausedByASink(SynchronousTestCase):
+    """A sink that is full for a moment holds nothing up for good."""
+
+    def test_within_one_call(self) -> None:
+        """Paused and resumed while a message is being processed, the next ones still come."""
+        factory = OrchestratorFactory(Clock())
+
+        def processor(message: object, client: Exchange) -> None:
+            factory.pauseProducing()
+            factory.resumeProducing()
+            responses.send_success(client)
+
+        factory.register_processor(ECHO, processor)
+        protocol, transport = connect(factory)
+        protocol.dataReceived(numbered(1, 2, 3))
+        self.assertEqual(transport.value(), SUCCESS * 3)
+        self.assertEqual(transport.producerState, "producing")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import sys
 import threading
+import time
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,14 @@ class Counting(StringIO):
 
     def write(self, text: str) -> int:
         self.calls.append(text)
+        return super().write(text)
+
+
+class Slow(StringIO):
+    """A file that lets other threads go on while it is written."""
+
+    def write(self, text: str) -> int:
+        time.sleep(0.001)
         return super().write(text)
 
 
@@ -174,8 +182,8 @@ class Form(LogCase):
 
     def test_times(self) -> None:
         """Each line has the time of its own event, whatever the order they come in."""
-        for time in (NOW, NOW + 0.2, NOW + 1, NOW, NOW + 3600):
-            self.assert_as_twisted(event(log_time=time))
+        for moment in (NOW, NOW + 0.2, NOW + 1, NOW, NOW + 3600):
+            self.assert_as_twisted(event(log_time=moment))
 
     def test_legacy(self) -> None:
         """What ``twisted.python.log`` is told is written too."""
@@ -327,9 +335,9 @@ class Buffering(LogCase):
 
     def test_threads(self) -> None:
         """Many threads that log at the same time lose no line, nor break one."""
-        interval = sys.getswitchinterval()
-        self.addCleanup(sys.setswitchinterval, interval)
-        sys.setswitchinterval(1e-6)
+        self.file = Slow()
+        self.observer = BufferedLogObserver(self.file)
+        self.source = Logger(namespace="shop", observer=self.observer)
         self.observer.start(self.clock)
         start = threading.Barrier(9)
 

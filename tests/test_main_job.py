@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -82,16 +83,24 @@ class MainJobTests(TestCase):
         self.addCleanup(sink.stop)
         self.addCleanup(until, reactor, lambda: not self.factory.connections)
         self.addCleanup(port.stopListening)
+        self.connect = f"tcp:127.0.0.1:{port.getHost().port}"
+        self.state = Path(self.mktemp())
         self.endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", port.getHost().port)
 
     async def send(self, directory: Path = DATA, **options: Any) -> str:
         """Send a folder, which must go well; return what is printed of it."""
-        options = {"batch_rows": 7, "window": 3, "connect": lambda _: self.endpoint} | options
+        options = {"batch_rows": 7, "window": 3, "retry_for": 5.0, **options}
+        options = {"connect": self.connect, "state": self.state, **options}
         out, err = StringIO(), StringIO()
         with redirect_stdout(out), redirect_stderr(err):
             status = await send_directory(reactor, send_options(directory, **options))
         self.assertEqual(status, 0, err.getvalue())
         return out.getvalue()
+
+    def client_id(self) -> str:
+        """Who the sender says it is."""
+        head: dict[str, str] = json.loads(self.state.read_text("utf-8").splitlines()[0])
+        return head["client_id"]
 
     def query(self, sql: str) -> list[tuple[Any, ...]]:
         """What another program reads in the store, while the server runs."""
@@ -136,7 +145,7 @@ class MainJobTests(TestCase):
         sessions = self.query(
             "SELECT client_id, ip, agency_id, finished_at >= connected_at FROM session"
         )
-        self.assertEqual(sessions, [(None, "127.0.0.1", -7, 1)])
+        self.assertEqual(sessions, [(self.client_id(), "127.0.0.1", -7, 1)])
         ends = self.query("SELECT table_name FROM table_eof ORDER BY rowid")
         self.assertEqual([name for (name,) in ends], list(COLUMNS))
         self.assertEqual(self.query("SELECT DISTINCT session_id FROM batch"), [(1,)])
@@ -150,13 +159,41 @@ class MainJobTests(TestCase):
         ((batches, rows),) = self.query("SELECT count(*), sum(amount) FROM batch")
         self.assertRegex(printed, rf"(?m)^acknowledged +8 +{rows} +{batches} ")
 
-    async def test_sent_again_without_hello(self) -> None:
-        """Whoever does not say who it is has everything stored each time."""
+    async def test_sent_again(self) -> None:
+        """A second run sends nothing: the store has a session more, and that is all."""
         await self.send()
-        await self.send()
+        batches = self.query("SELECT * FROM batch")
+        printed = await self.send()
+        self.assertIn("All had been acknowledged before.", printed)
+        self.assertEqual(self.query("SELECT * FROM batch"), batches)
         for table in COLUMNS:
-            self.assertEqual(self.rows(table), rows_of_files(table) * 2)
-        self.assertEqual(self.query("SELECT count(*) FROM session"), [(2,)])
+            self.assertEqual(self.rows(table), rows_of_files(table), table)
+        clients = self.query("SELECT client_id, finished_at IS NULL FROM session")
+        self.assertEqual(clients, [(self.client_id(), 0)] * 2)
+        self.assertEqual(self.query("SELECT DISTINCT session_id FROM batch"), [(1,)])
+
+    async def test_sent_again_with_state_of_before(self) -> None:
+        """A state from before any acknowledgement has all sent again, and stored once."""
+        printed = await self.send()
+        batches = self.query("SELECT * FROM batch")
+        records = self.state.read_text("utf-8").splitlines(keepends=True)
+        before = [line for line in records if not {"acknowledged", "ended"} & {*json.loads(line)}]
+        self.assertEqual(before, records[:9])
+        self.state.write_text("".join(before), "utf-8")
+        again = await self.send(batch_rows=4000)
+        # All but the time that it took.
+        self.assertEqual(again.rpartition(" in ")[0], printed.rpartition(" in ")[0])
+        self.assertEqual(self.query("SELECT * FROM batch"), batches)
+        for table in COLUMNS:
+            self.assertEqual(self.rows(table), rows_of_files(table), table)
+
+    async def test_sent_again_by_another(self) -> None:
+        """Without its state the sender is somebody else, whose rows are stored as well."""
+        await self.send()
+        await self.send(state=Path(self.mktemp()))
+        for table in COLUMNS:
+            self.assertEqual(self.rows(table), rows_of_files(table) * 2, table)
+        self.assertEqual(self.query("SELECT count(DISTINCT client_id) FROM session"), [(2,)])
 
     async def test_sent_again_with_hello(self) -> None:
         """The same batches of the same client are acknowledged again and stored once."""

@@ -213,6 +213,12 @@ class Mistakes(OptionsTestCase):
             self.assertIn("--listen", refusal)
             self.assertIn(f"--{name}", refusal)
 
+    def test_environment_has_one_place_to_listen(self) -> None:
+        """The same holds among the variables, which are named."""
+        refusal = self.refusal(CAFEORCH_LISTEN="tcp:1", CAFEORCH_PORT="1")
+        self.assertIn("CAFEORCH_LISTEN", refusal)
+        self.assertIn("CAFEORCH_PORT", refusal)
+
 
 class Help(OptionsTestCase):
     """What an operator reads."""

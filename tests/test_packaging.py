@@ -42,15 +42,19 @@ def run(*command: object, folder: Path, check: bool = True) -> subprocess.Comple
     return completed
 
 
-def requirements() -> list[str]:
-    """What the project needs to be built and to run, as its files say."""
+def runtime_requirements() -> list[str]:
+    """What the project needs to run, as its file says."""
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    build = re.search(
-        r"^requires = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE
-    )
-    assert build is not None
-    return [*setup["options"]["install_requires"].split(), *ast.literal_eval(build[1])]
+    return setup["options"]["install_requires"].split()
+
+
+def build_requirements() -> list[str]:
+    """What it needs to be built."""
+    text = (ROOT / "pyproject.toml").read_text()
+    requires = re.search(r"^requires = (\[.*\])$", text, re.MULTILINE)
+    assert requires is not None
+    return list(ast.literal_eval(requires[1]))
 
 
 class Environment:
@@ -74,14 +78,14 @@ class Workshop:
         venv.create(self._tools, symlinks=True, with_pip=True)
         needed = run(
             *(self._tools / "bin" / "python", "-m", "pip", "wheel", "-q"),
-            *("--wheel-dir", self._wheels, *requirements()),
+            *("--wheel-dir", self._wheels, *runtime_requirements(), *build_requirements()),
             folder=folder,
             check=False,
         )
         if needed.returncode:
             raise SkipTest(f"what the project needs is not to be had: {needed.stdout}")
         self.source = self.copy("source")
-        self.pip("install", *requirements()[1:])
+        self.pip("install", *build_requirements())
         self.sdist, self.wheel = self._build("sdist", "*.tar.gz"), self._build("wheel", "*.whl")
 
     def copy(self, name: str) -> Path:

@@ -128,6 +128,7 @@ class Trouble(SynchronousTestCase):
     def test_processor_raises(self) -> None:
         """FAIL with reason 2, the connection stays, and the error is in the seed's form."""
         self.register(Boom(USER_ROW[2]))
+        self.protocol.log_debug = True
         with capturedLogs() as events:
             self.protocol.dataReceived(numbered(1) + batch_frame())
         self.flushLoggedErrors(Boom)
@@ -142,6 +143,13 @@ class Trouble(SynchronousTestCase):
         self.assertEqual(
             [event["log_level"] for event in events if "log_failure" in event], [LogLevel.debug]
         )
+
+    def test_no_traceback_above_debug(self) -> None:
+        """Not even an observer that filters nothing gets the error's text, but at debug."""
+        self.register(Boom(USER_ROW[2]))
+        with capturedLogs() as events:
+            self.protocol.dataReceived(numbered(1))
+        self.assertEqual([event for event in events if "log_failure" in event], [])
 
     def test_processor_raises_unicode_error(self) -> None:
         """An error that has a ``reason`` of its own is a processor that raises like any other."""

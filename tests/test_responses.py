@@ -47,6 +47,7 @@ class FakeConnection:
         self.session = Session(PEER, 0.0)
         self.thread = threading.get_ident()
         self.reactor: Any = FakeReactor()
+        self.log_debug = True
         self.sent: list[bytes] = []
 
     def send_answer(self, payload: bytes) -> None:

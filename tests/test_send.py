@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import UUID
 
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.error import (
-    ConnectionDone,
-)
+from twisted.internet.error import ConnectionAborted, ConnectionDone
 from twisted.internet.interfaces import IProtocol, IProtocolFactory, IStreamClientEndpoint
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
-from cafeteria_orch.client import OrchestratorClient
-from cafeteria_orch.messages import Finished, TableBatch, decode
-from cafeteria_orch.send import send_directory
+from cafeteria_orch import send
+from cafeteria_orch.messages import ClientHello, Finished, TableBatch, decode
+from cafeteria_orch.send import STATE_NAME, send_directory
 from cafeteria_orch.tables import TABLES
 
 from .builders import DATA, FAIL, SUCCESS, TCPTransport, frame, send_options
@@ -39,31 +39,58 @@ def acknowledge(_: bytes) -> bytes:
     return SUCCESS
 
 
+class Transport(TCPTransport):
+    """A transport whose abort the protocol is told of, as a TCP connection does it."""
+
+    def __init__(self, abort: Callable[[], object]) -> None:
+        super().__init__()
+        self._abort = abort
+
+    def abortConnection(self) -> None:
+        super().abortConnection()
+        self._abort()
+
+
 @implementer(IStreamClientEndpoint)
 class Wire:
-    """An endpoint whose other end is the test.
+    """An endpoint whose other end is the test. It answers a CLIENT_HELLO by itself.
 
     :param answer: what to answer to a payload.
-    :ivar payloads: what has come so far.
+    :ivar clock: the sender's.
+    :ivar payloads: what has come so far, but for the CLIENT_HELLO.
+    :ivar hellos: who has said CLIENT_HELLO so far.
     """
 
-    client: OrchestratorClient
-
     def __init__(self, answer: Callable[[bytes], bytes] = acknowledge) -> None:
+        self.clock = Clock()
         self.payloads: list[bytes] = []
+        self.hellos: list[UUID] = []
         self.connections = 0
+        self._client: Any = None
         self._answer = answer
-        self._transport = TCPTransport()
 
     def connect(self, factory: IProtocolFactory) -> Deferred[IProtocol]:
         self.connections += 1
-        protocol: Any = factory.buildProtocol(ADDRESS)
-        protocol.makeConnection(self._transport)
-        self.client = protocol
-        return succeed(protocol)
+        self._transport = Transport(
+            lambda: self.clock.callLater(0, self.lose, ConnectionAborted())
+        )
+        self._client = factory.buildProtocol(ADDRESS)
+        self._client.makeConnection(self._transport)
+        return succeed(self._client)
 
     def take(self) -> list[bytes]:
         """Read what came since the last time."""
+        new = self.read()
+        if new and new[0][0] == 30:
+            self.hellos.append(decode(new.pop(0)).client_id)
+            self.answer()
+            new += self.read()
+        self.payloads += new
+        return new
+
+    def read(self) -> list[bytes]:
+        """Read what came since the last time, and answer none of it."""
+        self.clock.advance(0)
         stream = self._transport.value()
         self._transport.clear()
         new = []
@@ -71,16 +98,17 @@ class Wire:
             end = 4 + int.from_bytes(stream[:4], "big")
             new.append(stream[4:end])
             stream = stream[end:]
-        self.payloads += new
         return new
 
     def answer(self, answer: bytes = SUCCESS) -> None:
         """Answer the oldest message without an answer."""
-        self.client.dataReceived(answer)
+        self._client.dataReceived(answer)
 
     def lose(self, error: Exception | None = None) -> None:
         """End the connection, as a server does that has answered everything, or otherwise."""
-        self.client.connectionLost(Failure(error or ConnectionDone()))
+        client, self._client = self._client, None
+        if client is not None:
+            client.connectionLost(Failure(error or ConnectionDone()))
 
     def serve(self) -> None:
         """Answer until nothing more comes."""
@@ -130,17 +158,28 @@ class SendCase(SynchronousTestCase):
         path.write_text(text, encoding="utf-8", newline="")
         return path
 
-    def begin(self, directory: Path | None = None, **options: Any) -> Deferred[int]:
-        """Start to send."""
+    def begin(
+        self,
+        directory: Path | None = None,
+        endpoint: Callable[[], IStreamClientEndpoint] | None = None,
+        **options: Any,
+    ) -> Deferred[int]:
+        """Start to send.
+
+        :param endpoint: called for it once all files have been read; the wire otherwise.
+        """
         self.patch(sys, "stdout", self.out)
         self.patch(sys, "stderr", self.err)
-        options = {"connect": lambda _: self.wire} | options
-        parsed = send_options(directory or self.folder, **options)
-        return Deferred.fromCoroutine(send_directory(Clock(), parsed))
+        self.patch(send, "clientFromString", lambda *_: endpoint() if endpoint else self.wire)
+        options = {"connect": "tcp:cafe", "state": self.folder / STATE_NAME, **options}
+        parsed = send_options(directory or self.folder, **{"retry_for": 0.0, **options})
+        return Deferred.fromCoroutine(send_directory(self.wire.clock, parsed))
 
     def end(self, sending: Deferred[int]) -> Sent:
         """What it came to, when all is over."""
+        self.wire.clock.advance(0)
         status = self.successResultOf(sending)
+        self.assertEqual(self.wire.clock.getDelayedCalls(), [])
         return Sent(status, self.out.getvalue(), self.err.getvalue())
 
     def send(self, directory: Path | None = None, **options: Any) -> Sent:
@@ -150,12 +189,17 @@ class SendCase(SynchronousTestCase):
             self.wire.serve()
         return self.end(sending)
 
+    def send_again(self, directory: Path | None = None, **options: Any) -> Sent:
+        """Send to another connection, and look at what this run alone says."""
+        self.wire, self.out, self.err = Wire(), StringIO(), StringIO()
+        return self.send(directory, **options)
+
 
 class Sending(SendCase):
     """What goes out."""
 
     def test_order(self) -> None:
-        """Table after table, each with its end after its batches; FINISHED at the end."""
+        """A CLIENT_HELLO; table after table, each with its end; FINISHED at the end."""
         sent = self.send(DATA, batch_rows=9, agency_id=-3)
         self.assertEqual((sent.status, sent.lines), (0, []))
         *messages, last = self.wire.messages()
@@ -167,7 +211,18 @@ class Sending(SendCase):
             self.assertEqual(numbers, list(range(1, len(numbers) + 1)))
             self.assertEqual((message.opcode, message.rows), (9, ((table.name,),)))
         self.assertEqual(messages, [])
-        self.assertEqual(self.wire.connections, 1)
+        self.assertEqual((self.wire.connections, len(self.wire.hellos)), (1, 1))
+
+    def test_nothing_before_hello_is_answered(self) -> None:
+        """The CLIENT_HELLO goes alone: what follows waits for its answer."""
+        self.write("users.csv", USERS_HEADER + USER)
+        sending = self.begin()
+        (hello,) = self.wire.read()
+        self.assertIsInstance(decode(hello), ClientHello)
+        self.assertEqual(self.wire.take(), [])
+        self.wire.answer()
+        self.wire.serve()
+        self.assertEqual(self.end(sending).status, 0)
 
     def test_summary(self) -> None:
         """At the end stands what was acknowledged: by table, and all of it."""
@@ -203,7 +258,8 @@ class Sending(SendCase):
         self.write("users.csv", USERS_HEADER + USER * 9)
         for window in (1, 3):
             self.wire = Wire()
-            sending = self.begin(batch_rows=1, window=window)
+            state = self.folder / f"{window}.state"
+            sending = self.begin(batch_rows=1, window=window, state=state)
             self.assertEqual(len(self.wire.take()), window)
             for _ in range(9 - window):
                 self.wire.answer()
@@ -218,7 +274,7 @@ class Sending(SendCase):
             self.assertEqual(self.wire.take(), [b"\x03\x01\x00\x00\x00"])
             self.assertNoResult(sending)
             self.wire.lose()
-            self.assertEqual(self.successResultOf(sending), 0)
+            self.assertEqual(self.end(sending).status, 0)
 
     def test_progress(self) -> None:
         """Where there is no terminal a line says at every tenth how far it is."""
@@ -284,11 +340,11 @@ class BrokenFiles(SendCase):
         path = self.write("stores.csv", STORES_HEADER + STORE)
         self.write("users.csv", USERS_HEADER + USER)
 
-        def connect(_: object) -> Wire:
+        def endpoint() -> Wire:
             path.unlink()
             return self.wire
 
-        sent = self.send(connect=connect)
+        sent = self.send(endpoint=endpoint)
         self.assertEqual((sent.status, self.wire.ends()), (1, ["users"]))
         (line,) = sent.lines
         self.assertIn(str(path), line)
@@ -298,11 +354,11 @@ class BrokenFiles(SendCase):
         path = self.write("stores.csv", STORES_HEADER + STORE)
         self.write("users.csv", USERS_HEADER + USER)
 
-        def connect(_: object) -> Wire:
+        def endpoint() -> Wire:
             path.write_text(STORES_HEADER + STORE + "2,b\n", encoding="utf-8")
             return self.wire
 
-        sent = self.send(connect=connect, batch_rows=1)
+        sent = self.send(endpoint=endpoint, batch_rows=1)
         self.assertEqual((sent.status, self.wire.ends()), (1, ["users"]))
         (line,) = sent.lines
         self.assertIn(f"{path}, line 3: ", line)
@@ -333,7 +389,6 @@ class Refusals(SendCase):
     def test_reasons(self) -> None:
         """A FAIL is reported with file, lines and reason; the rest goes on without an end."""
         for answer, words in (
-            (FAIL + b"\x01", "later"),
             (FAIL + b"\x02", "reject"),
             (FAIL + b"\x03", "malformed"),
             (FAIL + b"\x63", "not accept"),
@@ -349,17 +404,184 @@ class Refusals(SendCase):
             self.assertEqual(self.wire.ends(), ["stores"])
             self.assertEqual([payload[0] for payload in self.wire.payloads], [5, 9, 8, 8, 8, 3])
 
+    def test_not_now(self) -> None:
+        """A server that takes a batch at no time within --retry-for is given up: one line."""
+        _, sent = self.refuse(2, FAIL + b"\x01")
+        self.assertEqual(sent.status, 1)
+        (line,) = sent.lines
+        self.assertRegex(line, "takes nothing now.*[Gg]ave up.*tcp:cafe")
+        self.assertEqual([payload[0] for payload in self.wire.payloads], [5, 9, 8, 8, 8])
+
     def test_summary(self) -> None:
         """What was refused does not count as acknowledged."""
-        _, sent = self.refuse(1, FAIL + b"\x01")
+        _, sent = self.refuse(1, FAIL + b"\x02")
         self.assertRegex(sent.out, r"(?m)^users +1 +3 +2 ")
         self.assertRegex(sent.out, r"(?m)^acknowledged +2 +4 +3 ")
+        self.assertNotIn("All had been", sent.out)
 
     def test_end_of_table(self) -> None:
         """A refused end of a table is reported as that."""
         self.write("users.csv", USERS_HEADER + USER)
-        self.wire = Wire(lambda payload: FAIL + b"\x01" if payload[0] == 9 else SUCCESS)
+        self.wire = Wire(lambda payload: FAIL + b"\x02" if payload[0] == 9 else SUCCESS)
         sent = self.send()
         self.assertEqual(sent.status, 1)
         (line,) = sent.lines
-        self.assertRegex(line, "end of users.*later")
+        self.assertRegex(line, "end of users.*reject")
+
+
+class Again(SendCase):
+    """The state file makes a second run send what is left, or say why it does not."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.state = self.folder / STATE_NAME
+        self.users = self.write("users.csv", USERS_HEADER + USER * 5)
+
+    def assert_refused(self, sent: Sent, *words: str) -> None:
+        """It said one line and nothing else, called nobody, and failed."""
+        self.assertEqual((sent.status, sent.out, self.wire.connections), (1, "", 0))
+        (line,) = sent.lines
+        for word in words:
+            self.assertIn(word, line)
+
+    def test_all_acknowledged(self) -> None:
+        """A second run sends no batch and no end; it says so, and how to send all anew."""
+        self.assertNotIn("All had been", self.send(batch_rows=2).out)
+        again = self.send_again(batch_rows=2)
+        self.assertEqual((again.status, again.err), (0, ""))
+        self.assertEqual(self.wire.messages(), [Finished(1)])
+        self.assertRegex(again.out, r"(?m)^acknowledged +1 +0 +0 +0 in ")
+        self.assertRegex(again.out, r"(?m)^3 more batches .* before\.$")
+        self.assertRegex(again.out, rf"(?m)^All had been acknowledged before\..*{self.state}\.$")
+
+    def test_anew(self) -> None:
+        """With the state removed all is sent anew, by somebody else."""
+        self.send()
+        first = self.wire
+        self.state.unlink()
+        self.send_again()
+        self.assertEqual(self.wire.payloads, first.payloads)
+        self.assertNotEqual(self.wire.hellos, first.hellos)
+
+    def test_state_in_folder(self) -> None:
+        """Where no --state is given it is in the folder, by its name, and is not sent."""
+        self.send(state=None)
+        self.assertEqual({path.name for path in self.folder.iterdir()}, {STATE_NAME, "users.csv"})
+        again = self.send_again(state=None)
+        self.assertEqual((again.status, self.wire.messages()), (0, [Finished(1)]))
+
+    def test_state_elsewhere(self) -> None:
+        """With --state nothing is written into the folder."""
+        state = Path(self.mktemp())
+        self.send(state=state)
+        self.assertEqual(list(self.folder.iterdir()), [self.users])
+        self.assertTrue(state.is_file())
+
+    def test_new_file(self) -> None:
+        """A new file goes alone, under the numbers that follow, with the table's end again."""
+        self.send(batch_rows=2)
+        self.write("users_0.csv", USERS_HEADER + USER)
+        again = self.send_again()
+        self.assertEqual((again.status, again.lines), (0, []))
+        batch, _, _ = self.wire.messages()
+        self.assertEqual((batch.batch_number, batch.amount), (4, 1))
+        self.assertEqual(self.wire.ends(), ["users"])
+        self.assertRegex(again.out, r"(?m)^users +2 +1 +1 ")
+        self.assertNotIn("All had been", again.out)
+
+    def test_same_cut(self) -> None:
+        """What is left of a file is sent in the batches it was cut into, options or not."""
+        sending = self.begin(batch_rows=2, window=1)
+        self.wire.take()
+        self.wire.answer()
+        self.wire.take()
+        sending.cancel()
+        self.end(sending)
+        first = self.wire
+        again = self.send_again(batch_rows=4000)
+        self.assertEqual(again.status, 0)
+        self.assertEqual(self.wire.hellos, first.hellos)
+        self.assertEqual(self.wire.payloads[0], first.payloads[1])
+        batches = [(m.batch_number, m.amount) for m in self.wire.messages()[:2]]
+        self.assertEqual(batches, [(2, 2), (3, 1)])
+
+    def test_refused_before(self) -> None:
+        """What was refused is sent again by the next run, and nothing else of it."""
+
+        def refuse_second(payload: bytes) -> bytes:
+            return FAIL + b"\x02" if decode(payload).batch_number == 2 else SUCCESS
+
+        self.wire = Wire(refuse_second)
+        self.assertEqual(self.send(batch_rows=2).status, 1)
+        again = self.send_again(batch_rows=2)
+        batch, _, last = self.wire.messages()
+        self.assertEqual((again.status, batch.batch_number, last), (0, 2, Finished(1)))
+        self.assertEqual(self.wire.ends(), ["users"])
+
+    def test_changed_file(self) -> None:
+        """A file that has changed is refused with the remedy; the others go on."""
+        self.send(batch_rows=2)
+        self.write("users.csv", USERS_HEADER + USER * 6)
+        self.write("stores.csv", STORES_HEADER + STORE)
+        again = self.send_again()
+        self.assertEqual((again.status, self.wire.ends()), (1, ["stores"]))
+        (line,) = again.lines
+        self.assertIn(f"{self.users}: it has changed since 3 of its 3 batches", line)
+        self.assertIn("into a file of its own", line)
+        self.assertEqual([payload[0] for payload in self.wire.payloads], [5, 9, 3])
+        self.assertNotIn("All had been", again.out)
+
+    def test_state_not_writable(self) -> None:
+        """A state that cannot be written is one line, with the remedy."""
+        folder = Path(self.mktemp())
+        folder.mkdir()
+        for state, why in (
+            (folder, "Is a directory"),
+            (folder / "none" / "state", "No such file"),
+            (self.users / "state", "Not a directory"),
+        ):
+            self.setUp()
+            self.assert_refused(
+                self.send(state=state), f"the state file {state}: {why}", "--state"
+            )
+
+    def test_state_in_use(self) -> None:
+        """A state that another cafeorch-send uses is one line; it is free when that has ended."""
+        out, err, wire = self.out, self.err, self.wire
+        sending = self.begin()
+        self.assert_refused(
+            self.send_again(),
+            f"the state file {self.state}: ",
+            "another cafeorch-send is using it",
+        )
+        self.out, self.err, self.wire = out, err, wire
+        wire.serve()
+        self.assertEqual(self.end(sending).status, 0)
+        self.assertEqual(self.send_again().status, 0)
+
+    def test_state_about_another_server(self) -> None:
+        """What one server has acknowledged says nothing of another: one line."""
+        self.send()
+        before = self.state.read_bytes()
+        again = self.send_again(connect="tcp:bar")
+        self.assert_refused(again, str(self.state), "tcp:cafe", "tcp:bar", "--state")
+        self.assertEqual(self.state.read_bytes(), before)
+
+    def test_no_state(self) -> None:
+        """A file that is none of these is one line, and left as it is."""
+        for text in ("notes\n", "[]\n", "{}\n", '{"client_id": "7", "server": "tcp:cafe"}\n'):
+            self.setUp()
+            self.state.write_text(text, encoding="utf-8")
+            self.assert_refused(self.send(), str(self.state), "no state of", "--state")
+            self.assertEqual(self.state.read_text(encoding="utf-8"), text)
+
+    def test_plans_come_first(self) -> None:
+        """All plans are in the state before anything is sent, and no acknowledgement yet."""
+        self.write("stores.csv", STORES_HEADER + STORE)
+        sending = self.begin()
+        records = [json.loads(line) for line in self.state.read_text("utf-8").splitlines()]
+        self.assertEqual(
+            [record.get("file") for record in records], [None, "stores.csv", "users.csv"]
+        )
+        self.wire.serve()
+        self.assertEqual(self.end(sending).status, 0)

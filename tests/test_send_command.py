@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 from twisted.internet import error
 from twisted.internet import reactor as installed_reactor
-from twisted.internet.defer import Deferred, fail
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IProtocol, IProtocolFactory, IStreamClientEndpoint
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 from zope.interface import implementer
@@ -29,10 +29,10 @@ from cafeteria_orch import __version__
 from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.opcodes import Opcode
 from cafeteria_orch.responses import Exchange, send_success
-from cafeteria_orch.send import main
+from cafeteria_orch.send import STATE_NAME, main
 
 from .builders import DATA, Pending, until
-from .test_send import ADDRESS, USER, USERS_HEADER, SendCase, Wire
+from .test_send import ADDRESS, USER, USERS_HEADER, SendCase
 
 # Its type is that of a module, which has none of a reactor's methods.
 reactor: Any = installed_reactor
@@ -56,16 +56,22 @@ class Connections(SendCase):
 
     def assert_not_connected(self, reason: Exception) -> None:
         """A connection that fails with this is one line and status 1."""
+        clock = self.wire.clock
 
         @implementer(IStreamClientEndpoint)
         class Nowhere:
             def connect(self, _: IProtocolFactory) -> Deferred[IProtocol]:
-                return fail(reason)
+                connecting: Deferred[IProtocol] = Deferred()
+                clock.callLater(0, connecting.errback, reason)
+                return connecting
 
         self.out, self.err = StringIO(), StringIO()
-        sent = self.send(connect=lambda _: Nowhere())
-        self.assertEqual((sent.status, sent.out, len(sent.lines)), (1, "", 1))
-        self.assertIn("--connect", sent.err)
+        sent = self.send(endpoint=Nowhere)
+        self.assertEqual(sent.status, 1)
+        (line,) = sent.lines
+        for words in (str(reason).rstrip("."), "Gave up", "tcp:cafe"):
+            self.assertIn(words, line)
+        self.assertRegex(sent.out, r"(?m)^acknowledged +1 +0 +0 +0 in ")
 
     def test_no_server(self) -> None:
         """A server that is not there is one line and status 1."""
@@ -80,7 +86,7 @@ class Connections(SendCase):
     def test_cut(self) -> None:
         """A connection that is cut is reported with the reason, after what was acknowledged."""
         for reason in (error.ConnectionLost(), error.ConnectionDone()):
-            self.out, self.err, self.wire = StringIO(), StringIO(), Wire()
+            self.setUp()
             sending = self.begin(batch_rows=1, window=2)
             self.wire.take()
             self.wire.answer()
@@ -112,14 +118,14 @@ class Connections(SendCase):
         self.assertEqual(self.wire.take(), [])
 
     def test_interrupted(self) -> None:
-        """Who interrupts it is told how much was unanswered; the status says it is not all."""
+        """Who interrupts it is told to run it again; the status says it is not all."""
         sending = self.begin(batch_rows=1, window=3)
         self.wire.take()
         self.wire.answer()
         sending.cancel()
         sent = self.end(sending)
         self.assertEqual((sent.status, len(sent.lines)), (1, 1))
-        self.assertRegex(sent.err, "interrupted.*3 batches")
+        self.assertRegex(sent.err, "interrupted.*run it again")
         self.assertRegex(sent.out, r"(?m)^users +1 +1 +1 ")
 
     def test_interrupted_at_the_end(self) -> None:
@@ -144,7 +150,7 @@ class Connections(SendCase):
             def connect(self, _: IProtocolFactory) -> Deferred[IProtocol]:
                 return Deferred(cancel)
 
-        sending = self.begin(connect=lambda _: Silent())
+        sending = self.begin(endpoint=Silent)
         sending.cancel()
         sent = self.end(sending)
         self.assertEqual((sent.status, len(sent.lines)), (1, 1))
@@ -176,6 +182,9 @@ class Arguments(SynchronousTestCase):
             ([folder, "--window", "0"], "--window"),
             ([folder, "--window", "10001"], "--window"),
             ([folder, "--window", "many"], "'many'"),
+            ([folder, "--retry-for", "-1"], "--retry-for"),
+            ([folder, "--retry-for", "nan"], "--retry-for"),
+            ([folder, "--retry-for", "ever"], "'ever'"),
             ([folder, "--batch-rows", "0"], "--batch-rows"),
             ([folder, "--batch-rows", "1.5"], "'1.5'"),
             ([folder, "--max-frame-bytes", "-1"], "--max-frame-bytes"),
@@ -199,6 +208,8 @@ class Arguments(SynchronousTestCase):
             ("--batch-rows", "4000"),
             ("--max-frame-bytes", "1048576"),
             ("--window", "8"),
+            ("--state", re.escape(f"{STATE_NAME} in DIRECTORY")),
+            ("--retry-for", "60.0"),
         ):
             self.assertRegex(text, rf"{option} [A-Z_]+ [^()]*\(default: {default}\)")
 
@@ -245,6 +256,7 @@ class Processes(TestCase):
         self.folder = Path(self.mktemp())
         self.folder.mkdir()
         self.out, self.err = self.folder / "out", self.folder / "err"
+        self.state = self.folder / "state"
 
     def count(self, batch: Any, client: Exchange) -> None:
         """A processor that counts rows."""
@@ -255,7 +267,7 @@ class Processes(TestCase):
         """Start the command; what it says goes into files."""
         with self.out.open("wb") as out, self.err.open("wb") as err_file:
             process = subprocess.Popen(
-                [COMMAND, *arguments],
+                [COMMAND, "--state", self.state, "--connect", self.server, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err_file if err is None else err,
@@ -272,40 +284,89 @@ class Processes(TestCase):
 
     async def test_everything(self) -> None:
         """Everything arrives: status 0, a summary, and plain lines of progress."""
-        status, out, err = await self.run_command(str(DATA), "--connect", self.server)
+        status, out, err = await self.run_command(str(DATA))
         self.assertEqual(status, 0, err)
         self.assertRegex(out, rf"(?m)^acknowledged +8 +{self.rows} +8 +\d+ in [\d.]+ s$")
         self.assertGreater(self.rows, 100)
         for line in err.splitlines():
             self.assertRegex(line, rf"^cafeorch-send: \d+ of {self.rows} rows acknowledged$")
 
+    async def test_twice(self) -> None:
+        """A second run sends nothing, and says that all had been acknowledged."""
+        await self.run_command(str(DATA))
+        rows = self.rows
+        status, out, err = await self.run_command(str(DATA))
+        self.assertEqual((status, self.rows, err), (0, rows, ""))
+        self.assertRegex(out, r"(?m)^acknowledged +8 +0 +0 +0 in [\d.]+ s$")
+        self.assertRegex(out, rf"(?m)^All had been acknowledged before\..*{self.state}\.$")
+
     async def test_refused(self) -> None:
         """Where nobody listens it is one line and status 1."""
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
-            nobody = f"tcp:127.0.0.1:{unused.getsockname()[1]}"
-            status, out, err = await self.run_command(str(DATA), "--connect", nobody)
-        self.assertEqual((status, out), (1, ""))
-        self.assertRegex(err, r"\Acafeorch-send: Connection was refused.*\n\Z")
+            self.server = f"tcp:127.0.0.1:{unused.getsockname()[1]}"
+            status, _, err = await self.run_command(str(DATA), "--retry-for", "0")
+        self.assertEqual(status, 1)
+        self.assertRegex(err, rf"\Acafeorch-send: Connection was refused.*{self.server}.*\n\Z")
+
+    async def test_retry(self) -> None:
+        """Meanwhile --retry-for it says why it waits and how long, and then that it gave up."""
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            self.server = f"tcp:127.0.0.1:{unused.getsockname()[1]}"
+            status, _, err = await self.run_command(str(DATA), "--retry-for", "0.7")
+        *tries, last = err.splitlines()
+        self.assertEqual(status, 1)
+        self.assertGreaterEqual(len(tries), 1)
+        for line in tries:
+            self.assertRegex(line, r"^cafeorch-send: Connection was refused.* again for \d s\.$")
+        self.assertRegex(last, r"Connection was refused.*Gave up")
 
     async def test_interrupt(self) -> None:
-        """Ctrl-C ends it with status 1, and with a line instead of a traceback."""
+        """Ctrl-C ends it with status 1 and a line, no traceback; run again, it completes."""
         silent = Pending()
-        self.factory.register_processor(Opcode.NEW_MENU_ITEMS, silent, replace=True)
-        process = self.start(str(DATA), "--connect", self.server)
+        self.factory.register_processor(Opcode.NEW_STORES, silent, replace=True)
+        process = self.start(str(DATA))
         await until(reactor, lambda: silent.messages)
         process.send_signal(signal.SIGINT)
         await until(reactor, lambda: process.poll() is not None)
         silent.finish()
         err = self.err.read_text()
         self.assertEqual(process.returncode, 1, err)
-        self.assertRegex(err, r"\Acafeorch-send: interrupted; 1 batches were unanswered\n\Z")
+        (line,) = [line for line in err.splitlines() if not line.endswith("rows acknowledged")]
+        self.assertRegex(line, r"\Acafeorch-send: interrupted; run it again to send the rest\Z")
+        menu_items = self.rows
+        self.assertGreater(menu_items, 0)
+        self.factory.register_processor(Opcode.NEW_STORES, self.count, replace=True)
+        status, out, err = await self.run_command(str(DATA))
+        self.assertEqual(status, 0, err)
+        self.assertRegex(out, rf"(?m)^acknowledged +8 +{self.rows - menu_items} +7 +\d+ in ")
+        self.assertRegex(out, r"(?m)^1 more batches had been acknowledged before\.$")
+
+    async def test_state_not_writable(self) -> None:
+        """A state that cannot be written is one line with the remedy, and status 1."""
+        self.state = self.folder
+        said = "Is a directory; say with --state where it may be"
+        line = f"cafeorch-send: the state file {self.folder}: {said}\n"
+        self.assertEqual(await self.run_command(str(DATA)), (1, "", line))
+
+    async def test_state_in_use(self) -> None:
+        """While one runs another with the same state is one line and status 1."""
+        silent = Pending()
+        self.factory.register_processor(Opcode.NEW_MENU_ITEMS, silent, replace=True)
+        first = self.start(str(DATA))
+        await until(reactor, lambda: silent.messages)
+        status, out, err = await self.run_command(str(DATA))
+        first.kill()
+        silent.finish()
+        self.assertEqual((status, out), (1, ""))
+        self.assertRegex(err, rf"\Acafeorch-send: .*{self.state}: another .* using it.*\n\Z")
 
     async def test_long_cell(self) -> None:
         """A cell may be as long as a frame allows, not only as Python's csv does by itself."""
         text = USERS_HEADER + f"7,{'f' * 500_000},,\n"
         (self.folder / "users.csv").write_text(text, encoding="utf-8")
-        status, _, err = await self.run_command(str(self.folder), "--connect", self.server)
+        status, _, err = await self.run_command(str(self.folder))
         self.assertEqual((status, self.rows), (0, 1), err)
 
     async def test_terminal(self) -> None:
@@ -314,7 +375,7 @@ class Processes(TestCase):
         self.addCleanup(os.close, master)
         # A bar is as wide as the terminal is, which is nothing at all when it is new.
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        status, out, _ = await self.run_command(str(DATA), "--connect", self.server, err=slave)
+        status, out, _ = await self.run_command(str(DATA), err=slave)
         os.set_blocking(master, False)
         shown = os.read(master, 65536).decode()
         os.close(slave)

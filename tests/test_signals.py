@@ -144,3 +144,12 @@ class Signals(ServiceTestCase):
         thread.join()
         self.assertEqual(errors, [])
         self.assertEqual(signal.getsignal(signal.SIGTERM), self.previous)
+
+    def test_nothing_to_be_chained_to(self) -> None:
+        """Where Twisted has no handler, SIGTERM and SIGINT keep doing what they did."""
+        for number in self.numbers:
+            signal.signal(number, signal.SIG_DFL)
+        self.running()
+        self.assertEqual(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
+        self.assertEqual(signal.getsignal(signal.SIGINT), signal.SIG_DFL)
+        self.assertTrue(callable(signal.getsignal(signal.SIGHUP)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -284,7 +285,8 @@ class Trouble(SinkCase):
         lose(protocol)
         self.flushLoggedErrors(TryAgainLater)
         self.assertEqual(transport.value(), b"")
-        (line,) = texts(events, LogLevel.error)
+        outage, line = texts(events, LogLevel.error)
+        self.assertRegex(outage, "action: store | result: fail .*locked")
         self.assertRegex(line, f"result: fail .*{PEER}.*locked")
 
     async def test_one_batch_fails(self) -> None:
@@ -316,13 +318,15 @@ class Trouble(SinkCase):
 
     async def test_table_is_gone(self) -> None:
         """What sending again does not mend is FAIL 2; the other tables go on."""
+        # Python 3.10 cannot tell it from a fault of the store.
+        answer = REJECTED if sys.version_info >= (3, 11) else TRY_AGAIN
         self.start()
         protocol, transport = self.connect()
         other = self.lock()
         other.execute("DROP TABLE stores")
         other.execute("COMMIT")
         protocol.dataReceived(batch_frame(table=STORES, rows=[("",) * 8]) + batch_frame())
-        await self.assert_answered(transport, REJECTED + SUCCESS)
+        await self.assert_answered(transport, answer + SUCCESS)
         self.flushLoggedErrors()
         self.assertEqual(self.count("batch"), 1)
 

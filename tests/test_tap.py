@@ -16,12 +16,14 @@ from typing import Any
 
 from twisted.application.service import Application, IServiceMaker
 from twisted.application.twist._options import TwistOptions
+from twisted.internet.endpoints import SSL4ServerEndpoint
 from twisted.logger import ILogObserver, LogLevel, capturedLogs
 from twisted.plugin import getPlugins
 from twisted.python.logfile import LogFile
 from twisted.scripts._twistd_unix import ServerOptions
 from twisted.trial.unittest import SkipTest, TestCase
 
+from cafeteria_orch import tap
 from cafeteria_orch.logs import BufferedLogObserver
 from cafeteria_orch.service import OrchestratorService
 from cafeteria_orch.tap import Options, makeService
@@ -149,6 +151,14 @@ class Listening(TapTestCase):
             self.assertIn(f"127.0.0.1:{port}", refusal)
             second = ("--listen", f"tcp:{port}:interface=127.0.0.1")
             self.refusal("--listen", "tcp:0:interface=127.0.0.1", *second)
+
+    def test_tls_port_in_use(self) -> None:
+        """So is the port of a TLS endpoint."""
+        with taken_port() as port:
+            probe: Any = tap._BindProbe()
+            endpoint = SSL4ServerEndpoint(probe, port, object(), interface="127.0.0.1")
+            error = self.assertRaises(SystemExit, tap._probe, [endpoint])
+        self.assertIn(f"127.0.0.1:{port}", str(error.code))
 
     def test_port_is_let_go(self) -> None:
         """Making the service takes the port to try it, and lets go of it."""

@@ -26,8 +26,11 @@ SCHEMA_VERSION = 1
 APPLICATION_ID = 0x63616665
 """Tells a store from the databases of other programs: ``PRAGMA application_id``."""
 
-BUSY_TIMEOUT = 1.0
-"""How long, in seconds, a statement waits for another process's lock."""
+BUSY_TIMEOUT = 0.5
+"""How long, in seconds, a transaction waits for another process's lock."""
+
+WAL_SIZE_LIMIT = 64 * 1024 * 1024
+"""What the WAL is cut back to, in bytes, once all that is in it is in the file."""
 
 # So many rows go into one statement. sqlite3 gives up the interpreter lock at every
 # statement, and a busy reactor can keep it for milliseconds: few and large ones win.
@@ -77,6 +80,27 @@ CREATE TABLE table_eof (
     received_at TEXT NOT NULL,
     PRIMARY KEY (session_id, table_name)
 );
+CREATE VIEW ingest_status AS
+SELECT
+    session.id AS session_id,
+    session.client_id,
+    -- A connection that was cut never said its agency, another of the same client did.
+    coalesce(session.agency_id, (
+        SELECT max(agency_id) FROM session AS other WHERE other.client_id = session.client_id
+    )) AS agency_id,
+    {table_name} AS table_name,
+    count(*) AS batches,
+    sum(amount) AS rows,
+    min(received_at) AS first_received_at,
+    max(received_at) AS last_received_at,
+    EXISTS (
+        SELECT 1
+        FROM table_eof JOIN session AS other ON other.id = table_eof.session_id
+        WHERE table_eof.table_name = {table_name}
+        AND (other.id = session.id OR other.client_id = session.client_id)
+    ) AS complete
+FROM batch JOIN session ON session.id = batch.session_id
+GROUP BY session.id, batch.opcode;
 """
 
 
@@ -125,18 +149,55 @@ class Database:
 
         :raises sqlite3.Error: if it could not be committed.
         """
+        with self._forgetting_sessions():
+            try:
+                self._check_that_file_is_there()
+                self._connection.execute("BEGIN IMMEDIATE")
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Inside a transaction: what fails inside of this is undone, the rest is not."""
+        with self._forgetting_sessions():
+            self._connection.execute("SAVEPOINT one")
+            try:
+                yield
+            except BaseException:
+                if self.in_transaction:
+                    self._connection.execute("ROLLBACK TO one")
+                raise
+            finally:
+                if self.in_transaction:
+                    self._connection.execute("RELEASE one")
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open; some errors undo it all by themselves."""
+        return self._connection.in_transaction
+
+    def checkpoint(self) -> bool:
+        """Bring the WAL into the file, as far as readers allow.
+
+        :return: whether all of it is there, and the WAL is cut back.
+        """
+        self._pragma("busy_timeout = 0")
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            for session in self._new_sessions:
-                self._session_ids.pop(session, None)
-            raise
+            (busy,) = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[:1]
+            return not busy
         finally:
-            self._new_sessions.clear()
+            self._pragma(f"busy_timeout = {BUSY_TIMEOUT * 1000:.0f}")
+
+    def wal_bytes(self) -> int:
+        """The size of the WAL."""
+        try:
+            return Path(f"{self._path}-wal").stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def store_batch(self, batch: TableBatch, session: Session, received_at: float) -> bool:
         """Store a batch, inside a transaction.
@@ -199,10 +260,37 @@ class Database:
             self._new_sessions.append(session)
         return session_id
 
+    @contextmanager
+    def _forgetting_sessions(self) -> Iterator[None]:
+        """Forget the rows of sessions that were inserted inside, if they are undone."""
+        known = len(self._new_sessions)
+        try:
+            yield
+        except BaseException:
+            for session in self._new_sessions[known:]:
+                del self._session_ids[session]
+            del self._new_sessions[known:]
+            raise
+        if not self.in_transaction:
+            self._new_sessions.clear()
+
+    def _check_that_file_is_there(self) -> None:
+        if self._file_id() != self._opened_file_id:
+            # What goes into a file without a name is lost when this process ends.
+            raise sqlite3.OperationalError("the file was moved or deleted")
+
+    def _file_id(self) -> tuple[int, int] | None:
+        try:
+            status = Path(self._path).stat()
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino
+
     def _prepare(self) -> None:
         if self._pragma("application_id") != APPLICATION_ID and self._has_tables():
             raise StoreError(f"{self._path} is a database of something else: name another --store")
         version = self._pragma("user_version")
+        self._opened_file_id = self._file_id()
         if version > SCHEMA_VERSION:
             raise StoreError(
                 f"the store {self._path} has schema version {version}, this program knows"
@@ -211,6 +299,7 @@ class Database:
         self._pragma("journal_mode = WAL")
         # NORMAL may lose a committed transaction at power loss; it was acknowledged by then.
         self._pragma("synchronous = FULL")
+        self._pragma(f"journal_size_limit = {WAL_SIZE_LIMIT}")
         with self.transaction():
             if version == 0:
                 for statement in _schema():
@@ -233,14 +322,18 @@ def check_store(path: str) -> None:
     :raises StoreError: if it cannot.
     """
     is_new = not Path(path).exists()
-    Database(path).close()
-    if is_new:
-        # Privileges may be shed before the store is opened to stay.
-        Path(path).unlink()
+    try:
+        Database(path).close()
+    finally:
+        if is_new:
+            # Privileges may be shed before the store is opened to stay.
+            Path(path).unlink(missing_ok=True)
 
 
 def _schema() -> Iterator[str]:
-    yield from filter(str.strip, _SCHEMA.split(";"))
+    cases = " ".join(f"WHEN {table.opcode} THEN '{table.name}'" for table in TABLES)
+    schema = _SCHEMA.replace("{table_name}", f"CASE batch.opcode {cases} END")
+    yield from filter(str.strip, schema.split(";"))
     for table in TABLES:
         columns = ", ".join(
             f"{name} {_NUMERIC_COLUMNS.get(name, 'TEXT')}" for name in table.columns

@@ -1,0 +1,294 @@
+"""Files to a server, until every batch of them has been acknowledged: resumes and retries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from twisted.application.internet import ClientService, backoffPolicy
+from twisted.internet.defer import Deferred, DeferredSemaphore
+from twisted.internet.error import ConnectError, ConnectionClosed, DNSLookupError
+from twisted.internet.interfaces import IDelayedCall, IStreamClientEndpoint
+from twisted.internet.protocol import Factory
+from twisted.internet.task import deferLater
+from twisted.python.failure import Failure
+
+from .client import Answer, OrchestratorClient
+from .exports import Batch, Export, ExportError
+from .journal import FilePlan, Journal
+from .messages import BatchRecvFail, BatchRecvSuccess
+from .opcodes import FailReason
+from .tables import Table
+
+ANSWER_TIMEOUT = 60.0
+"""How long, in seconds, a server may take for its next answer before it is given up."""
+
+_REASONS: dict[int | None, str] = {
+    FailReason.REJECTED: "the server rejects it",
+    FailReason.MALFORMED: "the server finds it malformed",
+}
+
+_T = TypeVar("_T")
+
+_backoff = backoffPolicy(initialDelay=0.5, maxDelay=10.0)
+
+
+class GaveUp(Exception):
+    """Nothing has been acknowledged for too long. Its text says why not."""
+
+
+@dataclass
+class Totals:
+    """What has been acknowledged of a table.
+
+    :ivar earlier: batches that a run before this one had acknowledged.
+    """
+
+    files: int = 0
+    rows: int = 0
+    batches: int = 0
+    bytes: int = 0
+    earlier: int = 0
+
+
+@dataclass
+class TableExports:
+    """The files of a table that are to be sent.
+
+    :ivar whole: whether these are all there are: only then is the table's end sent.
+    """
+
+    table: Table
+    files: list[tuple[Export, FilePlan]]
+    whole: bool
+
+
+class Delivery:
+    """Sends files over as many connections as it takes, a few batches ahead of the answers.
+
+    :param endpoint: the server.
+    :param journal: what has been acknowledged, and what will be.
+    :param window: how many batches may be on their way at once.
+    :param retry_for: how long, in seconds, to go on while nothing is acknowledged.
+    :param acknowledged: called with the number of rows of each batch that was acknowledged.
+    :param say: called with a line for the user.
+    :ivar totals: what was acknowledged, by table.
+    :ivar problems: what was not, and is not sent again by itself; a line each.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        endpoint: IStreamClientEndpoint,
+        journal: Journal,
+        *,
+        window: int,
+        retry_for: float,
+        acknowledged: Callable[[int], object],
+        say: Callable[[str], object],
+    ) -> None:
+        self.totals: dict[Table, Totals] = {}
+        self.problems: list[str] = []
+        self._reactor = reactor
+        self._journal = journal
+        self._window = window
+        self._retry_for = retry_for
+        self._acknowledged = acknowledged
+        self._say = say
+        self._refused: set[tuple[str, int]] = set()
+        self._progressed_at = reactor.seconds()
+        self._connection: _Connection | None = None
+        self._service = ClientService(
+            endpoint, Factory.forProtocol(OrchestratorClient), _backoff, reactor
+        )
+
+    async def send(self, tables: Sequence[TableExports], agency_id: int) -> None:
+        """Send all that has not been acknowledged, and that this is the end.
+
+        :raises GaveUp: if nothing was acknowledged for too long.
+        :raises ProtocolError: if the server answers with what is no answer.
+        :raises JournalError: if an acknowledgement cannot be noted.
+        """
+        for exports in tables:
+            earlier = sum(len(plan.acknowledged) for _, plan in exports.files)
+            self.totals[exports.table] = Totals(files=len(exports.files), earlier=earlier)
+        self._service.startService()
+        try:
+            failures = 0
+            while not await self._try(tables, agency_id):
+                await deferLater(self._reactor, _backoff(failures))
+                failures += 1
+        finally:
+            if self._connection is not None:
+                self._connection.abort()
+            # A ClientService cannot be stopped from within what it calls.
+            await deferLater(self._reactor, 0)
+            await self._service.stopService()
+
+    async def _try(self, tables: Sequence[TableExports], agency_id: int) -> bool:
+        """Send what is left over one connection.
+
+        :return: whether that was all, but for what was refused for good.
+        """
+        try:
+            connection = await self._connect()
+            for exports in tables:
+                await self._send_table(connection, exports)
+            if not connection.try_again:
+                await connection.expect(connection.client.finish(agency_id))
+                return True
+            reason = "The server takes nothing now."
+        except (ConnectError, ConnectionClosed, DNSLookupError) as error:
+            reason = str(error)
+        patience = self._progressed_at + self._retry_for - self._reactor.seconds()
+        if patience <= 0:
+            raise GaveUp(reason)
+        self._say(f"{reason} Trying again for {patience:.0f} s.")
+        return False
+
+    async def _connect(self) -> _Connection:
+        connected = await self._service.whenConnected(failAfterFailures=1)
+        client = cast("OrchestratorClient", connected)
+        if self._connection is None or self._connection.client is not client:
+            self._connection = _Connection(self._reactor, client, self._window)
+            await self._connection.expect(client.send_hello(self._journal.client_id))
+        self._connection.try_again = False
+        return self._connection
+
+    async def _send_table(self, connection: _Connection, exports: TableExports) -> None:
+        for export, plan in exports.files:
+            if plan.is_done:
+                continue
+            try:
+                batches = export.batches(plan.first, plan.batch_rows, plan.max_frame_bytes)
+                for number, batch in enumerate(batches, plan.first):
+                    if number in plan.acknowledged or (plan.file, number) in self._refused:
+                        # What is passed over may be most of a large file: let answers in.
+                        await deferLater(self._reactor, 0)
+                    else:
+                        await connection.reserve()
+                        self._send_batch(connection, export, plan, number, batch)
+            except (ExportError, OSError) as error:
+                self._note_problem(str(error))
+        await connection.settle()
+        is_done = exports.whole and all(plan.is_done for _, plan in exports.files)
+        if is_done and not self._journal.has_ended(exports.table):
+            answer = await connection.expect(connection.client.send_eof(exports.table))
+            if isinstance(answer, BatchRecvSuccess):
+                self._journal.end_table(exports.table)
+            elif _is_for_later(answer):
+                connection.try_again = True
+            else:
+                self._note_problem(f"the end of {exports.table.name}: {_reason(answer)}")
+
+    def _send_batch(
+        self,
+        connection: _Connection,
+        export: Export,
+        plan: FilePlan,
+        number: int,
+        batch: Batch,
+    ) -> None:
+        def answered(answer: Answer) -> None:
+            if isinstance(answer, BatchRecvSuccess):
+                self._journal.acknowledge(plan, number)
+                self._count(export.table, batch)
+            elif _is_for_later(answer):
+                connection.try_again = True
+            else:
+                self._refused.add((plan.file, number))
+                lines = f"lines {batch.first_line} to {batch.last_line}"
+                self._note_problem(f"{export.path}, {lines}: {_reason(answer)}")
+
+        sent = connection.expect(connection.client.send_payload(batch.payload))
+        sent.addCallback(answered).addErrback(connection.fail).addBoth(connection.free)
+
+    def _count(self, table: Table, batch: Batch) -> None:
+        self._progressed_at = self._reactor.seconds()
+        totals = self.totals[table]
+        totals.rows += batch.amount
+        totals.batches += 1
+        totals.bytes += len(batch.payload)
+        self._acknowledged(batch.amount)
+
+    def _note_problem(self, problem: str) -> None:
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+
+class _Connection:
+    """One connection's window of batches on their way, and what came of them."""
+
+    def __init__(self, reactor: Any, client: OrchestratorClient, window: int) -> None:
+        self.client = client
+        self.try_again = False
+        self._size = window
+        self._window = DeferredSemaphore(window)
+        self._failure: Failure | None = None
+        self._reactor = reactor
+        self._expected = 0
+        self._timeout: IDelayedCall | None = None
+
+    def abort(self) -> None:
+        """Close it at once."""
+        self.client.abortConnection()
+
+    def expect(self, answer: Deferred[_T]) -> Deferred[_T]:
+        """Give the server its time for an answer, from now or from the answer before it."""
+
+        def came(result: _T) -> _T:
+            self._expected -= 1
+            self._set_timeout()
+            return result
+
+        self._expected += 1
+        if self._timeout is None:
+            self._set_timeout()
+        return answer.addBoth(came)
+
+    def _set_timeout(self) -> None:
+        if self._timeout is not None and self._timeout.active():
+            self._timeout.cancel()
+        self._timeout = None
+        if self._expected:
+            self._timeout = self._reactor.callLater(ANSWER_TIMEOUT, self.abort)
+
+    async def reserve(self) -> None:
+        """Wait for a place in the window.
+
+        :raises ConnectionClosed: if the connection has ended.
+        """
+        await self._window.acquire()
+        if self._failure is not None:
+            self._window.release()
+            self._failure.raiseException()
+
+    async def settle(self) -> None:
+        """Wait for all answers.
+
+        :raises ConnectionClosed: if the connection has ended before.
+        """
+        for _ in range(self._size):
+            await self._window.acquire()
+        for _ in range(self._size):
+            self._window.release()
+        if self._failure is not None:
+            self._failure.raiseException()
+
+    def fail(self, failure: Failure) -> None:
+        """A batch got no answer, or its answer could not be dealt with."""
+        self._failure = failure
+
+    def free(self, _: None) -> None:
+        """A place in the window is free."""
+        self._window.release()
+
+
+def _is_for_later(answer: Answer) -> bool:
+    return isinstance(answer, BatchRecvFail) and answer.reason == FailReason.TRY_AGAIN
+
+
+def _reason(answer: Answer) -> str:
+    reason = answer.reason if isinstance(answer, BatchRecvFail) else None
+    return _REASONS.get(reason, "the server does not accept it")

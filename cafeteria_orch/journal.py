@@ -1,0 +1,171 @@
+"""What a sender has had acknowledged, kept in a file across kills and restarts."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+from .tables import Table
+
+
+class JournalError(Exception):
+    """A journal that cannot be used. Its text says why, and the remedy."""
+
+
+@dataclass
+class FilePlan:
+    """How a file is cut into batches, once and for all: its batches may be sent again.
+
+    :ivar file: its path, relative to the folder that is sent.
+    :ivar table: the name of its table.
+    :ivar digest: of its content.
+    :ivar first: the number of its first batch.
+    :ivar batches: how many there are.
+    :ivar batch_rows: most rows of a batch.
+    :ivar max_frame_bytes: longest payload.
+    :ivar acknowledged: the numbers of those that were acknowledged.
+    """
+
+    file: str
+    table: str
+    digest: str
+    first: int
+    batches: int
+    batch_rows: int
+    max_frame_bytes: int
+    acknowledged: set[int] = field(default_factory=set)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all batches were acknowledged."""
+        return len(self.acknowledged) == self.batches
+
+
+class Journal:
+    """A file of JSON lines, only ever appended to: who sends where, plans, acknowledgements.
+
+    A plan is on disk before anything of it is sent, so that what is sent again has the same
+    numbers and bytes. An acknowledgement survives a kill; one that a power failure takes is
+    sent again, and the server knows it.
+
+    :param path: the file; it is made if there is none.
+    :param server: where to, as the user has said it.
+    :raises JournalError: if it cannot be used.
+    :ivar client_id: the sender's UUID.
+    :ivar plans: the files, by their paths.
+    """
+
+    def __init__(self, path: Path, server: str) -> None:
+        self.client_id: UUID
+        self.plans: dict[str, FilePlan] = {}
+        self._ended: set[str] = set()
+        self._path = path
+        try:
+            self._file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise self._error(f"{error.strerror}; say with --state where it may be") from error
+        try:
+            self._open(server)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        """Let another process have it."""
+        self._file.close()
+
+    def add_plan(
+        self,
+        file: str,
+        table: Table,
+        *,
+        digest: str,
+        batches: int,
+        batch_rows: int,
+        max_frame_bytes: int,
+    ) -> FilePlan:
+        """Give the next numbers of a table to the batches of a file."""
+        ends = [plan.first + plan.batches for plan in self._plans_of(table)]
+        first = max(ends, default=1)
+        plan = FilePlan(file, table.name, digest, first, batches, batch_rows, max_frame_bytes)
+        record = {name: value for name, value in vars(plan).items() if name != "acknowledged"}
+        self._append(record)
+        os.fsync(self._file.fileno())
+        self._ended.discard(table.name)
+        self.plans[file] = plan
+        return plan
+
+    def acknowledge(self, plan: FilePlan, number: int) -> None:
+        """Note that a batch was acknowledged."""
+        self._append({"acknowledged": number, "file": plan.file})
+        plan.acknowledged.add(number)
+
+    def end_table(self, table: Table) -> None:
+        """Note that the end of a table was acknowledged."""
+        self._append({"ended": table.name})
+        self._ended.add(table.name)
+
+    def has_ended(self, table: Table) -> bool:
+        """Whether the end of a table was acknowledged, and no file of it came later."""
+        return table.name in self._ended
+
+    def _plans_of(self, table: Table) -> list[FilePlan]:
+        return [plan for plan in self.plans.values() if plan.table == table.name]
+
+    def _open(self, server: str) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise self._error("another cafeorch-send is using it") from error
+        self._file.seek(0)
+        records = self._file.read().split(b"\n")
+        torn = records.pop()
+        if torn:
+            # A kill in the middle of a line: what it said was not relied upon yet.
+            self._file.truncate(self._file.tell() - len(torn))
+        if not records:
+            records = [self._start(server)]
+        try:
+            head, *rest = map(json.loads, records)
+            self.client_id = UUID(head["client_id"])
+            known_server = head["server"]
+            for record in rest:
+                self._replay(record)
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._error("it is no state of cafeorch-send; name another --state") from error
+        if known_server != server:
+            raise self._error(f"it is about {known_server}; name another --state for {server}")
+
+    def _start(self, server: str) -> bytes:
+        self._append({"client_id": str(uuid4()), "server": server})
+        os.fsync(self._file.fileno())
+        folder = os.open(self._path.absolute().parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self._file.seek(0)
+        return self._file.read()
+
+    def _replay(self, record: dict[str, Any]) -> None:
+        if "acknowledged" in record:
+            self.plans[record["file"]].acknowledged.add(record["acknowledged"])
+        elif "ended" in record:
+            self._ended.add(record["ended"])
+        else:
+            plan = FilePlan(**record)
+            self.plans[plan.file] = plan
+            self._ended.discard(plan.table)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record).encode() + b"\n"
+        if self._file.write(line) < len(line):
+            raise self._error("the disk is full")
+
+    def _error(self, what: str) -> JournalError:
+        return JournalError(f"the state file {self._path}: {what}")

@@ -104,9 +104,12 @@ class OrchestratorClient(FrameReceiver):
         :param agency_id: the number of the agency, if it is to be told.
         :return: fires when the server has answered everything and closed the connection;
             fails if it closes with an answer owed, or the connection is cut.
+        :raises RuntimeError: if it was called before.
         """
         if self._lost is not None:
             return fail(self._lost)
+        if self._finished is not None:
+            raise RuntimeError("finish() has been called before")
         self._finished = Deferred()
         self.sendString(encode(Finished(agency_id)))
         return self._finished

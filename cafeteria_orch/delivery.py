@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -62,6 +62,11 @@ class TableExports:
     table: Table
     files: list[tuple[Export, FilePlan]]
     whole: bool
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all of the table was acknowledged, as far as its batches go."""
+        return self.whole and all(plan.is_done for _, plan in self.files)
 
 
 class Delivery:
@@ -137,6 +142,8 @@ class Delivery:
                 await self._send_table(connection, exports)
             if not connection.try_again:
                 await connection.expect(connection.client.finish(agency_id))
+                if all(exports.is_done for exports in tables):
+                    self._journal.finish()
                 return True
             reason = "The server takes nothing now."
         except (ConnectError, ConnectionClosed, DNSLookupError) as error:
@@ -144,7 +151,7 @@ class Delivery:
         patience = self._progressed_at + self._retry_for - self._reactor.seconds()
         if patience <= 0:
             raise GaveUp(reason)
-        self._say(f"{reason} Trying again for {patience:.0f} s.")
+        self._say(f"{reason} Trying again for {max(1, round(patience))} s.")
         return False
 
     async def _connect(self) -> _Connection:
@@ -161,8 +168,7 @@ class Delivery:
             if plan.is_done:
                 continue
             try:
-                batches = export.batches(plan.first, plan.batch_rows, plan.max_frame_bytes)
-                for number, batch in enumerate(batches, plan.first):
+                for number, batch in _planned_batches(export, plan):
                     if number in plan.acknowledged or (plan.file, number) in self._refused:
                         # What is passed over may be most of a large file: let answers in.
                         await deferLater(self._reactor, 0)
@@ -172,8 +178,7 @@ class Delivery:
             except (ExportError, OSError) as error:
                 self._note_problem(str(error))
         await connection.settle()
-        is_done = exports.whole and all(plan.is_done for _, plan in exports.files)
-        if is_done and not self._journal.has_ended(exports.table):
+        if exports.is_done and not self._journal.has_ended(exports.table):
             answer = await connection.expect(connection.client.send_eof(exports.table))
             if isinstance(answer, BatchRecvSuccess):
                 self._journal.end_table(exports.table)
@@ -283,6 +288,25 @@ class _Connection:
     def free(self, _: None) -> None:
         """A place in the window is free."""
         self._window.release()
+
+
+def _planned_batches(export: Export, plan: FilePlan) -> Iterator[tuple[int, Batch]]:
+    """The batches that were planned, by their numbers.
+
+    :raises ExportError: if the file does not hold just these any more.
+    """
+    changed = ExportError(export.path, None, "it has changed since it was checked")
+    if export.digest() != plan.digest:
+        raise changed
+    end = plan.first + plan.batches
+    number = plan.first
+    for batch in export.batches(plan.first, plan.batch_rows, plan.max_frame_bytes):
+        if number == end:
+            raise changed
+        yield number, batch
+        number += 1
+    if number < end:
+        raise changed
 
 
 def _is_for_later(answer: Answer) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -58,11 +59,13 @@ class Journal:
     :raises JournalError: if it cannot be used.
     :ivar client_id: the sender's UUID.
     :ivar plans: the files, by their paths.
+    :ivar is_finished: whether the server was told that this is all, and no file came later.
     """
 
     def __init__(self, path: Path, server: str) -> None:
         self.client_id: UUID
         self.plans: dict[str, FilePlan] = {}
+        self.is_finished = False
         self._ended: set[str] = set()
         self._path = path
         try:
@@ -95,9 +98,8 @@ class Journal:
         plan = FilePlan(file, table.name, digest, first, batches, batch_rows, max_frame_bytes)
         record = {name: value for name, value in vars(plan).items() if name != "acknowledged"}
         self._append(record)
-        os.fsync(self._file.fileno())
-        self._ended.discard(table.name)
-        self.plans[file] = plan
+        self._sync(self._file.fileno())
+        self._add(plan)
         return plan
 
     def acknowledge(self, plan: FilePlan, number: int) -> None:
@@ -109,6 +111,11 @@ class Journal:
         """Note that the end of a table was acknowledged."""
         self._append({"ended": table.name})
         self._ended.add(table.name)
+
+    def finish(self) -> None:
+        """Note that the server was told that this is all."""
+        self._append({"finished": True})
+        self.is_finished = True
 
     def has_ended(self, table: Table) -> bool:
         """Whether the end of a table was acknowledged, and no file of it came later."""
@@ -143,10 +150,10 @@ class Journal:
 
     def _start(self, server: str) -> bytes:
         self._append({"client_id": str(uuid4()), "server": server})
-        os.fsync(self._file.fileno())
+        self._sync(self._file.fileno())
         folder = os.open(self._path.absolute().parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            self._sync(folder)
         finally:
             os.close(folder)
         self._file.seek(0)
@@ -157,15 +164,33 @@ class Journal:
             self.plans[record["file"]].acknowledged.add(record["acknowledged"])
         elif "ended" in record:
             self._ended.add(record["ended"])
+        elif "finished" in record:
+            self.is_finished = True
         else:
-            plan = FilePlan(**record)
-            self.plans[plan.file] = plan
-            self._ended.discard(plan.table)
+            self._add(FilePlan(**record))
+
+    def _add(self, plan: FilePlan) -> None:
+        self.plans[plan.file] = plan
+        self._ended.discard(plan.table)
+        self.is_finished = False
+
+    def _sync(self, descriptor: int) -> None:
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            raise self._error(str(error.strerror)) from error
 
     def _append(self, record: dict[str, Any]) -> None:
         line = json.dumps(record).encode() + b"\n"
-        if self._file.write(line) < len(line):
-            raise self._error("the disk is full")
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            written = self._file.write(line)
+            if written < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # noqa: TRY301
+        except OSError as error:
+            # Half a line would be glued to the next one, and the journal be lost with it.
+            self._file.truncate(end)
+            raise self._error(f"{error.strerror}; make room for it") from error
 
     def _error(self, what: str) -> JournalError:
         return JournalError(f"the state file {self._path}: {what}")

@@ -40,12 +40,14 @@ async def send_directory(reactor: Any, options: argparse.Namespace) -> int:
     if not exports and not errors:
         _say(f"{options.directory}: there is no CSV file in it")
         return 1
-    state = options.state or options.directory / STATE_NAME
+    state = getattr(options, "state", None) or options.directory / STATE_NAME
     try:
         with closing(Journal(state, options.connect)) as journal:
             tables, rows = _plan(exports, errors, journal, options)
             problems = [str(error) for error in errors]
-            if tables:
+            if not problems and journal.is_finished:
+                print(f"All had been acknowledged before. To send all anew, remove {state}.")
+            elif tables:
                 with _progress(rows) as acknowledged:
                     delivery = Delivery(
                         reactor,
@@ -58,10 +60,11 @@ async def send_directory(reactor: Any, options: argparse.Namespace) -> int:
                     )
                     problems += await _deliver(delivery, tables, options)
                 _report(delivery.totals, reactor.seconds() - started)
-                if not rows and not problems:
-                    print(f"All had been acknowledged before. To send all anew, remove {state}.")
     except JournalError as error:
         problems = [str(error)]
+    except KeyboardInterrupt:
+        # Before the reactor runs, which then takes the signal.
+        problems = ["interrupted; run it again to send the rest"]
     for problem in problems:
         _say(problem)
     return 1 if problems else 0
@@ -259,6 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--state",
         type=Path,
+        default=argparse.SUPPRESS,
         help=f"where what was acknowledged is kept (default: {STATE_NAME} in DIRECTORY)",
     )
     add(

@@ -93,6 +93,13 @@ class Sending(ClientCase):
         self.client.finish()
         self.assert_sent(frame(b"\x03"))
 
+    def test_finish_twice(self) -> None:
+        """A second FINISHED is a mistake of the program: it is told, and nothing is sent."""
+        self.client.finish()
+        self.assert_sent(frame(b"\x03"))
+        self.assertRaises(RuntimeError, self.client.finish)
+        self.assert_sent(b"")
+
     def test_what_cannot_be_encoded(self) -> None:
         """It raises ``ValueError``, sends nothing, and waits for no answer to it."""
         for rows, number, status in (

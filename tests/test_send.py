@@ -361,7 +361,20 @@ class BrokenFiles(SendCase):
         sent = self.send(endpoint=endpoint, batch_rows=1)
         self.assertEqual((sent.status, self.wire.ends()), (1, ["users"]))
         (line,) = sent.lines
-        self.assertIn(f"{path}, line 3: ", line)
+        self.assertIn(f"{path}: it has changed", line)
+
+    def test_changed_while_it_is_sent(self) -> None:
+        """Rows more, rows fewer, other rows: no end is sent of a file that is not as checked."""
+        for text in (STORE * 3, "", STORE.replace("1", "2", 1)):
+            path = self.write("stores.csv", STORES_HEADER + STORE)
+
+            def endpoint(path: Path = path, text: str = text) -> Wire:
+                path.write_text(STORES_HEADER + text, encoding="utf-8")
+                return self.wire
+
+            sent = self.send(endpoint=endpoint, batch_rows=1, state=Path(self.mktemp()))
+            self.assertEqual((sent.status, self.wire.ends()), (1, []))
+            self.assertIn(f"{path}: it has changed", sent.err)
 
     def test_nothing(self) -> None:
         """A folder without CSV files is no success."""
@@ -445,13 +458,11 @@ class Again(SendCase):
             self.assertIn(word, line)
 
     def test_all_acknowledged(self) -> None:
-        """A second run sends no batch and no end; it says so, and how to send all anew."""
+        """A second run does not even connect; it says why, and how to send all anew."""
         self.assertNotIn("All had been", self.send(batch_rows=2).out)
         again = self.send_again(batch_rows=2)
         self.assertEqual((again.status, again.err), (0, ""))
-        self.assertEqual(self.wire.messages(), [Finished(1)])
-        self.assertRegex(again.out, r"(?m)^acknowledged +1 +0 +0 +0 in ")
-        self.assertRegex(again.out, r"(?m)^3 more batches .* before\.$")
+        self.assertEqual(self.wire.connections, 0)
         self.assertRegex(again.out, rf"(?m)^All had been acknowledged before\..*{self.state}\.$")
 
     def test_anew(self) -> None:
@@ -468,7 +479,7 @@ class Again(SendCase):
         self.send(state=None)
         self.assertEqual({path.name for path in self.folder.iterdir()}, {STATE_NAME, "users.csv"})
         again = self.send_again(state=None)
-        self.assertEqual((again.status, self.wire.messages()), (0, [Finished(1)]))
+        self.assertEqual((again.status, self.wire.connections), (0, 0))
 
     def test_state_elsewhere(self) -> None:
         """With --state nothing is written into the folder."""

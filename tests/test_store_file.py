@@ -275,6 +275,13 @@ class Checking(SynchronousTestCase):
         self.folder.mkdir()
         self.path = self.folder / "store.sqlite3"
 
+    def test_empty_file(self) -> None:
+        """An empty file that was laid there beforehand stays one."""
+        self.path.touch()
+        inode = self.path.stat().st_ino
+        check_store(str(self.path))
+        self.assertEqual((self.path.stat().st_size, self.path.stat().st_ino), (0, inode))
+
     def test_new(self) -> None:
         """Where there is no store there is none afterwards, nor a file beside it."""
         check_store(str(self.path))

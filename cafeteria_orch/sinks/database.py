@@ -6,6 +6,7 @@ thread at a time.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -321,13 +322,17 @@ def check_store(path: str) -> None:
 
     :raises StoreError: if it cannot.
     """
-    is_new = not Path(path).exists()
+    file = Path(path)
+    is_new = not file.exists()
+    is_empty = not is_new and file.is_file() and file.stat().st_size == 0
     try:
         Database(path).close()
     finally:
+        # Privileges may be shed before the store is opened to stay.
         if is_new:
-            # Privileges may be shed before the store is opened to stay.
-            Path(path).unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
+        elif is_empty:
+            os.truncate(file, 0)
 
 
 def _schema() -> Iterator[str]:

@@ -102,6 +102,7 @@ class Delivery:
         self._acknowledged = acknowledged
         self._say = say
         self._refused: set[tuple[str, int]] = set()
+        self._postponed = 0
         self._progressed_at = reactor.seconds()
         self._connection: _Connection | None = None
         self._service = ClientService(
@@ -120,10 +121,8 @@ class Delivery:
             self.totals[exports.table] = Totals(files=len(exports.files), earlier=earlier)
         self._service.startService()
         try:
-            failures = 0
-            while not await self._try(tables, agency_id):
-                await deferLater(self._reactor, _backoff(failures))
-                failures += 1
+            while (pause := await self._try(tables, agency_id)) is not None:
+                await deferLater(self._reactor, pause)
         finally:
             if self._connection is not None:
                 self._connection.abort()
@@ -131,20 +130,25 @@ class Delivery:
             await deferLater(self._reactor, 0)
             await self._service.stopService()
 
-    async def _try(self, tables: Sequence[TableExports], agency_id: int) -> bool:
+    async def _try(self, tables: Sequence[TableExports], agency_id: int) -> float | None:
         """Send what is left over one connection.
 
-        :return: whether that was all, but for what was refused for good.
+        :return: ``None`` if that was all, but for what was refused for good; otherwise how
+            many seconds to wait before the next try.
         """
+        # After a lost connection the service waits by itself, from the next turn on.
+        pause = 0.0
         try:
             connection = await self._connect()
             for exports in tables:
                 await self._send_table(connection, exports)
             if not connection.try_again:
                 await connection.expect(connection.client.finish(agency_id))
-                if all(exports.is_done for exports in tables):
+                if all(self._journal.has_ended(exports.table) for exports in tables):
                     self._journal.finish()
-                return True
+                return None
+            pause = _backoff(self._postponed)
+            self._postponed += 1
             reason = "The server takes nothing now."
         except (ConnectError, ConnectionClosed, DNSLookupError) as error:
             reason = str(error)
@@ -152,7 +156,7 @@ class Delivery:
         if patience <= 0:
             raise GaveUp(reason)
         self._say(f"{reason} Trying again for {max(1, round(patience))} s.")
-        return False
+        return pause
 
     async def _connect(self) -> _Connection:
         connected = await self._service.whenConnected(failAfterFailures=1)
@@ -211,6 +215,7 @@ class Delivery:
 
     def _count(self, table: Table, batch: Batch) -> None:
         self._progressed_at = self._reactor.seconds()
+        self._postponed = 0
         totals = self.totals[table]
         totals.rows += batch.amount
         totals.batches += 1

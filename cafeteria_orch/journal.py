@@ -13,6 +13,8 @@ from uuid import UUID, uuid4
 
 from .tables import Table
 
+_HEAD = b'{"client_id": "'
+
 
 class JournalError(Exception):
     """A journal that cannot be used. Its text says why, and the remedy."""
@@ -130,34 +132,37 @@ class Journal:
         except OSError as error:
             raise self._error("another cafeorch-send is using it") from error
         self._file.seek(0)
-        records = self._file.read().split(b"\n")
-        torn = records.pop()
-        if torn:
-            # A kill in the middle of a line: what it said was not relied upon yet.
-            self._file.truncate(self._file.tell() - len(torn))
-        if not records:
-            records = [self._start(server)]
+        content = self._file.read()
+        whole, newline, torn = content.rpartition(b"\n")
+        foreign = self._error("it is no state of cafeorch-send; name another --state")
+        if not newline and torn[: len(_HEAD)] != _HEAD[: len(torn)]:
+            raise foreign
+        known_server = server
         try:
-            head, *rest = map(json.loads, records)
-            self.client_id = UUID(head["client_id"])
-            known_server = head["server"]
-            for record in rest:
-                self._replay(record)
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._error("it is no state of cafeorch-send; name another --state") from error
+            if newline:
+                head, *records = [json.loads(line) for line in whole.split(b"\n")]
+                self.client_id, known_server = UUID(head["client_id"]), head["server"]
+                for record in records:
+                    self._replay(record)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise foreign from error
         if known_server != server:
             raise self._error(f"it is about {known_server}; name another --state for {server}")
+        if torn:
+            # A kill in the middle of a line: what it said was not relied upon yet.
+            self._file.truncate(len(content) - len(torn))
+        if not newline:
+            self._start(server)
 
-    def _start(self, server: str) -> bytes:
-        self._append({"client_id": str(uuid4()), "server": server})
+    def _start(self, server: str) -> None:
+        self.client_id = uuid4()
+        self._append({"client_id": str(self.client_id), "server": server})
         self._sync(self._file.fileno())
         folder = os.open(self._path.absolute().parent, os.O_RDONLY)
         try:
             self._sync(folder)
         finally:
             os.close(folder)
-        self._file.seek(0)
-        return self._file.read()
 
     def _replay(self, record: dict[str, Any]) -> None:
         if "acknowledged" in record:

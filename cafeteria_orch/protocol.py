@@ -160,7 +160,7 @@ class OrchestratorProtocol(FrameReceiver):
         """The connection is gone. What was read of it whole is still handled."""
         self._lost = self._input_over = True
         self._was_reset = reason.check(ConnectionDone) is None
-        self._holds &= {Hold.PROCESSOR}
+        self._holds.discard(Hold.OUTPUT)
         if self._abort_call is not None and self._abort_call.active():
             self._abort_call.cancel()
         if self._closing:

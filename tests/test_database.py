@@ -272,12 +272,16 @@ class Sessions(StoreCase):
         self.assertEqual(self.query("SELECT session_id FROM batch"), [(1,), (2,)])
 
     def test_end_of_table(self) -> None:
-        """The end of a table is written once, with the session if nothing was before."""
+        """The end of a table is written once, with the last batch that was before it."""
         for table in ("users", "stores", "users"):
             with self.database.transaction():
                 self.database.end_table(table, self.session, NOW)
         ends = self.query("SELECT * FROM table_eof ORDER BY rowid")
-        self.assertEqual(ends, [(1, "users", NOW_TEXT), (1, "stores", NOW_TEXT)])
+        self.assertEqual(ends, [(1, "users", NOW_TEXT, 0), (1, "stores", NOW_TEXT, 0)])
+        self.store()
+        with self.database.transaction():
+            self.database.end_table("users", self.session, NOW)
+        self.assertIn((1, "users", NOW_TEXT, 1), self.query("SELECT * FROM table_eof"))
         self.assertEqual(self.count("session"), 1)
 
     def test_finish(self) -> None:

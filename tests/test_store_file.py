@@ -49,6 +49,7 @@ SCHEMA = {
         ("session_id", "INTEGER", 1),
         ("table_name", "TEXT", 1),
         ("received_at", "TEXT", 1),
+        ("last_batch_id", "INTEGER", 1),
     ],
     "menu_items": [
         BATCH_ID,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import cache
 from hashlib import blake2b
@@ -29,6 +29,9 @@ APPLICATION_ID = 0x63616665
 
 BUSY_TIMEOUT = 0.5
 """How long, in seconds, a transaction waits for another process's lock."""
+
+CHECKPOINT_PATIENCE = 0.2
+"""How long, in seconds, a checkpoint waits for readers to let it start the WAL anew."""
 
 WAL_SIZE_LIMIT = 64 * 1024 * 1024
 """What the WAL is cut back to, in bytes, once all that is in it is in the file."""
@@ -79,29 +82,42 @@ CREATE TABLE table_eof (
     session_id INTEGER NOT NULL REFERENCES session,
     table_name TEXT NOT NULL,
     received_at TEXT NOT NULL,
+    last_batch_id INTEGER NOT NULL,
     PRIMARY KEY (session_id, table_name)
 );
 CREATE VIEW ingest_status AS
+WITH part AS (
+    SELECT
+        session_id,
+        {table_name} AS table_name,
+        count(*) AS batches,
+        sum(amount) AS rows,
+        min(received_at) AS first_received_at,
+        max(received_at) AS last_received_at,
+        max(id) AS last_batch_id
+    FROM batch
+    GROUP BY session_id, opcode
+)
 SELECT
-    session.id AS session_id,
-    session.client_id,
+    session_id,
+    client_id,
     -- A connection that was cut never said its agency, another of the same client did.
-    coalesce(session.agency_id, (
+    coalesce(agency_id, (
         SELECT max(agency_id) FROM session AS other WHERE other.client_id = session.client_id
     )) AS agency_id,
-    {table_name} AS table_name,
-    count(*) AS batches,
-    sum(amount) AS rows,
-    min(received_at) AS first_received_at,
-    max(received_at) AS last_received_at,
+    table_name,
+    batches,
+    rows,
+    first_received_at,
+    last_received_at,
     EXISTS (
         SELECT 1
         FROM table_eof JOIN session AS other ON other.id = table_eof.session_id
-        WHERE table_eof.table_name = {table_name}
+        WHERE table_eof.table_name = part.table_name
         AND (other.id = session.id OR other.client_id = session.client_id)
+        AND table_eof.last_batch_id >= part.last_batch_id
     ) AS complete
-FROM batch JOIN session ON session.id = batch.session_id
-GROUP BY session.id, batch.opcode;
+FROM part JOIN session ON session.id = session_id;
 """
 
 
@@ -118,6 +134,9 @@ class Database:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        # SQLite puts it beside the file itself, whatever link leads there.
+        self._wal = Path(f"{os.path.realpath(path)}-wal")
+        self._opened_files: tuple[object, ...] | None = None
         try:
             self._connection = sqlite3.connect(
                 path,
@@ -152,7 +171,7 @@ class Database:
         """
         with self._forgetting_sessions():
             try:
-                self._check_that_file_is_there()
+                self._check_that_files_are_there()
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield
                 self._connection.execute("COMMIT")
@@ -186,7 +205,7 @@ class Database:
 
         :return: whether all of it is there, and the WAL is cut back.
         """
-        self._pragma("busy_timeout = 0")
+        self._pragma(f"busy_timeout = {CHECKPOINT_PATIENCE * 1000:.0f}")
         try:
             (busy,) = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[:1]
             return not busy
@@ -196,8 +215,8 @@ class Database:
     def wal_bytes(self) -> int:
         """The size of the WAL."""
         try:
-            return Path(f"{self._path}-wal").stat().st_size
-        except FileNotFoundError:
+            return self._wal.stat().st_size
+        except OSError:
             return 0
 
     def store_batch(self, batch: TableBatch, session: Session, received_at: float) -> bool:
@@ -228,7 +247,9 @@ class Database:
     def end_table(self, table_name: str, session: Session, received_at: float) -> None:
         """Note that no more batches of a table come in this session, inside a transaction."""
         self._connection.execute(
-            "INSERT INTO table_eof VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+            "INSERT INTO table_eof VALUES (?, ?, ?, (SELECT coalesce(max(id), 0) FROM batch))"
+            " ON CONFLICT DO UPDATE SET"
+            " received_at = excluded.received_at, last_batch_id = excluded.last_batch_id",
             (self._session_id(session), table_name, _timestamp(received_at)),
         )
 
@@ -275,23 +296,18 @@ class Database:
         if not self.in_transaction:
             self._new_sessions.clear()
 
-    def _check_that_file_is_there(self) -> None:
-        if self._file_id() != self._opened_file_id:
+    def _check_that_files_are_there(self) -> None:
+        if self._opened_files not in {None, self._files()}:
             # What goes into a file without a name is lost when this process ends.
-            raise sqlite3.OperationalError("the file was moved or deleted")
+            raise sqlite3.OperationalError("the file or its WAL was moved or deleted")
 
-    def _file_id(self) -> tuple[int, int] | None:
-        try:
-            status = Path(self._path).stat()
-        except FileNotFoundError:
-            return None
-        return status.st_dev, status.st_ino
+    def _files(self) -> tuple[object, ...]:
+        return _identity(Path(self._path)), _identity(self._wal)
 
     def _prepare(self) -> None:
         if self._pragma("application_id") != APPLICATION_ID and self._has_tables():
             raise StoreError(f"{self._path} is a database of something else: name another --store")
         version = self._pragma("user_version")
-        self._opened_file_id = self._file_id()
         if version > SCHEMA_VERSION:
             raise StoreError(
                 f"the store {self._path} has schema version {version}, this program knows"
@@ -307,6 +323,7 @@ class Database:
                     self._connection.execute(statement)
                 self._pragma(f"application_id = {APPLICATION_ID}")
                 self._pragma(f"user_version = {SCHEMA_VERSION}")
+        self._opened_files = self._files()
 
     def _has_tables(self) -> bool:
         # Not sqlite_schema: the SQLite of an older system does not know that name yet.
@@ -317,22 +334,34 @@ class Database:
         return 0 if result is None else result[0]
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def check_store(path: str) -> None:
     """Find out whether a file can be the store, and leave no trace of having asked.
 
     :raises StoreError: if it cannot.
     """
     file = Path(path)
-    is_new = not file.exists()
-    is_empty = not is_new and file.is_file() and file.stat().st_size == 0
+    try:
+        is_new = not file.exists()
+        is_empty = not is_new and file.is_file() and file.stat().st_size == 0
+    except OSError as error:
+        raise StoreError(f"the store {path} cannot be opened: {error.strerror}") from error
     try:
         Database(path).close()
     finally:
         # Privileges may be shed before the store is opened to stay.
-        if is_new:
-            file.unlink(missing_ok=True)
-        elif is_empty:
-            os.truncate(file, 0)
+        with suppress(OSError):
+            if is_new:
+                file.unlink()
+            elif is_empty:
+                os.truncate(file, 0)
 
 
 def _schema() -> Iterator[str]:

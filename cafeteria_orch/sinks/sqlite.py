@@ -300,9 +300,11 @@ class _Writer:
         return group, True
 
     def _until_checkpoint(self) -> float:
-        # Bounded both ways: somebody may set the clock.
-        seconds: float = self._checkpoint_due - self._reactor.seconds()
-        return min(max(0.0, seconds), CHECKPOINT_INTERVAL)
+        # Somebody may set the clock back.
+        now: float = self._reactor.seconds()
+        self._checkpoint_due = min(self._checkpoint_due, now + CHECKPOINT_INTERVAL)
+        wait: float = max(0.0, self._checkpoint_due - now)
+        return wait
 
     def _checkpoint(self) -> None:
         now = self._reactor.seconds()
@@ -359,4 +361,4 @@ def _undoes_all(error: Exception) -> bool:
     if isinstance(error, sqlite3.OperationalError):
         # Python 3.10 does not know the code; there, every such error is taken for the store's.
         return getattr(error, "sqlite_errorcode", None) != _SQLITE_ERROR
-    return type(error) is sqlite3.DatabaseError
+    return type(error) is sqlite3.DatabaseError or isinstance(error, MemoryError)

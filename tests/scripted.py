@@ -1,0 +1,234 @@
+"""An orchestrator in memory that a sender meets, and that does what a test says."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+from twisted.internet import error as errors
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IStreamClientEndpoint
+from twisted.internet.task import Clock, deferLater
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer
+
+from cafeteria_orch import send
+from cafeteria_orch.messages import TableBatch, decode
+from cafeteria_orch.opcodes import Opcode
+from cafeteria_orch.send import send_directory
+from cafeteria_orch.tables import TABLES
+
+from .builders import frame
+from .disks import make_folder
+
+LATENCY = 0.001
+
+SUCCEED = b"\x01"
+TRY_AGAIN = b"\x02\x01"
+REJECT = b"\x02\x02"
+MALFORMED = b"\x02\x03"
+
+
+class Reaction(NamedTuple):
+    """What the server does with a message.
+
+    :ivar answer: its payload; there may be none.
+    :ivar end: how the connection ends then, if it does.
+    """
+
+    answer: bytes = b""
+    end: type[Exception] | None = None
+
+
+IGNORE = Reaction()
+CUT = Reaction(end=ConnectionLost)
+CLOSE = Reaction(end=ConnectionDone)
+
+Script = Callable[[bytes], "Reaction | bytes | None"]
+"""What a test has the server do with a payload; ``None`` for what any server would do."""
+
+
+@implementer(IStreamClientEndpoint)
+class ScriptedServer:
+    """Takes one connection after the other.
+
+    :ivar script: what it does with a message.
+    :ivar is_away: whether it refuses connections.
+    :ivar attempts: when somebody tried to connect.
+    :ivar connections: the payloads that came, by connection.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.script: Script = lambda _: None
+        self.is_away = False
+        self.attempts: list[float] = []
+        self.links: list[Link] = []
+
+    def connect(self, factory: Any) -> Deferred[Any]:
+        self.attempts.append(self.clock.seconds())
+        return deferLater(self.clock, LATENCY, self._accept, factory)
+
+    def payloads(self) -> list[bytes]:
+        """What came over all connections."""
+        return [payload for link in self.links for payload in link.payloads]
+
+    def batches(self) -> list[bytes]:
+        """The same, but for what is no batch."""
+        return batches(self.payloads())
+
+    def acknowledged(self) -> list[bytes]:
+        """The batches that the server has said SUCCESS to, whether it was heard or not."""
+        return batches(payload for link in self.links for payload in link.acknowledged)
+
+    def ends(self) -> list[str]:
+        """The tables whose end came."""
+        ends = [payload for payload in self.payloads() if payload[0] == Opcode.EOF]
+        return [decode(payload).rows[0][0] for payload in ends]
+
+    def _accept(self, factory: Any) -> Any:
+        if self.is_away:
+            raise errors.ConnectionRefusedError
+        protocol = factory.buildProtocol(None)
+        link = Link(self, protocol)
+        self.links.append(link)
+        protocol.makeConnection(link)
+        return protocol
+
+
+class Link:
+    """A connection: to the sender it is its transport."""
+
+    disconnecting = False
+
+    def __init__(self, server: ScriptedServer, protocol: Any) -> None:
+        self.payloads: list[bytes] = []
+        self.acknowledged: list[bytes] = []
+        self.most_unanswered = 0
+        self._unanswered = 0
+        self._server = server
+        self._clock = server.clock
+        self._protocol = protocol
+        self._received = b""
+        self._is_lost = False
+
+    def write(self, data: bytes) -> None:
+        self._received += data
+        while len(self._received) >= 4:
+            end = 4 + int.from_bytes(self._received[:4], "big")
+            if len(self._received) < end:
+                break
+            payload, self._received = self._received[4:end], self._received[end:]
+            self._unanswered += payload[0] != Opcode.FINISHED
+            self.most_unanswered = max(self.most_unanswered, self._unanswered)
+            self._clock.callLater(LATENCY, self._take, payload)
+
+    def abortConnection(self) -> None:
+        self._clock.callLater(0, self._lose, errors.ConnectionAborted())
+
+    def _take(self, payload: bytes) -> None:
+        if self._is_lost:
+            return
+        self.payloads.append(payload)
+        reaction = self._server.script(payload)
+        if reaction is None:
+            reaction = CLOSE if payload[0] == Opcode.FINISHED else SUCCEED
+        if isinstance(reaction, bytes):
+            reaction = Reaction(reaction)
+        if reaction.answer:
+            if reaction.answer == SUCCEED:
+                self.acknowledged.append(payload)
+            self._clock.callLater(LATENCY, self._deliver, frame(reaction.answer))
+        if reaction.end is not None:
+            self._is_lost = True
+            self._clock.callLater(LATENCY, self._protocol.connectionLost, Failure(reaction.end()))
+
+    def _deliver(self, data: bytes) -> None:
+        self._unanswered -= 1
+        self._protocol.dataReceived(data)
+
+    def _lose(self, error: Exception) -> None:
+        if not self._is_lost:
+            self._is_lost = True
+            self._protocol.connectionLost(Failure(error))
+
+
+def batches(payloads: Iterable[bytes]) -> list[bytes]:
+    opcodes = {table.opcode for table in TABLES}
+    return [payload for payload in payloads if payload[0] in opcodes]
+
+
+def numbers(payloads: Iterable[bytes]) -> list[int]:
+    """The numbers of some batches."""
+    return [message.batch_number for message in map(decode, payloads)]
+
+
+def cells(payloads: Iterable[bytes]) -> list[str | None]:
+    """The first cell of every row of some batches."""
+    messages: list[TableBatch] = [decode(payload) for payload in payloads]
+    return [row[0] for message in messages for row in message.rows]
+
+
+class SenderTestCase(SynchronousTestCase):
+    """A folder, a server, and ``cafeorch-send`` between them; no time passes but the clock's."""
+
+    def setUp(self) -> None:
+        self.folder = make_folder(self)
+        self.clock = Clock()
+        self.server = ScriptedServer(self.clock)
+        self.output = ""
+
+    def write_users(self, name: str = "users.csv", rows: Iterable[int] = range(10)) -> Path:
+        """A file with a user to a line; the first one is in line 2."""
+        lines = ["user_id,gender,birthdate,registered_at"]
+        lines += [f"{row},female,2003-06-13,2024-01-11" for row in rows]
+        path = self.folder / name
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    def write_stores(self, name: str = "stores.csv", rows: Iterable[int] = range(4)) -> Path:
+        lines = ["store_id,store_name,street,postal_code,city,state,latitude,longitude"]
+        lines += [f"{row},G,Jalan 1,50480,KL,KL,3.1,101.7" for row in rows]
+        path = self.folder / name
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    def send(self, *options: str, interrupt: Callable[[], object] = lambda: False) -> int:
+        """Run the command until it ends; two rows make a batch.
+
+        :param interrupt: when it holds the user presses Ctrl-C.
+        :return: its exit status; what it said is in :attr:`output`.
+        """
+        arguments = [str(self.folder), "--batch-rows=2", *options]
+        output = io.StringIO()
+        results: list[Any] = []
+        with (
+            patch.object(send, "clientFromString", lambda *_: self.server),
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
+            parsed = send._parser().parse_args(arguments)
+            sending = Deferred.fromCoroutine(send_directory(self.clock, parsed))
+            sending.addBoth(results.append)
+            is_interrupted = False
+            while not results:
+                if not is_interrupted and interrupt():
+                    is_interrupted = True
+                    sending.cancel()
+                calls: Sequence[Any] = self.clock.getDelayedCalls()
+                assert calls or results, "it waits for nothing"
+                if calls and not results:
+                    now = self.clock.seconds()
+                    self.clock.advance(max(0, min(call.getTime() for call in calls) - now))
+        self.output = output.getvalue()
+        (result,) = results
+        if isinstance(result, Failure):
+            result.raiseException()
+        status: int = result
+        return status

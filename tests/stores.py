@@ -1,0 +1,206 @@
+"""A store under test: its real writer thread, and a test that decides when it gets on."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from itertools import count
+from queue import Empty, SimpleQueue
+from threading import Semaphore
+from time import monotonic
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from cafeteria_orch.factory import OrchestratorFactory
+from cafeteria_orch.sinks.database import Database
+from cafeteria_orch.sinks.sqlite import SqliteSink
+
+from .builders import FAIL, SUCCESS, TCPTransport, batch_frame, connect
+
+TRY_AGAIN = FAIL + b"\x01"
+REJECTED = FAIL + b"\x02"
+DEADLINE = 10.0
+POLL_INTERVAL = 0.005
+
+
+class PumpedReactor(Clock):
+    """A clock, and the calls from other threads: a test makes them one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._from_threads: SimpleQueue[Callable[[], object]] = SimpleQueue()
+
+    def callFromThread(self, function: Callable[..., Any], *args: Any, **named: Any) -> None:
+        self._from_threads.put(partial(function, *args, **named))
+
+    def pump_until(self, until: Callable[[], object]) -> None:
+        """Make calls until something holds."""
+        deadline = monotonic() + DEADLINE
+        while not until():
+            assert monotonic() < deadline, "it did not come to that in time"
+            with suppress(Empty):
+                self._from_threads.get(timeout=POLL_INTERVAL)()
+
+    def pump_for(self, seconds: float) -> None:
+        """Make the calls that come within a time."""
+        deadline = monotonic() + seconds
+        self.pump_until(lambda: monotonic() >= deadline)
+
+
+@contextmanager
+def connecting(connection_class: type[sqlite3.Connection]) -> Iterator[list[sqlite3.Connection]]:
+    """Have a store that is opened inside use a connection of some class; those it made."""
+    connections: list[sqlite3.Connection] = []
+    real_connect = sqlite3.connect
+
+    def connect(*args: Any, **options: Any) -> sqlite3.Connection:
+        connections.append(real_connect(*args, factory=connection_class, **options))
+        return connections[-1]
+
+    with patch.object(sqlite3, "connect", connect):
+        yield connections
+
+
+class Fault(NamedTuple):
+    """What goes wrong with the next statement that begins in some way.
+
+    :ivar outcome: what has become of it by then: nothing (``failed``); the transaction is
+        undone, as some errors do by themselves (``undone``); it is done all the same, as when
+        the last sync fails (``done``).
+    """
+
+    statement: str
+    outcome: str = "failed"
+    error: type[sqlite3.Error] = sqlite3.OperationalError
+
+
+class FaultyConnection(sqlite3.Connection):
+    """Has a fault, once."""
+
+    fault: Fault | None = None
+
+    def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+        fault = self.fault
+        if fault is None or not sql.startswith(fault.statement):
+            return super().execute(sql, *parameters)
+        self.fault = None
+        if fault.outcome == "undone":
+            super().execute("ROLLBACK")
+        elif fault.outcome == "done":
+            super().execute(sql, *parameters)
+        raise fault.error("disk I/O error")
+
+
+class SinkTestCase(SynchronousTestCase):
+    """A store in a file of its own, with its real writer thread."""
+
+    reactor_class: type[PumpedReactor] = PumpedReactor
+    connection: sqlite3.Connection
+
+    def setUp(self) -> None:
+        self.path = self.mktemp()
+        self.reactor = self.reactor_class()
+        self.factory = OrchestratorFactory(self.reactor)
+        self.sink = SqliteSink(self.reactor, self.path)
+        self.sink.register(self.factory)
+
+    def start(self, connection_class: type[sqlite3.Connection] = sqlite3.Connection) -> None:
+        """Open the store, and keep the connection that it is written through."""
+        with connecting(connection_class) as connections:
+            self.sink.start()
+        (self.connection,) = connections
+        self.addCleanup(self.stop)
+
+    def stop(self) -> None:
+        stopped: list[None] = []
+        self.sink.stop().addCallback(stopped.append)
+        self.reactor.pump_until(lambda: stopped)
+
+    def pump_answers(self, *transports: TCPTransport) -> list[bytes]:
+        """Wait until each has got something; what that is."""
+        self.reactor.pump_until(lambda: all(transport.value() for transport in transports))
+        return [transport.value() for transport in transports]
+
+    def query(self, sql: str) -> list[Any]:
+        """Ask the store over a connection of one's own: it sees what is committed."""
+        with closing(sqlite3.connect(self.path)) as store:
+            rows = store.execute(sql).fetchall()
+        return [row[0] for row in rows] if rows and len(rows[0]) == 1 else rows
+
+    def batch_numbers(self) -> list[int]:
+        """What is stored, in the order it was stored in; whole, or this fails."""
+        in_part = self.query(
+            "SELECT id FROM batch"
+            " WHERE amount != (SELECT count(*) FROM users WHERE batch_id = batch.id)"
+        )
+        self.assertEqual(in_part, [])
+        self.assertEqual(self.query("PRAGMA foreign_key_check"), [])
+        return self.query("SELECT batch_number FROM batch ORDER BY id")
+
+    def assert_accounts(self, committed: int, duplicates: int = 0, failed: int = 0) -> None:
+        counts = self.sink.counts
+        self.assertEqual(counts.in_hand, 0)
+        self.assertEqual(
+            (counts.received, counts.committed, counts.duplicates, counts.failed),
+            (committed + duplicates + failed, committed, duplicates, failed),
+        )
+
+
+class Gate:
+    """Makes each transaction wait until it is let through."""
+
+    def __init__(self, case: SynchronousTestCase) -> None:
+        self.transactions = 0
+        self._waiting = Semaphore(0)
+        self._let_through = Semaphore(0)
+        transaction = Database.transaction
+
+        @contextmanager
+        def gated(database: Database) -> Iterator[None]:
+            self.transactions += 1
+            self._waiting.release()
+            assert self._let_through.acquire(timeout=DEADLINE)
+            with transaction(database):
+                yield
+
+        case.patch(Database, "transaction", gated)
+        # The store closes after what it has taken.
+        case.addCleanup(self.open, 1000)
+
+    def await_transaction(self) -> None:
+        """Until a transaction waits: what comes now belongs to the next one."""
+        assert self._waiting.acquire(timeout=DEADLINE)
+
+    def open(self, transactions: int = 1) -> None:
+        self._let_through.release(transactions)
+
+
+class GroupTestCase(SinkTestCase):
+    """Has batches wait while a commit is under way."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.start()
+        self.gate = Gate(self)
+        self.numbers = count(1)
+
+    def send(self, **changes: Any) -> TCPTransport:
+        """One more client sends one more batch."""
+        protocol, transport = connect(self.factory)
+        protocol.dataReceived(batch_frame(**{"batch_number": next(self.numbers), **changes}))
+        return transport
+
+    def send_group(self, *batches: dict[str, Any]) -> list[TCPTransport]:
+        """Have batches wait for the same transaction: the second one, after batch 1."""
+        first = self.send()
+        self.gate.await_transaction()
+        group = [self.send(**changes) for changes in batches]
+        self.gate.open()
+        self.assertEqual(self.pump_answers(first), [SUCCESS])
+        self.gate.await_transaction()
+        return group

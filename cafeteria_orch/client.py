@@ -12,7 +12,7 @@ from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.python.failure import Failure
 
 from .errors import ProtocolError
-from .framing import FrameReceiver
+from .framing import INT32, FrameReceiver, Framing
 from .messages import (
     DECODERS,
     BatchRecvFail,
@@ -50,10 +50,13 @@ class OrchestratorClient(FrameReceiver):
     their way at once is the caller's to limit. A Deferred of an answer fails with
     ``ConnectionLost`` if the connection ends before it, and with a
     :class:`~cafeteria_orch.errors.ProtocolError` if the server sends what is no answer.
+
+    :param framing: how to frame the messages; a server tells it by the first one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, framing: Framing = INT32) -> None:
         super().__init__()
+        self.framing = framing
         self._waiting: deque[Deferred[Answer]] = deque()
         self._finished: Deferred[None] | None = None
         self._lost: Failure | None = None

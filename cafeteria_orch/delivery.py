@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from twisted.application.internet import ClientService, backoffPolicy
@@ -16,6 +17,7 @@ from twisted.python.failure import Failure
 
 from .client import Answer, OrchestratorClient
 from .exports import Batch, Export, ExportError
+from .framing import Framing
 from .journal import FilePlan, Journal
 from .messages import BatchRecvFail, BatchRecvSuccess
 from .opcodes import FailReason
@@ -74,6 +76,7 @@ class Delivery:
 
     :param endpoint: the server.
     :param journal: what has been acknowledged, and what will be.
+    :param framing: how the server is spoken to.
     :param window: how many batches may be on their way at once.
     :param retry_for: how long, in seconds, to go on while nothing is acknowledged.
     :param acknowledged: called with the number of rows of each batch that was acknowledged.
@@ -88,6 +91,7 @@ class Delivery:
         endpoint: IStreamClientEndpoint,
         journal: Journal,
         *,
+        framing: Framing,
         window: int,
         retry_for: float,
         acknowledged: Callable[[int], object],
@@ -106,7 +110,7 @@ class Delivery:
         self._progressed_at = reactor.seconds()
         self._connection: _Connection | None = None
         self._service = ClientService(
-            endpoint, Factory.forProtocol(OrchestratorClient), _backoff, reactor
+            endpoint, Factory.forProtocol(partial(OrchestratorClient, framing)), _backoff, reactor
         )
 
     async def send(self, tables: Sequence[TableExports], agency_id: int) -> None:

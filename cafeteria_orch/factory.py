@@ -19,7 +19,7 @@ from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
 from . import responses
-from .framing import DEFAULT_MAX_FRAME_BYTES
+from .framing import DEFAULT_MAX_FRAME_BYTES, SNIFFABLE_BELOW, Framing
 from .messages import DECODERS, Decoder, RawMessage
 from .opcodes import RESPONSES, BatchStatus, Opcode
 from .protocol import Hold, OrchestratorProtocol
@@ -57,7 +57,10 @@ class OrchestratorFactory(ServerFactory):
 
     :param reactor: for time and threads; a test may give a ``Clock``.
     :param max_frame_bytes: the longest payload that is accepted.
+    :param framing: of all connections; ``None`` tells it by the first byte of each.
     :param log_level: what is less important than this is not even put together.
+    :raises ValueError: if the framing is to be told by the first byte, and the limit is too
+        high for that.
     """
 
     noisy = False
@@ -67,10 +70,17 @@ class OrchestratorFactory(ServerFactory):
         reactor: Any,
         *,
         max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
+        framing: Framing | None = None,
         log_level: NamedConstant = LogLevel.info,
     ) -> None:
         self.reactor = reactor
+        if framing is None and max_frame_bytes >= SNIFFABLE_BELOW:
+            raise ValueError(
+                "the framings cannot be told apart with frames of 16 MiB or more: lower"
+                " max-frame-bytes, or name the framing"
+            )
         self.max_frame_bytes = max_frame_bytes
+        self.framing = framing
         self.log_info = log_level <= LogLevel.info
         self.log_debug = log_level <= LogLevel.debug
         self.decoders: dict[int, Decoder] = dict(DECODERS)

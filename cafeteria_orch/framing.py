@@ -1,16 +1,52 @@
-"""Frames: from a stream of bytes to payloads, in time linear in the bytes."""
+"""Frames: from a stream of bytes to payloads, in time linear in the bytes.
+
+There are two framings of the same messages. Above this module there is one: a payload is an
+opcode and a body, whatever stood around them on the wire.
+"""
 
 from __future__ import annotations
 
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 from twisted.protocols.basic import Int32StringReceiver
 
 DEFAULT_MAX_FRAME_BYTES = 1_048_576
 """The fullest table batch of the wire (a body of 1,048,571 bytes) fits."""
 
-_LENGTH = Struct(Int32StringReceiver.structFormat)
+SNIFFABLE_BELOW = 1 << 24
+"""A big-endian length below this begins with a 0, by which the framings are told apart."""
+
+
+class Framing(NamedTuple):
+    """How a payload stands on the wire.
+
+    :ivar name: as the user says it.
+    :ivar length: the length's format.
+    :ivar lead: how many bytes of the payload stand before its length, and are not counted
+        in it.
+    :ivar answers_have_bodies: whether more than the opcode of an answer is sent.
+    """
+
+    name: str
+    length: Struct
+    lead: int
+    answers_have_bodies: bool
+
+    def encode(self, payload: bytes) -> bytes:
+        """The bytes of one frame."""
+        lead = self.lead
+        return payload[:lead] + self.length.pack(len(payload) - lead) + payload[lead:]
+
+
+INT32 = Framing("int32", Struct(">I"), lead=0, answers_have_bodies=True)
+"""A big-endian length, then the payload: Twisted's :class:`Int32StringReceiver`."""
+
+OPCODE_FIRST = Framing("opcode-first", Struct("<i"), lead=1, answers_have_bodies=False)
+"""The opcode, a little-endian length, the body: the older clients in the field. They read
+nothing but the opcode of an answer, and a length of 0."""
+
+FRAMINGS = {framing.name: framing for framing in (INT32, OPCODE_FIRST)}
 
 
 class FrameReceiver(Int32StringReceiver):
@@ -27,12 +63,15 @@ class FrameReceiver(Int32StringReceiver):
     the peer has, what had come from it still is.
 
     :ivar MAX_LENGTH: the longest payload, in bytes.
+    :ivar framing: ``None`` leaves it to the first byte that comes: 0 begins the length of
+        any :data:`INT32` frame below 16 MiB, and anything else is :data:`OPCODE_FIRST`.
     :ivar delivering: whether ``stringReceived`` is being called from within
         ``dataReceived``, so that more frames may follow at once.
     """
 
     MAX_LENGTH = DEFAULT_MAX_FRAME_BYTES
     delivering = False
+    framing: Framing | None = INT32
     transport: Any
 
     # What frames are being cut out of, and where the next one starts in it.
@@ -60,6 +99,8 @@ class FrameReceiver(Int32StringReceiver):
         """Take bytes from the transport; deliver the frames that are whole."""
         if self._stopped:
             return
+        if self.framing is None and data:
+            self.framing = OPCODE_FIRST if data[0] else INT32
         if self._chunk:
             self._rest += data
         elif self._rest:
@@ -102,7 +143,10 @@ class FrameReceiver(Int32StringReceiver):
         """A frame is whole. A hook."""
 
     def lengthLimitExceeded(self, length: int) -> None:
-        """A frame declares more than :attr:`MAX_LENGTH`; no more is delivered. A hook."""
+        """A frame declares more than :attr:`MAX_LENGTH`, or a length below 0. A hook.
+
+        No more is delivered.
+        """
         self.transport.loseConnection()
 
     def abortConnection(self) -> None:
@@ -118,32 +162,49 @@ class FrameReceiver(Int32StringReceiver):
         """Called when all that is whole was delivered, or delivery was paused. A hook."""
 
     def encodeFrame(self, payload: bytes) -> bytes:
-        """The bytes of one frame."""
-        return _LENGTH.pack(len(payload)) + payload
+        """The bytes of one frame, in the framing of this connection."""
+        return (self.framing or INT32).encode(payload)
+
+    def encodeAnswer(self, payload: bytes) -> bytes:
+        """The same for an answer: of its body, as much as the peer can read."""
+        framing = self.framing or INT32
+        return framing.encode(payload if framing.answers_have_bodies else payload[:1])
+
+    def sendString(self, string: bytes) -> None:
+        """Send a frame."""
+        self.transport.write(self.encodeFrame(string))
 
     def _deliver(self) -> None:
         if self.delivering:
             return
         self.delivering = True
-        transport, head, length_at = self.transport, _LENGTH.size, _LENGTH.unpack_from
+        transport = self.transport
+        framing = self.framing or INT32
+        lead = framing.lead
+        head = lead + framing.length.size
+        longest = self.MAX_LENGTH - lead
+        length_at = framing.length.unpack_from
         try:
             while not self.paused:
                 if getattr(transport, "disconnecting", False):
                     self.stopDelivery()
                     break
-                chunk = self._chunk
-                start = self._offset + head
+                chunk, offset = self._chunk, self._offset
+                start = offset + head
                 wanted = head
                 if start <= len(chunk):
-                    (length,) = length_at(chunk, start - head)
-                    if length > self.MAX_LENGTH:
+                    (length,) = length_at(chunk, offset + lead)
+                    if not 0 <= length <= longest:
                         self.stopDelivery()
-                        self.lengthLimitExceeded(length)
+                        self.lengthLimitExceeded(length if length < 0 else lead + length)
                         break
                     end = start + length
                     if end <= len(chunk):
                         self._offset = end
-                        self.stringReceived(chunk[start:end])
+                        payload = chunk[start:end]
+                        self.stringReceived(
+                            chunk[offset : offset + lead] + payload if lead else payload
+                        )
                         continue
                     wanted += length
                 if not self._gather(wanted):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from inspect import iscoroutine
 from typing import Any, Protocol, cast
@@ -23,7 +24,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from .errors import FrameTooLong, ProtocolError
-from .framing import FrameReceiver
+from .framing import FrameReceiver, Framing
 from .messages import ClientHello, Decoder, Finished, decode
 from .responses import Exchange, Session, handle_processing_error, send_failure
 
@@ -31,6 +32,7 @@ CLOSE_TIMEOUT = 2.0
 """How long, in seconds, an orderly close waits for the peer before it becomes an abort."""
 
 _NO_OPCODE = -1
+_READ_SIZE = 65536
 
 _log = Logger()
 
@@ -48,6 +50,7 @@ class MessageHandler(Protocol):
 
     reactor: Any
     max_frame_bytes: int
+    framing: Framing | None
     log_info: bool
     log_debug: bool
 
@@ -99,6 +102,7 @@ class OrchestratorProtocol(FrameReceiver):
         self.handler = handler
         self.reactor = handler.reactor
         self.MAX_LENGTH = handler.max_frame_bytes
+        self.framing = handler.framing
         self.log_debug = handler.log_debug
         self._outgoing: list[bytes] = []
         self._holds: set[Hold] = set()
@@ -136,8 +140,10 @@ class OrchestratorProtocol(FrameReceiver):
 
     def lengthLimitExceeded(self, length: int) -> None:
         """A frame declares more than the limit: refuse it before it is read."""
-        error = FrameTooLong(f"a frame of {length} bytes, the limit is {self.MAX_LENGTH}")
-        self._refuse(error, Exchange(self, _NO_OPCODE))
+        what = f"a frame of {length} bytes, the limit is {self.MAX_LENGTH}"
+        if length < 0:
+            what = "a frame whose length is negative"
+        self._refuse(FrameTooLong(what), Exchange(self, _NO_OPCODE))
 
     def framesDelivered(self) -> None:
         """What was whole is handled, or waits: the answers leave in one write."""
@@ -194,13 +200,25 @@ class OrchestratorProtocol(FrameReceiver):
         """Send an answer, together with the others that this ``dataReceived`` gives."""
         if self._closing or self._lost:
             return
-        self._outgoing.append(self.encodeFrame(payload))
+        self._outgoing.append(self.encodeAnswer(payload))
         if not self.delivering:
             self._flush()
 
     def processor_name(self, opcode: int) -> str:
         """Who processes messages of this opcode: a name for the log."""
         return self.handler.processor_name(opcode)
+
+    def read_what_is_left(self) -> None:
+        """The connection is lost, and its socket not closed yet: read what came before.
+
+        A client that closes without reading its answers resets the connection by that, with
+        whole batches of it still in the kernel.
+        """
+        if self._closing or not _is_plain_tcp(self.transport):
+            return
+        with suppress(OSError):
+            while data := self.transport.getHandle().recv(_READ_SIZE):
+                self.dataReceived(data)
 
     def close(self) -> None:
         """Close so that the last answer arrives; handle nothing more.
@@ -219,7 +237,7 @@ class OrchestratorProtocol(FrameReceiver):
         self.transport.unregisterProducer()
         self._abort_call = self.reactor.callLater(CLOSE_TIMEOUT, self.abort)
         self.resumeReading()
-        if self._input_over or not _can_half_close(self.transport):
+        if self._input_over or not _is_plain_tcp(self.transport):
             self.transport.loseConnection()
         else:
             self.transport.loseWriteConnection()
@@ -353,9 +371,9 @@ class _OutputGate:
         self._connection.release(Hold.OUTPUT)
 
     def stopProducing(self) -> None:
-        """The connection hears of its end from ``connectionLost``."""
+        self._connection.read_what_is_left()
 
 
-def _can_half_close(transport: object) -> bool:
-    # TLS passes a half-close on to the socket below it, which cuts off its own farewell.
+def _is_plain_tcp(transport: object) -> bool:
+    # TLS claims to be TCP too, and passes on to the socket below it what it must not.
     return ITCPTransport.providedBy(transport) and not ISSLTransport.providedBy(transport)

@@ -21,7 +21,7 @@ from . import __version__
 from .delivery import Delivery, GaveUp, TableExports, Totals
 from .errors import ProtocolError
 from .exports import Export, ExportError, find_exports
-from .framing import DEFAULT_MAX_FRAME_BYTES
+from .framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, INT32
 from .journal import FilePlan, Journal, JournalError
 from .tables import Table
 
@@ -53,6 +53,7 @@ async def send_directory(reactor: Any, options: argparse.Namespace) -> int:
                         reactor,
                         clientFromString(reactor, options.connect),
                         journal,
+                        framing=FRAMINGS[options.framing],
                         window=options.window,
                         retry_for=options.retry_for,
                         acknowledged=acknowledged,
@@ -252,6 +253,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_from(int, 1, 2**31 - 1),
         default=DEFAULT_MAX_FRAME_BYTES,
         help="longest frame; what the orchestrator has under this name",
+    )
+    add(
+        "--framing",
+        choices=list(FRAMINGS),
+        default=INT32.name,
+        help="how frames look on the wire; an orchestrator tells it by the first byte",
     )
     add(
         "--window",

@@ -30,7 +30,7 @@ from twisted.python.logfile import LogFile
 
 from . import __version__
 from .factory import OrchestratorFactory
-from .framing import DEFAULT_MAX_FRAME_BYTES
+from .framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 from .logs import BufferedLogObserver
 from .service import DEFAULT_DRAIN_TIMEOUT, OrchestratorService
 from .sinks.database import StoreError, check_store
@@ -65,12 +65,19 @@ def _store(text: str) -> str | None:
     return None if text == "none" else str(Path(text).absolute())
 
 
+def _framing(text: str) -> Framing | None:
+    if text not in {"auto", *FRAMINGS}:
+        raise ValueError(f"{text!r} is not one of auto, {', '.join(FRAMINGS)}")
+    return FRAMINGS.get(text)
+
+
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "port": _number(int, 0, 65535),
     "interface": str,
     "backlog": _number(int, 1, 65535),
     "store": _store,
     "max-frame-bytes": _number(int, 1, 2**31 - 1),
+    "framing": _framing,
     "drain-timeout": _number(float, 0, 86400),
     "log-level": _log_level,
 }
@@ -95,6 +102,12 @@ class Options(usage.Options):
         ["backlog", "b", "128", "pending connections"],
         ["store", "s", "cafeorch.sqlite3", "the embedded store's file, or none"],
         ["max-frame-bytes", None, str(DEFAULT_MAX_FRAME_BYTES), "longest frame, in bytes"],
+        [
+            "framing",
+            None,
+            "auto",
+            "auto (told by a connection's first byte), int32 or opcode-first",
+        ],
         [
             "drain-timeout",
             None,
@@ -174,11 +187,15 @@ def makeService(options: Options) -> IService:
     # Importing it installs it, and which one it is is for twistd to say.
     from twisted.internet import reactor  # noqa: PLC0415
 
-    factory = OrchestratorFactory(
-        reactor,
-        max_frame_bytes=options["max-frame-bytes"],
-        log_level=options["log-level"],
-    )
+    try:
+        factory = OrchestratorFactory(
+            reactor,
+            max_frame_bytes=options["max-frame-bytes"],
+            framing=options["framing"],
+            log_level=options["log-level"],
+        )
+    except ValueError as error:
+        raise _exit(str(error)) from error
     sink = None
     if options["store"] is not None:
         try:

@@ -41,6 +41,11 @@ def frame(payload: bytes) -> bytes:
     return struct.pack(">I", len(payload)) + payload
 
 
+def opcode_first(payload: bytes) -> bytes:
+    """One frame, as the older clients write it."""
+    return payload[:1] + struct.pack("<i", len(payload) - 1) + payload[1:]
+
+
 def batch(
     table: Table = USERS,
     rows: Any = (USER_ROW,),
@@ -185,5 +190,11 @@ def query(path: str, sql: str) -> list[tuple[Any, ...]]:
 
 def send_options(directory: Path, **changes: Any) -> argparse.Namespace:
     """The options of ``cafeorch-send``; ``connect`` is what has no default."""
-    options = {"agency_id": 1, "batch_rows": 4000, "max_frame_bytes": 1_048_576, "window": 8}
-    return argparse.Namespace(directory=directory, **(options | changes))
+    options: dict[str, Any] = {
+        "agency_id": 1,
+        "batch_rows": 4000,
+        "max_frame_bytes": 1_048_576,
+        "window": 8,
+    }
+    options |= {"framing": "int32", **changes}
+    return argparse.Namespace(directory=directory, **options)

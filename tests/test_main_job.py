@@ -18,7 +18,9 @@ from twisted.trial.unittest import TestCase
 from cafeteria_orch.client import OrchestratorClient
 from cafeteria_orch.exports import find_exports
 from cafeteria_orch.factory import OrchestratorFactory
+from cafeteria_orch.framing import FRAMINGS, Framing
 from cafeteria_orch.messages import BatchRecvSuccess
+from cafeteria_orch.protocol import OrchestratorProtocol
 from cafeteria_orch.send import send_directory
 from cafeteria_orch.sinks.sqlite import SqliteSink
 
@@ -161,6 +163,25 @@ class MainJobTests(TestCase):
             self.assertRegex(printed, rf"(?m)^{table} +{files} +{rows} ")
         ((batches, rows),) = self.query("SELECT count(*), sum(amount) FROM batch")
         self.assertRegex(printed, rf"(?m)^acknowledged +8 +{rows} +{batches} ")
+
+    async def test_either_framing(self) -> None:
+        """Sent in either framing, every cell of the same files is in the store alike."""
+        framings: list[Framing | None] = []
+        forget = self.factory.connection_lost
+
+        def lost(connection: OrchestratorProtocol) -> None:
+            framings.append(connection.framing)
+            forget(connection)
+
+        self.patch(self.factory, "connection_lost", lost)
+        for session, framing in enumerate(FRAMINGS.values(), 1):
+            await self.send(framing=framing.name, state=Path(self.mktemp()))
+            await until(reactor, lambda: not self.factory.connections)
+            self.assertEqual(framings[-1], framing)
+            for table in COLUMNS:
+                self.assertEqual(self.rows(table), rows_of_files(table) * session, table)
+        ends = self.query("SELECT session_id, table_name FROM table_eof ORDER BY rowid")
+        self.assertEqual(ends, [(session, name) for session in (1, 2) for name in COLUMNS])
 
     async def test_sent_again(self) -> None:
         """A second run sends nothing at all."""

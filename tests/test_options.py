@@ -12,6 +12,7 @@ from twisted.logger import LogLevel
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__
+from cafeteria_orch.framing import INT32, OPCODE_FIRST
 from cafeteria_orch.tap import Options
 
 DEFAULTS = {
@@ -21,6 +22,7 @@ DEFAULTS = {
     "listen": [],
     "processors": [],
     "max-frame-bytes": 1048576,
+    "framing": None,
     "drain-timeout": 10.0,
     "log-level": LogLevel.info,
 }
@@ -35,6 +37,9 @@ SINGLE = (
     ("store", "/srv/tables.db", "/srv/tables.db"),
     ("max-frame-bytes", "16", 16),
     ("max-frame-bytes", "2147483647", 2**31 - 1),
+    ("framing", "auto", None),
+    ("framing", "int32", INT32),
+    ("framing", "opcode-first", OPCODE_FIRST),
     ("drain-timeout", "0", 0.0),
     ("drain-timeout", "2.5", 2.5),
     ("log-level", "debug", LogLevel.debug),
@@ -52,6 +57,7 @@ BAD = (
     ("port", ("x", "80.5", "-1", "65536", "8080 8081")),
     ("backlog", ("x", "0", "-1", "1e3")),
     ("max-frame-bytes", ("x", "0", "-1", "2147483648", "1MiB")),
+    ("framing", ("x", "INT32", "none", "opcode_first")),
     ("drain-timeout", ("x", "-1", "nan", "inf", "10s")),
     ("log-level", ("x", "INFO", "warning", "debug info")),
 )
@@ -190,6 +196,7 @@ class Mistakes(OptionsTestCase):
         """A number out of range is told the range, a word that is none the words."""
         self.assertIn("from 0 to 65535", self.refusal("--port=65536"))
         self.assertIn("debug, info, warn, error", self.refusal("--log-level=loud"))
+        self.assertIn("auto, int32, opcode-first", self.refusal("--framing=both"))
 
     def test_missing_value(self) -> None:
         """An option without its value."""
@@ -234,6 +241,7 @@ class Help(OptionsTestCase):
         """``--help`` has every option on a line of its own, with its default."""
         text = self.printed("--help")
         shown = {"store": "cafeorch.sqlite3", "log-level": "info", "drain-timeout": "10"}
+        shown["framing"] = "auto"
         for name, default in (DEFAULTS | shown).items():
             short = f"-{SHORT[name]}, " if name in SHORT else ""
             self.assertRegex(text, rf"(?m)^ +{short}--{name}=")

@@ -182,6 +182,7 @@ class Arguments(SynchronousTestCase):
             ([folder, "--window", "0"], "--window"),
             ([folder, "--window", "10001"], "--window"),
             ([folder, "--window", "many"], "'many'"),
+            ([folder, "--framing", "auto"], "'auto'"),
             ([folder, "--retry-for", "-1"], "--retry-for"),
             ([folder, "--retry-for", "nan"], "--retry-for"),
             ([folder, "--retry-for", "ever"], "'ever'"),
@@ -212,6 +213,7 @@ class Arguments(SynchronousTestCase):
             ("--retry-for", "60.0"),
         ):
             self.assertRegex(text, rf"{option} [A-Z_]+ [^()]*\(default: {default}\)")
+        self.assertRegex(text, r"--framing \{int32,opcode-first\} [^()]*\(default: int32\)")
 
     def test_version(self) -> None:
         """The version is that of the package."""

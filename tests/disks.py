@@ -86,7 +86,7 @@ def holding(store: Path, *statements: str) -> Iterator[None]:
     program = (
         "import sqlite3, sys; store = sqlite3.connect(sys.argv[1], isolation_level=None);"
         " [store.execute(statement).fetchall() for statement in sys.argv[2:]];"
-        " print(); sys.stdin.read()"
+        " print(flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(store), *statements]
     pipe = subprocess.PIPE

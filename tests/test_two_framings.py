@@ -32,7 +32,7 @@ from cafeteria_orch.protocol import OrchestratorProtocol
 from cafeteria_orch.tables import USERS
 from cafeteria_orch.tap import Options, makeService
 
-from . import test_framing
+from . import test_framing, test_framing_cost, test_framing_flow
 from .builders import (
     ECHO,
     FAIL,
@@ -48,8 +48,8 @@ from .builders import (
     opcode_first,
     texts,
 )
+from .framings import FramingCase, Recorder
 from .strategies import chunkings, cut, messages
-from .test_framing import FramingCase, Recorder
 
 SUCCESS_FIRST = b"\x01\0\0\0\0"
 FAIL_FIRST = b"\x02\0\0\0\0"
@@ -147,11 +147,11 @@ class OpcodeFirstSplitTests(OpcodeFirst, test_framing.SplitTests):
     """How the stream is cut into chunks makes no difference there."""
 
 
-class OpcodeFirstStopTests(OpcodeFirst, test_framing.StopTests):
+class OpcodeFirstStopTests(OpcodeFirst, test_framing_flow.StopTests):
     """Nothing is delivered after a stop there."""
 
 
-class OpcodeFirstPauseTests(OpcodeFirst, test_framing.PauseTests):
+class OpcodeFirstPauseTests(OpcodeFirst, test_framing_flow.PauseTests):
     """Nothing is lost or comes twice over a pause there."""
 
 
@@ -159,11 +159,11 @@ class OpcodeFirstMissingTests(OpcodeFirst, test_framing.MissingTests):
     """How much of a frame has not come there."""
 
 
-class OpcodeFirstDeliveredTests(OpcodeFirst, test_framing.DeliveredTests):
+class OpcodeFirstDeliveredTests(OpcodeFirst, test_framing_flow.DeliveredTests):
     """The hook at the end of a delivery there."""
 
 
-class OpcodeFirstBrokenHookTests(OpcodeFirst, test_framing.BrokenHookTests):
+class OpcodeFirstBrokenHookTests(OpcodeFirst, test_framing_flow.BrokenHookTests):
     """An exception costs no order there."""
 
 
@@ -171,11 +171,11 @@ class OpcodeFirstSendTests(OpcodeFirst, test_framing.SendTests):
     """The other direction there."""
 
 
-class OpcodeFirstCostTests(OpcodeFirst, test_framing.CostTests):
+class OpcodeFirstCostTests(OpcodeFirst, test_framing_cost.CostTests):
     """Each byte is copied a few times at most there."""
 
 
-class OpcodeFirstMachine(test_framing.FrameReceiverMachine):
+class OpcodeFirstMachine(test_framing_cost.FrameReceiverMachine):
     """The receiver and its model there."""
 
     FRAMING = OPCODE_FIRST
@@ -183,7 +183,7 @@ class OpcodeFirstMachine(test_framing.FrameReceiverMachine):
     ORDER = "little"
 
 
-class OpcodeFirstModelTests(test_framing.ModelTests):
+class OpcodeFirstModelTests(test_framing_cost.ModelTests):
     """Runs that machine."""
 
     machine = OpcodeFirstMachine

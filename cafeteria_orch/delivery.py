@@ -101,6 +101,7 @@ class Delivery:
         self.problems: list[str] = []
         self._reactor = reactor
         self._journal = journal
+        self._framing = framing
         self._window = window
         self._retry_for = retry_for
         self._acknowledged = acknowledged
@@ -153,7 +154,7 @@ class Delivery:
                 return None
             pause = _backoff(self._postponed)
             self._postponed += 1
-            reason = "The server takes nothing now."
+            reason = "The server does not take everything now."
         except (ConnectError, ConnectionClosed, DNSLookupError) as error:
             reason = str(error)
         patience = self._progressed_at + self._retry_for - self._reactor.seconds()
@@ -190,7 +191,7 @@ class Delivery:
             answer = await connection.expect(connection.client.send_eof(exports.table))
             if isinstance(answer, BatchRecvSuccess):
                 self._journal.end_table(exports.table)
-            elif _is_for_later(answer):
+            elif self._is_for_later(answer):
                 connection.try_again = True
             else:
                 self._note_problem(f"the end of {exports.table.name}: {_reason(answer)}")
@@ -207,7 +208,7 @@ class Delivery:
             if isinstance(answer, BatchRecvSuccess):
                 self._journal.acknowledge(plan, number)
                 self._count(export.table, batch)
-            elif _is_for_later(answer):
+            elif self._is_for_later(answer):
                 connection.try_again = True
             else:
                 self._refused.add((plan.file, number))
@@ -225,6 +226,13 @@ class Delivery:
         totals.batches += 1
         totals.bytes += len(batch.payload)
         self._acknowledged(batch.amount)
+
+    def _is_for_later(self, answer: Answer) -> bool:
+        if not isinstance(answer, BatchRecvFail):
+            return False
+        # Where no answer has a body, any FAIL may be one that passes.
+        is_unexplained = answer.reason is None and not self._framing.answers_have_bodies
+        return is_unexplained or answer.reason == FailReason.TRY_AGAIN
 
     def _note_problem(self, problem: str) -> None:
         if problem not in self.problems:
@@ -316,10 +324,6 @@ def _planned_batches(export: Export, plan: FilePlan) -> Iterator[tuple[int, Batc
         number += 1
     if number < end:
         raise changed
-
-
-def _is_for_later(answer: Answer) -> bool:
-    return isinstance(answer, BatchRecvFail) and answer.reason == FailReason.TRY_AGAIN
 
 
 def _reason(answer: Answer) -> str:

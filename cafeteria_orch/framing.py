@@ -34,8 +34,13 @@ class Framing(NamedTuple):
     answers_have_bodies: bool
 
     def encode(self, payload: bytes) -> bytes:
-        """The bytes of one frame."""
+        """The bytes of one frame.
+
+        :raises ValueError: if the payload lacks what stands before its length.
+        """
         lead = self.lead
+        if len(payload) < lead:
+            raise ValueError("a payload begins with its opcode")
         return payload[:lead] + self.length.pack(len(payload) - lead) + payload[lead:]
 
 

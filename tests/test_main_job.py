@@ -16,11 +16,14 @@ from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.trial.unittest import TestCase
 
 from cafeteria_orch.client import OrchestratorClient
+from cafeteria_orch.errors import TryAgainLater
 from cafeteria_orch.exports import find_exports
 from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.framing import FRAMINGS, Framing
-from cafeteria_orch.messages import BatchRecvSuccess
+from cafeteria_orch.messages import BatchRecvSuccess, TableBatch
+from cafeteria_orch.opcodes import Opcode
 from cafeteria_orch.protocol import OrchestratorProtocol
+from cafeteria_orch.responses import Exchange
 from cafeteria_orch.send import send_directory
 from cafeteria_orch.sinks.sqlite import SqliteSink
 
@@ -81,7 +84,7 @@ class MainJobTests(TestCase):
     def setUp(self) -> None:
         self.store = self.mktemp()
         self.factory = OrchestratorFactory(reactor)
-        sink = SqliteSink(reactor, self.store)
+        sink = self.sink = SqliteSink(reactor, self.store)
         sink.register(self.factory)
         sink.start()
         port = reactor.listenTCP(0, self.factory, interface="127.0.0.1")
@@ -163,6 +166,21 @@ class MainJobTests(TestCase):
             self.assertRegex(printed, rf"(?m)^{table} +{files} +{rows} ")
         ((batches, rows),) = self.query("SELECT count(*), sum(amount) FROM batch")
         self.assertRegex(printed, rf"(?m)^acknowledged +8 +{rows} +{batches} ")
+
+    async def test_not_now_without_a_reason(self) -> None:
+        """Where a FAIL cannot say that it passes, what it refused is sent again all the same."""
+        refused: list[int] = []
+
+        def store(batch: TableBatch, client: Exchange) -> Any:
+            if not refused:
+                refused.append(batch.batch_number)
+                raise TryAgainLater("not now")
+            return self.sink._store_batch(batch, client)
+
+        self.factory.register_processor(Opcode.NEW_USERS, store, replace=True)
+        await self.send(framing="opcode-first")
+        self.assertEqual(refused, [1])
+        self.assertEqual(sorted(self.rows("users")), sorted(rows_of_files("users")))
 
     async def test_either_framing(self) -> None:
         """Sent in either framing, every cell of the same files is in the store alike."""

@@ -62,14 +62,18 @@ class RefusalTests(SenderTestCase):
         for before, after in pairwise(refused):
             self.assertGreater(after - before, 0.2)
         self.assertEqual(self.server.ends(), ["stores", "users"])
-        self.assertIn("The server takes nothing now. Trying again for 60 s.", self.output)
+        self.assertIn(
+            "The server does not take everything now. Trying again for 60 s.", self.output
+        )
 
     def test_try_again_for_ever(self) -> None:
         """A server that takes nothing for too long is given up, and what it took is kept."""
         self.refuse(2, TRY_AGAIN)
         self.assertEqual(self.send("--retry-for=30"), 1)
         self.assertLess(self.clock.seconds(), 30 + 25)
-        self.assertRegex(self.problems()[-1], r"^The server takes nothing now\. Gave up\.")
+        self.assertRegex(
+            self.problems()[-1], r"^The server does not take everything now\. Gave up\."
+        )
         self.assertEqual(self.server.ends(), ["stores"])
         self.server.script = lambda _: None
         self.assertEqual(self.send(), 0)

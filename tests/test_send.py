@@ -422,7 +422,7 @@ class Refusals(SendCase):
         _, sent = self.refuse(2, FAIL + b"\x01")
         self.assertEqual(sent.status, 1)
         (line,) = sent.lines
-        self.assertRegex(line, "takes nothing now.*[Gg]ave up.*tcp:cafe")
+        self.assertRegex(line, "does not take everything now.*[Gg]ave up.*tcp:cafe")
         self.assertEqual([payload[0] for payload in self.wire.payloads], [5, 9, 8, 8, 8])
 
     def test_summary(self) -> None:

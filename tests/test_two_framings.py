@@ -546,3 +546,12 @@ class LimitTests(SynchronousTestCase):
             service: Any = makeService(self.options(f"--max-frame-bytes={limit}", *arguments))
             factory = service._factory
             self.assertEqual((factory.framing, factory.max_frame_bytes), (expected, limit))
+
+
+class EncodingTests(SynchronousTestCase):
+    """What a frame cannot be made of."""
+
+    def test_payload_without_an_opcode(self) -> None:
+        """A payload of nothing would get a length below 0: it is refused instead."""
+        self.assertRaises(ValueError, OPCODE_FIRST.encode, b"")
+        self.assertEqual(INT32.encode(b""), bytes(4))

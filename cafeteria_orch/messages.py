@@ -186,7 +186,6 @@ class RawMessage:
         return self.body
 
 
-Answer = Union[BatchRecvSuccess, BatchRecvFail]
 Message = Union[TableBatch, Finished, ClientHello, BatchRecvSuccess, BatchRecvFail, RawMessage]
 
 DECODERS: Mapping[int, Decoder] = {

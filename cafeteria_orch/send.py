@@ -28,6 +28,8 @@ from .tables import Table
 STATE_NAME = ".cafeorch-send.state"
 """The state file's name, in the folder that is sent."""
 
+_INTERRUPTED = "interrupted; run it again to send the rest"
+
 
 async def send_directory(reactor: Any, options: argparse.Namespace) -> int:
     """Check all files of a folder, send what was not acknowledged before, and report.
@@ -41,11 +43,11 @@ async def send_directory(reactor: Any, options: argparse.Namespace) -> int:
         _say(f"{options.directory}: there is no CSV file in it")
         return 1
     state = getattr(options, "state", None) or options.directory / STATE_NAME
+    problems: list[str] = []
     try:
         with closing(Journal(state, options.connect)) as journal:
             tables, rows = _plan(exports, errors, journal, options)
-            problems = [str(error) for error in errors]
-            if not problems and journal.is_finished:
+            if not errors and journal.is_finished:
                 print(f"All had been acknowledged before. To send all anew, remove {state}.")
             elif tables:
                 with _progress(rows) as acknowledged:
@@ -59,33 +61,33 @@ async def send_directory(reactor: Any, options: argparse.Namespace) -> int:
                         acknowledged=acknowledged,
                         say=_say,
                     )
-                    problems += await _deliver(delivery, tables, options)
+                    problems = await _deliver(delivery, tables, options)
                 _report(delivery.totals, reactor.seconds() - started)
     except JournalError as error:
         problems = [str(error)]
     except KeyboardInterrupt:
         # Before the reactor runs, which then takes the signal.
-        problems = ["interrupted; run it again to send the rest"]
-    for problem in problems:
-        _say(problem)
-    return 1 if problems else 0
+        problems = [_INTERRUPTED]
+    for problem in (*errors, *problems):
+        _say(str(problem))
+    return 1 if errors or problems else 0
 
 
 async def _deliver(
     delivery: Delivery, tables: Sequence[TableExports], options: argparse.Namespace
 ) -> list[str]:
+    end: list[str] = []
     try:
         await delivery.send(tables, options.agency_id)
     except CancelledError:
-        return [*delivery.problems, "interrupted; run it again to send the rest"]
+        end = [_INTERRUPTED]
     except GaveUp as error:
-        return [
-            *delivery.problems,
-            f"{error} Gave up. Is the server at {options.connect} running?",
-        ]
+        end = [f"{error} Gave up. Run it again when the server at {options.connect} is well."]
     except ProtocolError as error:
-        return [*delivery.problems, f"the server does not speak this protocol: {error}"]
-    return delivery.problems
+        end = [f"the server does not speak this protocol: {error}"]
+    except JournalError as error:
+        end = [str(error)]
+    return [*delivery.problems, *end]
 
 
 def _plan(

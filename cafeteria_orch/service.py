@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
-from typing import Any, Union
+from typing import Any
 
 from twisted.application.service import Service
 from twisted.internet.address import IPv4Address, IPv6Address
@@ -21,8 +21,6 @@ from .sinks import ISink
 
 DEFAULT_DRAIN_TIMEOUT = 10.0
 """Seconds."""
-
-_Handler = Union[Callable[[int, Union[FrameType, None]], Any], int, None]
 
 _log = Logger()
 
@@ -64,7 +62,7 @@ class OrchestratorService(Service):
         self._waiting: list[Deferred[None]] = []
         self._drained = False
         self._signalled = False
-        self._previous_handlers: dict[int, _Handler] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def setServiceParent(self, parent: Any) -> None:
         """Become part of an application, which is to log as this service logs."""
@@ -119,6 +117,7 @@ class OrchestratorService(Service):
         await self._factory.drain()
         if self._sink is not None:
             await self._sink.stop()
+        _log.info("action: drain | result: success")
 
     def _hurry(self) -> None:
         self._drain_timeout = 0.0
@@ -145,7 +144,6 @@ class OrchestratorService(Service):
             timeout.cancel()
         self._factory.stop_threads()
         self._restore_signals()
-        _log.info("action: drain | result: success")
         if self._log_observer is not None:
             self._log_observer.stop()
         for waiting in self._waiting:
@@ -191,6 +189,4 @@ class OrchestratorService(Service):
             self._reactor.callFromThread(self._hurry)
         else:
             self._signalled = True
-            previous = self._previous_handlers[number]
-            if callable(previous):
-                previous(number, frame)
+            self._previous_handlers[number](number, frame)

@@ -26,6 +26,7 @@ from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.messages import RawMessage, TableBatch, decode, encode
 from cafeteria_orch.protocol import OrchestratorProtocol
 from cafeteria_orch.responses import Exchange
+from cafeteria_orch.sinks.database import Database
 from cafeteria_orch.tables import USERS, Table
 
 PEER = "192.0.2.7"
@@ -137,6 +138,19 @@ def echo(message: RawMessage, client: Exchange) -> None:
 def numbered(*numbers: int) -> bytes:
     """The frames of some messages that can be told apart; an echo of them is the same."""
     return b"".join(frame(bytes([ECHO, number])) for number in numbers)
+
+
+def failing_at(number: int, error: Exception) -> Callable[..., bool]:
+    """A ``Database.store_batch`` that raises for one batch, after its rows went in."""
+    store_batch = Database.store_batch
+
+    def store(database: Database, batch: TableBatch, *rest: Any) -> bool:
+        stored = store_batch(database, batch, *rest)
+        if batch.batch_number == number:
+            raise error
+        return stored
+
+    return store
 
 
 class Pending:

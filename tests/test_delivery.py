@@ -225,7 +225,8 @@ class AwayTests(SenderTestCase):
         self.assertLess(self.clock.seconds(), after + 25)
         last = self.output.splitlines()[-1]
         self.assertRegex(
-            last, rf"^cafeorch-send: {why}.*Gave up\. Is the server at tcp:.* running\?"
+            last,
+            rf"^cafeorch-send: {why}.*Gave up\. Run it again when the server at tcp:.* is well\.$",
         )
         self.assertNotIn("Traceback", self.output)
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
-from typing import Any
 from uuid import UUID
 
 from cafeteria_orch.errors import BatchRejected
-from cafeteria_orch.messages import ClientHello, Finished, TableBatch, encode, end_of_table
+from cafeteria_orch.messages import ClientHello, Finished, encode, end_of_table
 from cafeteria_orch.sinks import sqlite
 from cafeteria_orch.sinks.database import Database
 
-from .builders import SUCCESS, USER_ROW, TCPTransport, batch_frame, connect, frame
+from .builders import SUCCESS, USER_ROW, TCPTransport, batch_frame, connect, failing_at, frame
 from .stores import REJECTED, TRY_AGAIN, Fault, FaultyConnection, GroupTestCase
 
 BAD_ROW = ("bad", *USER_ROW[1:])
@@ -133,15 +132,7 @@ class GroupTests(GroupTestCase):
 
     def test_fault_of_our_own_leaves_the_neighbours(self) -> None:
         """An exception that is not even SQLite's, after the rows went in, costs one batch."""
-        store_batch = Database.store_batch
-
-        def store(database: Database, batch: TableBatch, *rest: Any) -> bool:
-            stored = store_batch(database, batch, *rest)
-            if batch.batch_number == 3:
-                raise ValueError("three")
-            return stored
-
-        self.patch(Database, "store_batch", store)
+        self.patch(Database, "store_batch", failing_at(3, ValueError("three")))
         group = self.send_group({}, {}, {})
         self.gate.open()
         self.assertEqual(self.pump_answers(*group), [SUCCESS, REJECTED, SUCCESS])
@@ -214,15 +205,7 @@ class FaultTests(GroupTestCase):
 
     def test_session_of_a_bad_batch_is_written_again(self) -> None:
         """A session's row that was undone with the savepoint comes with the next batch."""
-        store_batch = Database.store_batch
-
-        def store(database: Database, batch: TableBatch, *rest: Any) -> bool:
-            stored = store_batch(database, batch, *rest)
-            if batch.batch_number == 1:
-                raise ValueError("one")
-            return stored
-
-        self.patch(Database, "store_batch", store)
+        self.patch(Database, "store_batch", failing_at(1, ValueError("one")))
         self.assert_session_follows(REJECTED)
         self.flushLoggedErrors(BatchRejected)
 

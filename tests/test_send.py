@@ -21,6 +21,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
 from cafeteria_orch import send
+from cafeteria_orch.journal import Journal, JournalError
 from cafeteria_orch.messages import ClientHello, Finished, TableBatch, decode
 from cafeteria_orch.send import STATE_NAME, send_directory
 from cafeteria_orch.tables import TABLES
@@ -295,6 +296,21 @@ class Sending(SendCase):
 
 class BrokenFiles(SendCase):
     """A file that is wrong is named, and costs only itself and the end of its table."""
+
+    def test_journal_fails_too(self) -> None:
+        """What was wrong with the files is said even if the state cannot be written."""
+        broken = self.write("users.csv", USERS_HEADER + "8,m\n")
+        self.write("stores.csv", STORES_HEADER + STORE)
+
+        def acknowledge(*_: object) -> None:
+            raise JournalError("no room")
+
+        self.patch(Journal, "acknowledge", acknowledge)
+        sent = self.send()
+        self.assertEqual(sent.status, 1)
+        self.assertIn(f"{broken}, line 2: ", sent.lines[0])
+        self.assertIn("no room", sent.lines[-1])
+        self.assertIn("acknowledged", sent.out)
 
     def test_one_of_three(self) -> None:
         """The broken file is named with its line; the others go; its table has no end."""

@@ -220,6 +220,7 @@ class GivingUp(ServiceTestCase):
         self.assertTrue(busy.aborted)
         self.assertIn("stop", sink.calls)
         self.assertEqual(texts(events, LogLevel.warn), [GIVEN_UP])
+        self.assertNotIn("action: drain | result: success", texts(events, LogLevel.info))
 
     def test_timeout_of_ones_own(self) -> None:
         """``drain_timeout`` says how long it may take."""

@@ -19,7 +19,7 @@ from zope.interface.verify import verifyObject
 
 from cafeteria_orch.errors import TryAgainLater
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.messages import ClientHello, Finished, TableBatch, encode, end_of_table
+from cafeteria_orch.messages import ClientHello, Finished, encode, end_of_table
 from cafeteria_orch.opcodes import Opcode
 from cafeteria_orch.protocol import OrchestratorProtocol
 from cafeteria_orch.responses import Exchange
@@ -36,6 +36,7 @@ from .builders import (
     TCPTransport,
     batch_frame,
     connect,
+    failing_at,
     frame,
     lose,
     query,
@@ -291,15 +292,7 @@ class Trouble(SinkCase):
 
     async def test_one_batch_fails(self) -> None:
         """An error of one batch costs that one alone; what it says of the data is not logged."""
-        store_batch = Database.store_batch
-
-        def fails_at_13(store: Database, batch: TableBatch, *args: Any) -> bool:
-            stored = store_batch(store, batch, *args)
-            if batch.batch_number == 13:
-                raise Boom("2003-06-13")
-            return stored
-
-        self.patch(Database, "store_batch", fails_at_13)
+        self.patch(Database, "store_batch", failing_at(13, Boom("2003-06-13")))
         self.start()
         other = self.lock()
         clients = [self.connect() for _ in range(3)]

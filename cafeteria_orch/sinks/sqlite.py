@@ -280,8 +280,10 @@ class _Writer:
                 self._reactor.callFromThread(report, group, _commit(self._database, group))
             if self._reactor.seconds() >= self._checkpoint_due:
                 self._checkpoint()
-        self._database.close()
-        self._reactor.callFromThread(stopped.callback, None)
+        try:
+            self._database.close()
+        finally:
+            self._reactor.callFromThread(stopped.callback, None)
 
     def _next_group(self) -> tuple[list[_Job], bool]:
         """Wait for a job; take all that wait with it, up to the size of a group."""

@@ -9,9 +9,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
+from .codec import encode_row
 from .messages import BATCH_HEADER
 from .opcodes import BatchStatus
-from .rows import Row, encode_row
+from .rows import Row
 from .tables import MENU_ITEMS, TABLES, Table
 
 # Besides the aliases that the wire itself knows.

@@ -14,9 +14,10 @@ from struct import error as struct_error
 from typing import Any, ClassVar, Union
 from uuid import UUID
 
+from .codec import decode_rows, encode_rows
 from .errors import ProtocolError, UnknownOpcode
 from .opcodes import BatchStatus, Opcode
-from .rows import Row, decode_rows, encode_rows
+from .rows import Row
 from .tables import END_OF_TABLE, TABLES, Table
 
 Decoder = Callable[[bytes], Any]

@@ -15,6 +15,7 @@ from twisted.internet.interfaces import IDelayedCall, IListeningPort, IStreamSer
 from twisted.logger import ILogObserver, Logger
 from twisted.python.failure import Failure
 
+from .codec import CODEC
 from .factory import OrchestratorFactory
 from .logs import BufferedLogObserver
 from .sinks import ISink
@@ -82,6 +83,7 @@ class OrchestratorService(Service):
             listening. Never a ``SystemExit``, which would hang a daemonising ``twistd``.
         """
         super().startService()
+        _log.info("action: start | result: success | row codec: {codec}", codec=CODEC)
         if self._sink is not None:
             self._sink.start()
         if not self._ports:

@@ -12,6 +12,7 @@ from twisted.internet.testing import RaisingMemoryReactor
 from twisted.logger import ILogObserver, LogLevel, capturedLogs, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
+from cafeteria_orch.codec import CODEC
 from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.logs import BufferedLogObserver
 from cafeteria_orch.service import DEFAULT_DRAIN_TIMEOUT, OrchestratorService
@@ -47,12 +48,15 @@ class Starting(ServiceTestCase):
         self.service(*self.endpoints(70)).startService()
         self.assertEqual(self.listening(), [(70, self.factory)])
 
-    def test_address_is_logged(self) -> None:
-        """The log says where it listens: port 0 is one that the system picks."""
+    def test_start_is_logged(self) -> None:
+        """The log says where it listens (port 0 is one that the system picks), and how fast."""
         with capturedLogs() as events:
             self.started(RecordingEndpoint())
-        line = "action: listen | result: success | address: 127.0.0.1:4321"
-        self.assertEqual(texts(events, LogLevel.info), [line])
+        lines = [
+            f"action: start | result: success | row codec: {CODEC}",
+            "action: listen | result: success | address: 127.0.0.1:4321",
+        ]
+        self.assertEqual(sorted(texts(events, LogLevel.info)), sorted(lines))
 
     def test_cannot_listen(self) -> None:
         """An endpoint that cannot listen raises: not to be overlooked, and no ``SystemExit``."""

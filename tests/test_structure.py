@@ -17,6 +17,8 @@ ORDER = (
     "errors",
     "tables",
     "rows",
+    "_rows",
+    "codec",
     "messages",
     "framing",
     "responses",
@@ -43,7 +45,9 @@ WITHOUT_TWISTED = ORDER[: ORDER.index("framing")]
 def modules() -> dict[str, tuple[Path, ast.Module]]:
     """The package's modules by their dotted names inside it: ``sinks.sqlite``."""
     found = {}
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+    for path in sorted((ROOT / PACKAGE).rglob("*.py*")):
+        if path.suffix not in {".py", ".pyi"}:
+            continue
         parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
         name = ".".join(part for part in parts if part != "__init__")
         found[name] = (path, ast.parse(path.read_text()))

@@ -1,0 +1,7 @@
+"""What setup.cfg cannot say: the row codec, compiled. Where it cannot be, the pure one serves."""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[Extension("cafeteria_orch._rows", ["cafeteria_orch/_rows.pyx"], optional=True)],
+)

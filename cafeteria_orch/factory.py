@@ -46,6 +46,7 @@ class _Registration(NamedTuple):
     call: Processor
     name: str
     answers: bool
+    pipelined: bool
 
 
 @implementer(IPushProducer)
@@ -108,6 +109,7 @@ class OrchestratorFactory(ServerFactory):
         *,
         blocking: bool = False,
         answers: bool = True,
+        pipelined: bool = False,
         decoder: Decoder | None = None,
         replace: bool = False,
     ) -> None:
@@ -119,6 +121,9 @@ class OrchestratorFactory(ServerFactory):
             from there.
         :param answers: say ``False`` if it may be done without having answered; otherwise
             that gives FAIL, and a warning.
+        :param pipelined: let it have up to :data:`~cafeteria_orch.window.WINDOW` messages of
+            a connection in hand at once, with others that allow it too. It answers in any
+            order; the answers leave in that of the messages.
         :param decoder: makes the message of the body's bytes, raising ``ValueError`` if
             they are malformed. Without it, a message of the wire is decoded as the wire
             says, and any other is a :class:`~cafeteria_orch.messages.RawMessage`.
@@ -142,7 +147,7 @@ class OrchestratorFactory(ServerFactory):
                 " say replace=True to take its place"
             )
         call = partial(self._call_in_thread, processor) if blocking else processor
-        self._processors[opcode] = _Registration(call, _name_of(processor), answers)
+        self._processors[opcode] = _Registration(call, _name_of(processor), answers, pipelined)
         default = DECODERS.get(opcode, partial(RawMessage, opcode))
         self.decoders[opcode] = default if decoder is None else decoder
 
@@ -177,6 +182,11 @@ class OrchestratorFactory(ServerFactory):
         """Whether a client waits for an answer to a message of this opcode."""
         registration = self._processors.get(opcode)
         return self.is_data_message(opcode) and (registration is None or registration.answers)
+
+    def is_pipelined(self, opcode: int) -> bool:
+        """Whether others may be in hand while a message of this opcode is."""
+        registration = self._processors.get(opcode)
+        return registration is not None and registration.pipelined
 
     def processor_name(self, opcode: int) -> str:
         """Who processes messages of this opcode: a name for the log."""
@@ -255,7 +265,9 @@ class OrchestratorFactory(ServerFactory):
     def pauseProducing(self) -> None:
         """Take no more messages of any connection."""
         self._paused = True
-        for connection in self.connections - self._held.keys():
+        # Who has fewer messages in the sink's hands comes before who has more.
+        by_share = sorted(self.connections - self._held.keys(), key=lambda each: each.in_hand)
+        for connection in by_share:
             self._hold(connection)
 
     def resumeProducing(self) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from enum import Enum
+from functools import partial
 from inspect import iscoroutine
 from typing import Any, Protocol, cast
 
@@ -27,6 +28,7 @@ from .errors import FrameTooLong, ProtocolError
 from .framing import FrameReceiver, Framing
 from .messages import ClientHello, Decoder, Finished, decode
 from .responses import Exchange, Session, handle_processing_error, send_failure
+from .window import Window
 
 CLOSE_TIMEOUT = 2.0
 """How long, in seconds, an orderly close waits for the peer before it becomes an abort."""
@@ -38,9 +40,8 @@ _log = Logger()
 
 
 class Hold(Enum):
-    """Why a connection takes no more messages for now."""
+    """Why a connection takes no more messages for now, besides those that it has in hand."""
 
-    PROCESSOR = "a message is in hand"
     OUTPUT = "the client does not read its answers"
     SINK = "too much waits to be stored"
 
@@ -64,6 +65,9 @@ class MessageHandler(Protocol):
     def must_answer(self, opcode: int) -> bool:
         """Whether a client waits for an answer to a message of this opcode."""
 
+    def is_pipelined(self, opcode: int) -> bool:
+        """Whether others may be in hand while a message of this opcode is."""
+
     def processor_name(self, opcode: int) -> str:
         """Who processes messages of this opcode: a name for the log."""
 
@@ -80,6 +84,8 @@ class OrchestratorProtocol(FrameReceiver):
 
     Its messages are processed one at a time and answered in their order. While one is in
     hand nothing more is read, so what a connection holds is bounded by a frame and a chunk.
+    Only of messages whose processors are pipelined several are in hand at once (see
+    :class:`~cafeteria_orch.window.Window`).
 
     :param handler: the factory.
     :ivar session: who the client is.
@@ -90,7 +96,7 @@ class OrchestratorProtocol(FrameReceiver):
     thread: int
 
     _first = True
-    _draining = False
+    _ending = False
     _closing = False
     _input_over = False
     _lost = False
@@ -104,6 +110,7 @@ class OrchestratorProtocol(FrameReceiver):
         self.MAX_LENGTH = handler.max_frame_bytes
         self.framing = handler.framing
         self.log_debug = handler.log_debug
+        self._window = Window()
         self._outgoing: list[bytes] = []
         self._holds: set[Hold] = set()
 
@@ -123,27 +130,27 @@ class OrchestratorProtocol(FrameReceiver):
     def stringReceived(self, payload: bytes) -> None:
         """A frame is whole: decode it, have it handled, see to its answer."""
         exchange = Exchange(self, payload[0] if payload else _NO_OPCODE)
+        self._window.add(exchange)
         try:
             message = decode(payload, self.handler.decoders)
-            self._note_identity(message)
-            if self.handler.log_info:
-                _log.info(
-                    "action: receive_message | result: success | ip: {ip} | opcode: {opcode}",
-                    ip=self.session.ip,
-                    opcode=exchange.opcode,
-                )
-            self._process(message, exchange)
         except ProtocolError as error:
-            self._refuse(error, exchange)
+            self._in_turn(partial(self._refuse, error, exchange))
         except Exception:
-            self._crash(Failure(), exchange)
+            self._in_turn(partial(self._crash, Failure(), exchange))
+        else:
+            if self.in_hand and not self.handler.is_pipelined(exchange.opcode):
+                self._in_turn(partial(self._handle, message, exchange))
+            else:
+                self._handle(message, exchange)
 
     def lengthLimitExceeded(self, length: int) -> None:
         """A frame declares more than the limit: refuse it before it is read."""
         what = f"a frame of {length} bytes, the limit is {self.MAX_LENGTH}"
         if length < 0:
             what = "a frame whose length is negative"
-        self._refuse(FrameTooLong(what), Exchange(self, _NO_OPCODE))
+        exchange = Exchange(self, _NO_OPCODE)
+        self._window.add(exchange)
+        self._in_turn(partial(self._refuse, FrameTooLong(what), exchange))
 
     def framesDelivered(self) -> None:
         """What was whole is handled, or waits: the answers leave in one write."""
@@ -196,11 +203,15 @@ class OrchestratorProtocol(FrameReceiver):
         self._holds.discard(reason)
         self._proceed()
 
-    def send_answer(self, payload: bytes) -> None:
-        """Send an answer, together with the others that this ``dataReceived`` gives."""
+    def answered(self, exchange: Exchange) -> None:
+        """Send what is answered up to the first message that is not.
+
+        Together with whatever else this ``dataReceived`` gives.
+        """
+        answers = self._window.answers()
         if self._closing or self._lost:
             return
-        self._outgoing.append(self.encodeAnswer(payload))
+        self._outgoing += map(self.encodeAnswer, answers)
         if not self.delivering:
             self._flush()
 
@@ -242,20 +253,19 @@ class OrchestratorProtocol(FrameReceiver):
         else:
             self.transport.loseWriteConnection()
 
+    @property
+    def in_hand(self) -> int:
+        """How many of its messages are being processed."""
+        return len(self._window.in_hand)
+
     def drain(self) -> None:
-        """Close now if idle, otherwise as soon as the message in hand is answered."""
-        self._draining = True
-        if not self._in_hand:
-            self.close()
+        """Close now if idle, otherwise as soon as what is in hand is answered."""
+        self._end()
 
     def abort(self) -> None:
         """Close at once, whatever is on its way."""
         self._closing = True
         self.abortConnection()
-
-    @property
-    def _in_hand(self) -> bool:
-        return Hold.PROCESSOR in self._holds
 
     def _note_identity(self, message: object) -> None:
         if isinstance(message, ClientHello):
@@ -266,8 +276,31 @@ class OrchestratorProtocol(FrameReceiver):
             self.session.agency_id = message.agency_id
         self._first = False
 
+    def _in_turn(self, call: Callable[[], None]) -> None:
+        """Do it when nothing is in hand any more: now, or before anything else is taken."""
+        if self.in_hand:
+            self._window.wait(call)
+            self.pauseProducing()
+        else:
+            call()
+
+    def _handle(self, message: Any, exchange: Exchange) -> None:
+        try:
+            self._note_identity(message)
+            if self.handler.log_info:
+                _log.info(
+                    "action: receive_message | result: success | ip: {ip} | opcode: {opcode}",
+                    ip=self.session.ip,
+                    opcode=exchange.opcode,
+                )
+            self._process(message, exchange)
+        except ProtocolError as error:
+            self._refuse(error, exchange)
+        except Exception:
+            self._crash(Failure(), exchange)
+
     def _process(self, message: Any, exchange: Exchange) -> None:
-        self._holds.add(Hold.PROCESSOR)
+        self._window.start(exchange)
         try:
             result = self.handler.handle_message(message, exchange)
         except Exception as error:
@@ -288,30 +321,47 @@ class OrchestratorProtocol(FrameReceiver):
             self._done(keep, exchange)
             self._proceed()
 
+        self._window.go_on(pipelined=self.handler.is_pipelined(exchange.opcode))
         result.addErrback(failed).addCallback(done).addErrback(self._crash, exchange)
-        if self._in_hand:
+        if self._window.busy and not self._closing:
             self.pauseProducing()
 
     def _done(self, keep: object, exchange: Exchange) -> None:
-        self._holds.discard(Hold.PROCESSOR)
-        if not exchange.settled and self.handler.must_answer(exchange.opcode):
-            _log.warn(
-                "action: send_response | result: fail | ip: {ip} | opcode: {opcode}"
-                " | error: {processor} did not answer",
-                ip=self.session.ip,
-                opcode=exchange.opcode,
-                processor=self.processor_name(exchange.opcode),
-            )
-            send_failure(exchange)
-        exchange.settled = True
-        if self._draining or not (keep is None or keep):
-            self.close()
+        self._window.done(exchange)
+        if not exchange.settled:
+            if self.handler.must_answer(exchange.opcode):
+                _log.warn(
+                    "action: send_response | result: fail | ip: {ip} | opcode: {opcode}"
+                    " | error: {processor} did not answer",
+                    ip=self.session.ip,
+                    opcode=exchange.opcode,
+                    processor=self.processor_name(exchange.opcode),
+                )
+                send_failure(exchange)
+            else:
+                exchange.settled = True
+                self.answered(exchange)
+        if not (keep is None or keep):
+            self._end()
 
     def _proceed(self) -> None:
+        """Something is done, or a hold is gone: go on as far as that allows."""
         if self._closing:
             self._forget_if_idle()
-        elif not self._holds and (self.paused or self._lost):
+        elif self._ending:
+            self._end()
+        elif call := self._window.turn():
+            call()
+        elif not (self._window.busy or self._holds) and (self.paused or self._lost):
             self.resumeProducing()
+
+    def _end(self) -> None:
+        """Take no more messages, and close when what is in hand is answered."""
+        self._ending = True
+        if self.in_hand:
+            self.pauseProducing()
+        else:
+            self.close()
 
     def _refuse(self, error: ProtocolError, exchange: Exchange) -> None:
         _log.error(
@@ -322,7 +372,7 @@ class OrchestratorProtocol(FrameReceiver):
             error=error,
         )
         send_failure(exchange, error.reason)
-        self.close()
+        self._end()
 
     def _crash(self, failure: Failure, exchange: Exchange) -> None:
         _log.failure(
@@ -333,8 +383,8 @@ class OrchestratorProtocol(FrameReceiver):
         )
         if not exchange.settled:
             send_failure(exchange)
-        self._holds.discard(Hold.PROCESSOR)
-        self.close()
+        self._window.done(exchange)
+        self._end()
 
     def _flush(self) -> None:
         if self._outgoing:
@@ -350,10 +400,10 @@ class OrchestratorProtocol(FrameReceiver):
                 what="connection reset" if self._was_reset else "connection closed",
                 missing=self.missing,
             )
-        self.close()
+        self._end()
 
     def _forget_if_idle(self) -> None:
-        if self._lost and not self._in_hand:
+        if self._lost and not self.in_hand:
             self.handler.connection_lost(self)
 
 

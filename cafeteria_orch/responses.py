@@ -43,8 +43,11 @@ class Connection(Protocol):
     reactor: IReactorFromThreads
     log_debug: bool
 
-    def send_answer(self, payload: bytes) -> None:
-        """Send it, in the order of the messages. In the reactor's thread only."""
+    def answered(self, exchange: Exchange) -> None:
+        """Its slot is filled: send the answers that are there, in the order of the messages.
+
+        In the reactor's thread only.
+        """
 
     def processor_name(self, opcode: int) -> str:
         """Who processes messages of this opcode: a name for the log."""
@@ -58,14 +61,16 @@ class Exchange:
 
     :ivar opcode: of the message.
     :ivar settled: whether the slot is used up. The reactor's thread alone may ask.
+    :ivar payload: the answer in it; empty if there is none.
     """
 
-    __slots__ = ("_connection", "opcode", "settled")
+    __slots__ = ("_connection", "opcode", "payload", "settled")
 
     def __init__(self, connection: Connection, opcode: int) -> None:
         self._connection = connection
         self.opcode = opcode
         self.settled = False
+        self.payload = b""
 
     @property
     def session(self) -> Session:
@@ -112,7 +117,8 @@ class Exchange:
             )
             return
         self.settled = True
-        self._connection.send_answer(payload)
+        self.payload = payload
+        self._connection.answered(self)
 
 
 def send(client: Exchange, opcode: int, body: bytes = b"") -> None:

@@ -50,8 +50,8 @@ class FakeConnection:
         self.log_debug = True
         self.sent: list[bytes] = []
 
-    def send_answer(self, payload: bytes) -> None:
-        self.sent.append(payload)
+    def answered(self, exchange: Exchange) -> None:
+        self.sent.append(exchange.payload)
 
     def processor_name(self, opcode: int) -> str:
         return f"processor of {opcode}"

@@ -156,6 +156,7 @@ class Storing(SinkCase):
         """The processor's Deferred waits for the commit, and keeps the connection then."""
         protocol, transport = self.connect()
         exchange = Exchange(protocol, Opcode.NEW_USERS)
+        protocol._window.add(exchange)
         other = self.lock()
         done: Deferred[Any] = self.factory.handle_message(received(), exchange)
         await deferLater(reactor, 0.05, lambda: None)

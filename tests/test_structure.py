@@ -22,6 +22,7 @@ ORDER = (
     "messages",
     "framing",
     "responses",
+    "window",
     "protocol",
     "factory",
     "sinks",

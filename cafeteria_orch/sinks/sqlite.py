@@ -101,8 +101,8 @@ class SqliteSink:
         """Store the batches of all tables, and where each table and each client ends."""
         self._factory = factory
         for table in TABLES:
-            factory.register_processor(table.opcode, self._store_batch)
-        factory.register_processor(Opcode.EOF, self._end_table)
+            factory.register_processor(table.opcode, self._store_batch, pipelined=True)
+        factory.register_processor(Opcode.EOF, self._end_table, pipelined=True)
         factory.register_processor(Opcode.FINISHED, self._finish_session, answers=False)
 
     def start(self) -> None:

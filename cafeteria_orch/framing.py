@@ -17,6 +17,10 @@ DEFAULT_MAX_FRAME_BYTES = 1_048_576
 SNIFFABLE_BELOW = 1 << 24
 """A big-endian length below this begins with a 0, by which the framings are told apart."""
 
+# A piece of a frame shorter than this is gathered with its neighbours: as an object of its own
+# it would take more memory than it holds.
+_SMALL_PIECE = 4096
+
 
 class Framing(NamedTuple):
     """How a payload stands on the wire.
@@ -59,8 +63,8 @@ class FrameReceiver(Int32StringReceiver):
 
     The stock class joins all it holds at every chunk, which is quadratic in the length of a
     frame, and delivers a frame again where ``stringReceived`` pauses and resumes. Here a
-    frame that came whole is cut out of its chunk, and one that did not is collected and cut
-    out once.
+    frame that came whole is cut out of its chunk, and one that did not is collected in pieces
+    that are joined once.
 
     ``stringReceived(payload)`` and ``lengthLimitExceeded(length)`` are the hooks, as in the
     stock class, and :meth:`framesDelivered`. Once this side has closed the connection
@@ -82,14 +86,16 @@ class FrameReceiver(Int32StringReceiver):
     # What frames are being cut out of, and where the next one starts in it.
     _chunk = b""
     _offset = 0
-    # What makes up no frame yet, or came while delivery was paused; and how long it must be
-    # for the next look to be worth it.
-    _rest: bytearray
-    _wanted = 0
+    # The pieces of a payload that is not whole yet, and how many bytes are still to come of it.
+    _pieces: list[bytes | bytearray]
+    _missing = 0
+    # What came while delivery was paused.
+    _later: bytearray
     _stopped = False
 
     def __init__(self) -> None:
-        self._rest = bytearray()
+        self._pieces = []
+        self._later = bytearray()
 
     @property
     def missing(self) -> int:
@@ -97,8 +103,11 @@ class FrameReceiver(Int32StringReceiver):
 
         Of a frame whose length is not whole yet: the missing bytes of that length.
         """
-        begun = self._rest and not self._chunk
-        return max(0, self._wanted - len(self._rest)) if begun else 0
+        begun = len(self._chunk) - self._offset
+        if self._missing or not begun:
+            return self._missing
+        framing = self.framing or INT32
+        return max(0, framing.lead + framing.length.size - begun)
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes from the transport; deliver the frames that are whole."""
@@ -106,15 +115,11 @@ class FrameReceiver(Int32StringReceiver):
             return
         if self.framing is None and data:
             self.framing = OPCODE_FIRST if data[0] else INT32
-        if self._chunk:
-            self._rest += data
-        elif self._rest:
-            self._rest += data
-            if len(self._rest) < self._wanted:
-                return
+        if self.paused or self.delivering:
+            self._later += data
         else:
-            self._chunk = data
-        self._deliver()
+            self._chunk += data
+            self._deliver()
 
     def resumeProducing(self) -> None:
         """Deliver what came meanwhile; read on, unless that has paused the connection again."""
@@ -142,7 +147,9 @@ class FrameReceiver(Int32StringReceiver):
         """Drop what is held and whatever comes: no frame is delivered any more."""
         self._stopped = self.paused = True
         self._chunk = b""
-        self._rest.clear()
+        self._offset = self._missing = 0
+        self._pieces.clear()
+        self._later.clear()
 
     def stringReceived(self, payload: bytes) -> None:
         """A frame is whole. A hook."""
@@ -183,52 +190,84 @@ class FrameReceiver(Int32StringReceiver):
         if self.delivering:
             return
         self.delivering = True
+        try:
+            while not self.paused:
+                if getattr(self.transport, "disconnecting", False):
+                    self.stopDelivery()
+                    break
+                used_up = self._collect() if self._missing else self._cut()
+                if used_up and not self._take_later():
+                    break
+        finally:
+            self.delivering = False
+        self.framesDelivered()
+
+    def _cut(self) -> bool:
+        """Deliver the frames that are whole in the chunk.
+
+        :return: whether there is nothing to do before more comes.
+        """
+        chunk, offset = self._chunk, self._offset
+        size = len(chunk)
         transport = self.transport
         framing = self.framing or INT32
         lead = framing.lead
         head = lead + framing.length.size
         longest = self.MAX_LENGTH - lead
         length_at = framing.length.unpack_from
-        try:
-            while not self.paused:
-                if getattr(transport, "disconnecting", False):
-                    self.stopDelivery()
-                    break
-                chunk, offset = self._chunk, self._offset
-                start = offset + head
-                wanted = head
-                if start <= len(chunk):
-                    (length,) = length_at(chunk, offset + lead)
-                    if not 0 <= length <= longest:
-                        self.stopDelivery()
-                        self.lengthLimitExceeded(length if length < 0 else lead + length)
-                        break
-                    end = start + length
-                    if end <= len(chunk):
-                        self._offset = end
-                        payload = chunk[start:end]
-                        self.stringReceived(
-                            chunk[offset : offset + lead] + payload if lead else payload
-                        )
-                        continue
-                    wanted += length
-                if not self._gather(wanted):
-                    break
-        finally:
-            self.delivering = False
-        self.framesDelivered()
-
-    def _gather(self, wanted: int) -> bool:
-        """Make one chunk of all that is held, or keep it until ``wanted`` bytes are there."""
-        if not self._chunk and len(self._rest) < self._wanted:
-            return False
-        left = self._chunk[self._offset :]
-        self._offset = 0
-        if len(left) + len(self._rest) < wanted:
-            self._rest[:0] = left
-            self._chunk = b""
-            self._wanted = wanted
-            return False
-        self._chunk = left + self._rest
-        self._rest.clear()
+        received = self.stringReceived
+        tells_closing = hasattr(transport, "disconnecting")
+        while (start := offset + head) <= size:
+            (length,) = length_at(chunk, offset + lead)
+            if not 0 <= length <= longest:
+                self.stopDelivery()
+                self.lengthLimitExceeded(length if length < 0 else lead + length)
+                return False
+            end = start + length
+            if end > size:
+                self._keep(chunk[offset : offset + lead])
+                self._missing = length
+                self._offset = start
+                return False
+            payload = chunk[start:end]
+            if lead:
+                payload = chunk[offset : offset + lead] + payload
+            self._offset = offset = end
+            received(payload)
+            if self.paused or (tells_closing and transport.disconnecting):
+                return False
         return True
+
+    def _collect(self) -> bool:
+        """Take what the chunk has of a payload; deliver it if it is whole.
+
+        :return: as :meth:`_cut`.
+        """
+        piece = self._chunk[self._offset : self._offset + self._missing]
+        self._keep(piece)
+        self._offset += len(piece)
+        self._missing -= len(piece)
+        if self._missing:
+            return True
+        payload = b"".join(self._pieces)
+        self._pieces.clear()
+        self.stringReceived(payload)
+        return False
+
+    def _keep(self, piece: bytes) -> None:
+        pieces = self._pieces
+        if len(piece) >= _SMALL_PIECE:
+            pieces.append(piece)
+        elif pieces and isinstance(pieces[-1], bytearray):
+            pieces[-1] += piece
+        else:
+            pieces.append(bytearray(piece))
+
+    def _take_later(self) -> bool:
+        """Go on with what came meanwhile; whether there is any."""
+        # Not to keep all of a chunk for the few bytes that are left of it.
+        self._chunk = self._chunk[self._offset :] + self._later
+        self._offset = 0
+        came = bool(self._later)
+        self._later.clear()
+        return came

@@ -161,11 +161,13 @@ class CountedBytes(bytes):
         part = super().__getitem__(key)
         return CountedBytes.counted(part) if isinstance(key, slice) else part
 
+    # Python copies nothing where one of two is empty.
+
     def __add__(self, other: Any) -> CountedBytes:
-        return CountedBytes.counted(super().__add__(other))
+        return CountedBytes.counted(super().__add__(other)) if other else self
 
     def __radd__(self, other: Any) -> CountedBytes:
-        return CountedBytes.counted(bytes(other).__add__(self))
+        return CountedBytes.counted(bytes(other).__add__(self)) if other else self
 
     @classmethod
     def counted(cls, made: bytes) -> CountedBytes:

@@ -292,7 +292,9 @@ class WeClose(ClosingCase):
         self.protocol.dataReceived(batch_frame()[9:] + numbered(2))
         self.assertEqual(self.transport.value(), FAIL + b"\x03")
         self.assertEqual(self.pending.messages, [])
-        self.assertEqual(len(self.protocol._chunk) + len(self.protocol._rest), 0)
+        self.assertEqual(
+            len(self.protocol._chunk) + len(self.protocol._pieces) + len(self.protocol._later), 0
+        )
 
     def test_aborts_in_the_end(self) -> None:
         """A client that does not close is aborted after two seconds, and not before."""

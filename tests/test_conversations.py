@@ -313,7 +313,7 @@ class ConnectionMachine(RuleBasedStateMachine):
             paused = self.transport.producerState == "paused"
             assert paused == bool(self.in_hand or self.output_full)
         if self.closed and not self.lost:
-            assert not self.protocol._rest
+            assert not (self.protocol._pieces or self.protocol._later)
 
     def teardown(self) -> None:
         """In the end nothing is left of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
@@ -14,9 +15,10 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from twisted.internet.testing import StringTransport
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.framing import INT32, Framing
+from cafeteria_orch.framing import INT32, FrameReceiver, Framing
 
 from .builders import frame
 from .framings import (
@@ -44,7 +46,7 @@ class CostTests(FramingCase):
         """A receiver whose copies are counted."""
         protocol = Recorder(always=always)
         protocol.MAX_LENGTH = 2**22
-        protocol._rest = CountedArray()
+        protocol._later = CountedArray()
         return protocol
 
     def assertLinear(self, stream: bytes, times: int) -> None:
@@ -73,6 +75,27 @@ class CostTests(FramingCase):
             self.assertEqual(b"".join(map(self.frame, protocol.frames)), stream)
             # The four bytes of a length are looked at more than once: short frames cost more.
             self.assertLinear(stream, 8)
+
+    def test_trickle_takes_no_more_memory_than_it_brings(self) -> None:
+        """A frame that comes in single bytes is not held as so many objects."""
+        protocol = FrameReceiver()
+        protocol.framing = self.framing
+        protocol.makeConnection(StringTransport())
+        stream = self.frame(bytes(2**16))[:-1]
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        before, _ = tracemalloc.get_traced_memory()
+        for i in range(len(stream)):
+            protocol.dataReceived(stream[i : i + 1])
+        held, _ = tracemalloc.get_traced_memory()
+        self.assertLess(held - before, 2 * len(stream))
+
+    def test_idle_holds_nothing(self) -> None:
+        """Between frames no chunk is held, whatever its size was."""
+        protocol = Recorder()
+        protocol.dataReceived(self.frame(bytes(100)) * 600)
+        self.assertEqual(protocol._chunk, b"")
+        self.assertEqual((protocol._pieces, protocol._later), ([], b""))
 
     def test_many_frames_in_one_chunk(self) -> None:
         """Cutting a frame out of a chunk does not copy the frames behind it."""

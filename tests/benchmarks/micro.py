@@ -37,6 +37,7 @@ from .report import Benchmark, Effort, Figure
 
 _CHUNK = 64 * 1024
 _MIB = 1024 * 1024
+_LEAST_BATCH = 1024
 
 
 class Codec(NamedTuple):
@@ -57,6 +58,13 @@ def elapsed(work: Callable[[], object], clock: Callable[[], float] = time.proces
     start = clock()
     work()
     return clock() - start
+
+
+def full_batch(effort: Effort) -> TableBatch:
+    """A full batch, as it was received."""
+    size = max(_LEAST_BATCH, effort.count(workload.FULL))
+    (payload,) = workload.payloads(1, size)
+    return TableBatch.decode_body(workload.TABLE, payload[1:])
 
 
 # Framing
@@ -103,8 +111,8 @@ def _receive(receiver: Int32StringReceiver, chunks: Sequence[bytes]) -> float:
 
 def codec(effort: Effort) -> list[Figure]:
     """The row codecs against the baseline's, field by field."""
-    rows = workload.rows_of(effort.count(workload.BATCH_BYTES))
-    body = workload.body(rows)
+    batch = full_batch(effort)
+    body, rows = batch.body, batch.rows
     dicts = plain_decode(body)
     figures = []
     for kind, (decode_rows, encode_rows) in codecs().items():
@@ -170,7 +178,7 @@ def plain_encode(rows: Iterable[dict[str, str]]) -> bytes:
 def dispatch(effort: Effort) -> list[Figure]:
     """A small batch's way from bytes to its acknowledgement, against framing and decoding."""
     messages = effort.count(20_000)
-    stream = workload.batch_frame(workload.rows(1), INT32) * messages
+    stream = workload.frame(INT32, rows=1) * messages
     chunks = [stream[i : i + _CHUNK] for i in range(0, len(stream), _CHUNK)]
 
     def ours() -> float:
@@ -283,9 +291,7 @@ def _emit(observer: BufferedLogObserver, events: int, *, checked: bool) -> float
 
 def store(effort: Effort) -> list[Figure]:
     """Batches that are committed, against ``executemany`` of the same rows."""
-    rows = workload.rows_of(effort.count(workload.BATCH_BYTES))
-    body = workload.body(rows)
-    batch = TableBatch.decode_body(workload.TABLE, body)
+    batch = full_batch(effort)
     batches = effort.count(10)
 
     def ours() -> float:
@@ -306,7 +312,7 @@ def store(effort: Effort) -> list[Figure]:
             return elapsed(lambda: [insert(batch.rows) for _ in range(batches)], time.perf_counter)
 
     seconds, plain_seconds = effort.interleave(ours, plain)
-    stored = batches * len(rows)
+    stored = batches * batch.amount
     return [
         Figure(
             "store: full batches, a commit each",

@@ -92,15 +92,13 @@ class Effort(NamedTuple):
         """So many of something, scaled; one at least."""
         return max(1, round(full * self.scale))
 
-    def interleave(
-        self, ours: Callable[[], float], other: Callable[[], float]
-    ) -> tuple[float, float]:
-        """Measure both in turns, so that what else the machine does falls on both.
+    def interleave(self, *measures: Callable[[], float]) -> tuple[float, ...]:
+        """Measure all in turns, so that what else the machine does falls on all of them.
 
-        :return: the medians of what they returned.
+        :return: the median of what each returned.
         """
-        pairs = [(ours(), other()) for _ in range(self.repeat)]
-        return median(pair[0] for pair in pairs), median(pair[1] for pair in pairs)
+        rounds = [[measure() for measure in measures] for _ in range(self.repeat)]
+        return tuple(map(median, zip(*rounds)))
 
 
 Benchmark = Callable[[Effort], Sequence[Figure]]

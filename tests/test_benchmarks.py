@@ -183,6 +183,12 @@ class EndToEndTests(SynchronousTestCase):
         """Real connections to a real baseline take some of its memory."""
         self.assertGreater(endtoend.memory_of_connection(thread_per_client(), 20), 0)
 
+    def test_idle_that_is_turned_away(self) -> None:
+        """Connections that a server does not have cost nothing: that is no figure."""
+        refuse = patch.object(endtoend, "_FIRST", 2**20), patch.object(endtoend, "_connect")
+        with refuse[0], refuse[1], self.assertRaisesRegex(BenchmarkError, "not accepted all"):
+            endtoend.memory_of_connection(thread_per_client(), 1)
+
     def test_load_on_the_server(self) -> None:
         """The load generator and a real server understand each other."""
         with orchestrator("--store", "none", "--log-level", "warn") as target:

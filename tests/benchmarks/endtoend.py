@@ -50,6 +50,7 @@ def throughput(effort: Effort) -> list[Figure]:
             3 * effort.seconds,
             workload.FULL // 16,
             effort,
+            remark="64 KiB batches",
             clients=MANY,
             window=2,
         ),
@@ -57,7 +58,12 @@ def throughput(effort: Effort) -> list[Figure]:
 
 
 def _throughput(
-    who: str, seconds: float, size_for_baseline: int, effort: Effort, **load: int
+    who: str,
+    seconds: float,
+    size_for_baseline: int,
+    effort: Effort,
+    remark: str = "",
+    **load: int,
 ) -> list[Figure]:
     with thread_per_client() as old:
         return _by_codec(
@@ -68,6 +74,7 @@ def _throughput(
             lambda: measure(old, effort.seconds, _MEGABYTES, bytes=size_for_baseline, **load),
             effort,
             goals={"pure": 8, "compiled": 40},
+            remark=remark,
         )
 
 
@@ -199,6 +206,8 @@ def memory_of_connection(server: AbstractContextManager[Target], connections: in
         before = _resident_kib(target.pid)
         for start in range(0, connections, _BACKLOG):
             _connect(target, min(_BACKLOG, connections - start), stack)
+        if len(list(Path(f"/proc/{target.pid}/fd").iterdir())) < _FIRST + connections:
+            raise BenchmarkError(f"the server has not accepted all of {connections} connections")
         return (_resident_kib(target.pid) - before) / connections
 
 

@@ -29,7 +29,14 @@ ORDER = (
 )
 """A module imports only what stands before it."""
 
-SENDING = ("client", "exports", "journal", "delivery", "send")
+SENDING = (
+    "client",
+    "exports",
+    "journal",
+    "delivery",
+    "commands",
+    "send",
+)
 """The sending side, in an order of its own: it stands on the wire, not on the server."""
 
 SERVER = ORDER[ORDER.index("responses") :]

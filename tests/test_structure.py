@@ -36,6 +36,11 @@ SENDING = (
     "delivery",
     "commands",
     "send",
+    "synthetic",
+    "measurements",
+    "load",
+    "local_server",
+    "bench",
 )
 """The sending side, in an order of its own: it stands on the wire, not on the server."""
 
@@ -129,7 +134,7 @@ class Imports(SynchronousTestCase):
         """A module of the sending side imports the wire and what stands before it there."""
         for number, name in enumerate(SENDING):
             allowed = {*ORDER, *SENDING[:number]} - set(SERVER)
-            allowed |= {""} if name == "send" else set()
+            allowed |= {""} if name in {"send", "bench"} else set()
             self.assertEqual(own_imports(name) - allowed, set(), name)
         self.assertEqual(own_imports("exports") & {*SENDING}, set())
 

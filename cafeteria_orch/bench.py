@@ -132,7 +132,7 @@ async def _run(
 
 @asynccontextmanager
 async def _target(reactor: Any, options: argparse.Namespace) -> AsyncIterator[Target]:
-    if not options.self:
+    if not options.starts_server:
         yield Target(options.connect, options.server_pid)
         return
     async with local_server(reactor, options.server_options) as server:
@@ -250,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     where.add_argument(
         "--self",
+        dest="starts_server",
         action="store_true",
         default=argparse.SUPPRESS,
         help="start an orchestrator to be measured; what stands after -- are options of"
@@ -319,11 +320,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     if "--" in own:
         place = own.index("--")
         own, server_options = own[:place], own[place + 1 :]
-    absent = argparse.Namespace(self=False, bytes=None, table=None, server_pid=None, json=False)
+    absent = argparse.Namespace(
+        starts_server=False, bytes=None, table=None, server_pid=None, json=False
+    )
     options = parser.parse_args(own, absent)
-    if server_options is not None and not options.self:
+    if server_options is not None and not options.starts_server:
         parser.error("what stands after -- is for a server of its own: say --self too")
-    if options.self and options.server_pid:
+    if options.starts_server and options.server_pid:
         parser.error("--server-pid is for a server that is there already: leave out --self")
     options.server_options = server_options or []
     return options

@@ -75,10 +75,12 @@ class LoadRun:
     :param cpu: what the server has used so far, in seconds.
     :ivar is_measuring: whether what is acknowledged now counts.
     :ivar is_sending: whether the windows are still filled.
+    :ivar answered_at: when the last answer came.
     """
 
     is_measuring = False
     is_sending = True
+    answered_at = 0.0
 
     def __init__(
         self,
@@ -162,15 +164,14 @@ class LoadRun:
     async def _drain(self) -> None:
         for connection in self._connections:
             connection.finish_if_done()
-        waiting = None
+        self.answered_at = self.now()
         while self._open and not self.result.errors:
-            before, waiting = waiting, sum(connection.waiting for connection in self._open)
-            if waiting == before:
-                what = (
-                    f"{waiting} batches have no answer" if waiting else "FINISHED is not answered"
-                )
-                self.fail(f"{what} after {ANSWER_TIMEOUT:g} s without one")
-            await self._pause(ANSWER_TIMEOUT)
+            patience = self.answered_at + ANSWER_TIMEOUT - self.now()
+            if patience <= 0:
+                waiting = sum(connection.waiting for connection in self._open)
+                what = f"{waiting} batches have" if waiting else "FINISHED has"
+                self.fail(f"{what} no answer, and none has come for {ANSWER_TIMEOUT:g} s")
+            await self._pause(patience)
 
     async def _pause(self, seconds: float) -> None:
         """Wait, unless or until there is nothing more to wait for."""
@@ -293,6 +294,7 @@ class LoadConnection(FrameReceiver):
         self.waiting -= count
         counts = are_successes and self._run.is_measuring
         now, sent = self._now(), self._sent
+        self._run.answered_at = now
         left = count
         while left:
             when, size = sent.popleft()

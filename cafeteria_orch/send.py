@@ -12,12 +12,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError
 from twisted.internet.endpoints import clientFromString
-from twisted.internet.task import react
-from twisted.python.failure import Failure
 
 from . import __version__
+from .commands import DEFAULT_CONNECT, endpoint, number, run
 from .delivery import Delivery, GaveUp, TableExports, Totals
 from .errors import ProtocolError
 from .exports import Export, ExportError, find_exports
@@ -199,30 +198,11 @@ def _say(line: str) -> None:
     print(f"cafeorch-send: {line}", file=sys.stderr)
 
 
-def _from(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
 def _directory(text: str) -> Path:
     path = Path(text)
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is no folder")
     return path
-
-
-def _endpoint(text: str) -> str:
-    try:
-        clientFromString(None, text)
-    except Exception as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
-    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -239,20 +219,20 @@ def _parser() -> argparse.ArgumentParser:
     add("directory", metavar="DIRECTORY", type=_directory, help="where the files are")
     add(
         "--connect",
-        default="tcp:127.0.0.1:8080",
-        type=_endpoint,
+        default=DEFAULT_CONNECT,
+        type=endpoint,
         help="the orchestrator, as a Twisted endpoint",
     )
     add(
         "--agency-id",
-        type=_from(int, -(2**31), 2**31 - 1),
+        type=number(int, -(2**31), 2**31 - 1),
         default=1,
         help="the number of this agency",
     )
-    add("--batch-rows", type=_from(int, 1, 2**31 - 1), default=4000, help="most rows of a batch")
+    add("--batch-rows", type=number(int, 1, 2**31 - 1), default=4000, help="most rows of a batch")
     add(
         "--max-frame-bytes",
-        type=_from(int, 1, 2**31 - 1),
+        type=number(int, 1, 2**31 - 1),
         default=DEFAULT_MAX_FRAME_BYTES,
         help="longest frame; what the orchestrator has under this name",
     )
@@ -264,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--window",
-        type=_from(int, 1, 10_000),
+        type=number(int, 1, 10_000),
         default=8,
         help="how many batches may be on their way at once",
     )
@@ -276,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--retry-for",
-        type=_from(float, 0, 10**9),
+        type=number(float, 0, 10**9),
         default=60.0,
         help="seconds to go on while the server is away or takes nothing",
     )
@@ -291,20 +271,4 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     options = _parser().parse_args(arguments)
     csv.field_size_limit(options.max_frame_bytes)
-    react(_run, (options,))
-
-
-def _run(reactor: Any, options: argparse.Namespace) -> Deferred[None]:
-    sending = Deferred.fromCoroutine(send_directory(reactor, options))
-    finished: Deferred[None] = Deferred()
-
-    def interrupt() -> Deferred[None]:
-        sending.cancel()
-        return finished
-
-    def done(result: int | Failure) -> int | Failure:
-        finished.callback(None)
-        return result
-
-    reactor.addSystemEventTrigger("before", "shutdown", interrupt)
-    return sending.addBoth(done).addCallback(sys.exit)
+    run(send_directory, options)

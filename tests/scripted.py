@@ -6,7 +6,7 @@ import contextlib
 import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 from unittest.mock import patch
 
 from twisted.internet import error as errors
@@ -19,15 +19,17 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
 from cafeteria_orch import send
+from cafeteria_orch.framing import INT32, Framing
 from cafeteria_orch.messages import TableBatch, decode
 from cafeteria_orch.opcodes import Opcode
 from cafeteria_orch.send import send_directory
 from cafeteria_orch.tables import TABLES
 
-from .builders import frame
 from .disks import make_folder
 
 LATENCY = 0.001
+
+_T = TypeVar("_T")
 
 SUCCEED = b"\x01"
 TRY_AGAIN = b"\x02\x01"
@@ -60,6 +62,7 @@ class ScriptedServer:
 
     :ivar script: what it does with a message.
     :ivar is_away: whether it refuses connections.
+    :ivar framing: the one that it speaks.
     :ivar attempts: when somebody tried to connect.
     :ivar connections: the payloads that came, by connection.
     """
@@ -68,6 +71,7 @@ class ScriptedServer:
         self.clock = clock
         self.script: Script = lambda _: None
         self.is_away = False
+        self.framing: Framing = INT32
         self.attempts: list[float] = []
         self.links: list[Link] = []
 
@@ -120,14 +124,20 @@ class Link:
 
     def write(self, data: bytes) -> None:
         self._received += data
-        while len(self._received) >= 4:
-            end = 4 + int.from_bytes(self._received[:4], "big")
+        lead, length = self._server.framing.lead, self._server.framing.length
+        head = lead + length.size
+        while len(self._received) >= head:
+            end = head + length.unpack_from(self._received, lead)[0]
             if len(self._received) < end:
                 break
-            payload, self._received = self._received[4:end], self._received[end:]
+            payload = self._received[:lead] + self._received[head:end]
+            self._received = self._received[end:]
             self._unanswered += payload[0] != Opcode.FINISHED
             self.most_unanswered = max(self.most_unanswered, self._unanswered)
             self._clock.callLater(LATENCY, self._take, payload)
+
+    def writeSequence(self, data: Iterable[bytes]) -> None:
+        self.write(b"".join(data))
 
     def abortConnection(self) -> None:
         self._clock.callLater(0, self._lose, errors.ConnectionAborted())
@@ -144,7 +154,9 @@ class Link:
         if reaction.answer:
             if reaction.answer == SUCCEED:
                 self.acknowledged.append(payload)
-            self._clock.callLater(LATENCY, self._deliver, frame(reaction.answer))
+            framing = self._server.framing
+            answer = reaction.answer if framing.answers_have_bodies else reaction.answer[:1]
+            self._clock.callLater(LATENCY, self._deliver, framing.encode(answer))
         if reaction.end is not None:
             self._is_lost = True
             self._clock.callLater(LATENCY, self._protocol.connectionLost, Failure(reaction.end()))
@@ -173,6 +185,31 @@ def cells(payloads: Iterable[bytes]) -> list[str | None]:
     """The first cell of every row of some batches."""
     messages: list[TableBatch] = [decode(payload) for payload in payloads]
     return [row[0] for message in messages for row in message.rows]
+
+
+def run_until_done(
+    clock: Clock, running: Deferred[_T], interrupt: Callable[[], object] = lambda: False
+) -> _T:
+    """Let time pass until something is done; its result.
+
+    :param interrupt: when it holds the user presses Ctrl-C.
+    """
+    results: list[Any] = []
+    running.addBoth(results.append)
+    is_interrupted = False
+    while not results:
+        if not is_interrupted and interrupt():
+            is_interrupted = True
+            running.cancel()
+        calls: Sequence[Any] = clock.getDelayedCalls()
+        assert calls or results, "it waits for nothing"
+        if calls and not results:
+            now = clock.seconds()
+            clock.advance(max(0, min(call.getTime() for call in calls) - now))
+    (result,) = results
+    if isinstance(result, Failure):
+        result.raiseException()
+    return cast("_T", result)
 
 
 class SenderTestCase(SynchronousTestCase):
@@ -207,7 +244,6 @@ class SenderTestCase(SynchronousTestCase):
         """
         arguments = [str(self.folder), "--batch-rows=2", *options]
         output = io.StringIO()
-        results: list[Any] = []
         with (
             patch.object(send, "clientFromString", lambda *_: self.server),
             contextlib.redirect_stdout(output),
@@ -215,20 +251,6 @@ class SenderTestCase(SynchronousTestCase):
         ):
             parsed = send._parser().parse_args(arguments)
             sending = Deferred.fromCoroutine(send_directory(self.clock, parsed))
-            sending.addBoth(results.append)
-            is_interrupted = False
-            while not results:
-                if not is_interrupted and interrupt():
-                    is_interrupted = True
-                    sending.cancel()
-                calls: Sequence[Any] = self.clock.getDelayedCalls()
-                assert calls or results, "it waits for nothing"
-                if calls and not results:
-                    now = self.clock.seconds()
-                    self.clock.advance(max(0, min(call.getTime() for call in calls) - now))
+            status = run_until_done(self.clock, sending, interrupt)
         self.output = output.getvalue()
-        (result,) = results
-        if isinstance(result, Failure):
-            result.raiseException()
-        status: int = result
         return status

@@ -150,6 +150,7 @@ class Packaging(SynchronousTestCase):
         self.assertRegex(output("twistd", "--help"), r"(?m)^ +web ")
         self.assertIn("--drain-timeout", output("twistd", "cafeorch", "--help"))
         self.assertIn("--batch-rows", output("cafeorch-send", "--help"))
+        self.assertIn("--warmup", output("cafeorch-bench", "--help"))
         return environment
 
     def test_install(self) -> None:

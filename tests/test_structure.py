@@ -32,7 +32,19 @@ ORDER = (
 )
 """A module imports only what stands before it."""
 
-SENDING = ("client", "exports", "journal", "delivery", "send")
+SENDING = (
+    "client",
+    "exports",
+    "journal",
+    "delivery",
+    "commands",
+    "send",
+    "synthetic",
+    "measurements",
+    "load",
+    "local_server",
+    "bench",
+)
 """The sending side, in an order of its own: it stands on the wire, not on the server."""
 
 SERVER = ORDER[ORDER.index("responses") :]
@@ -127,7 +139,7 @@ class Imports(SynchronousTestCase):
         """A module of the sending side imports the wire and what stands before it there."""
         for number, name in enumerate(SENDING):
             allowed = {*ORDER, *SENDING[:number]} - set(SERVER)
-            allowed |= {""} if name == "send" else set()
+            allowed |= {""} if name in {"send", "bench"} else set()
             self.assertEqual(own_imports(name) - allowed, set(), name)
         self.assertEqual(own_imports("exports") & {*SENDING}, set())
 

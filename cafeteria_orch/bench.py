@@ -1,0 +1,344 @@
+"""``cafeorch-bench``: how much an orchestrator takes, and how soon it acknowledges it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from random import Random
+from typing import Any, NamedTuple, NoReturn
+
+from twisted.internet.defer import CancelledError
+from twisted.internet.endpoints import clientFromString
+from twisted.internet.error import ConnectError, DNSLookupError
+from twisted.internet.task import deferLater
+
+from . import __version__
+from .commands import DEFAULT_CONNECT, endpoint, number, run
+from .framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
+from .load import Ammunition, LoadRun, speaks
+from .local_server import StartError, cpu_seconds, local_server
+from .measurements import Result
+from .synthetic import SyntheticBatch, make_batch
+from .tables import TABLES
+
+POOL = 15
+"""How many different batches there are, which are sent again and again: of each table 3."""
+
+LEAST_FRAME_BYTES = 1024
+"""Any row fits into a batch of this length."""
+
+_DEFAULT_ROWS = 1000
+_COLUMNS = (
+    f"{'framing':13}{'batches/s':>10}{'rows/s':>10}{'MB/s':>8}"
+    f"{'p50':>9}{'p90':>9}{'p99':>9}{'p99.9':>9}{'max ms':>9}{'CPU s/MB':>10}{'per client':>16}"
+)
+
+
+class Target(NamedTuple):
+    """The server that is measured.
+
+    :ivar connect: where it is, as a Twisted endpoint.
+    :ivar pid: its process, if that is known.
+    """
+
+    connect: str
+    pid: int | None
+
+
+class BatchTooLong(Exception):
+    """A batch that no frame holds. Its text says what to do."""
+
+
+async def bench(reactor: Any, options: argparse.Namespace) -> int:
+    """Measure a server with each framing that was asked for, and report.
+
+    :param options: of :func:`main`.
+    :return: the exit status: 0 if all that was sent has been acknowledged.
+    """
+    try:
+        batches = _make_batches(options)
+        # So that the reactor runs, and a signal is its own, before a process is started.
+        await deferLater(reactor, 0)
+        async with _target(reactor, options) as target:
+            if not options.json:
+                _print_heading(batches, options)
+            results = await _measure(reactor, batches, target, options)
+    except (BatchTooLong, StartError) as error:
+        _say(str(error))
+        return 1
+    except (CancelledError, KeyboardInterrupt):
+        _say("interrupted")
+        return 1
+    if options.json:
+        print(json.dumps({"runs": [_as_json(result, batches, options) for result in results]}))
+    spoken = [result for result in results if result.is_spoken]
+    # With both framings to try, a server may speak one.
+    counted = spoken or results
+    return 1 if any(result.failed or result.errors for result in counted) else 0
+
+
+async def _measure(
+    reactor: Any,
+    batches: Sequence[SyntheticBatch],
+    target: Target,
+    options: argparse.Namespace,
+) -> list[Result]:
+    results = []
+    for framing in _framings(options):
+        result = await _run(reactor, batches, framing, target, options)
+        results.append(result)
+        if not options.json:
+            print(_line(result), flush=True)
+        for reason, count in result.failed.items():
+            _say(f"{framing.name}: the server answered FAIL, reason {reason}, {count} times")
+        for error in result.errors:
+            _say(f"{framing.name}: {error}")
+    return results
+
+
+async def _run(
+    reactor: Any,
+    batches: Sequence[SyntheticBatch],
+    framing: Framing,
+    target: Target,
+    options: argparse.Namespace,
+) -> Result:
+    server = clientFromString(reactor, target.connect)
+    try:
+        if not await speaks(reactor, server, framing):
+            return Result(framing.name, is_spoken=False, errors=["the server does not speak it"])
+    except (ConnectError, DNSLookupError) as error:
+        return Result(
+            framing.name,
+            errors=[
+                f"{error} Start a server at {target.connect}, or say --self to have one started."
+            ],
+        )
+    load = LoadRun(
+        reactor,
+        server,
+        Ammunition(batches, framing, options.window),
+        clients=options.clients,
+        seconds=options.seconds,
+        warmup=options.warmup,
+        cpu=partial(cpu_seconds, target.pid),
+    )
+    return await load.run()
+
+
+@asynccontextmanager
+async def _target(reactor: Any, options: argparse.Namespace) -> AsyncIterator[Target]:
+    if not options.starts_server:
+        yield Target(options.connect, options.server_pid)
+        return
+    async with local_server(reactor, options.server_options) as server:
+        yield Target(f"tcp:127.0.0.1:{server.port}", server.pid)
+
+
+def _framings(options: argparse.Namespace) -> list[Framing]:
+    return list(FRAMINGS.values()) if options.framing == "both" else [FRAMINGS[options.framing]]
+
+
+def _make_batches(options: argparse.Namespace) -> list[SyntheticBatch]:
+    tables = [table for table in TABLES if options.table in {None, table.name}]
+    random = Random(options.seed)  # noqa: S311 (to be guessed is what a seed is for)
+    most_rows, most_bytes = options.rows, DEFAULT_MAX_FRAME_BYTES
+    if options.bytes:
+        most_rows, most_bytes = float("inf"), options.bytes
+    batches = []
+    for place in range(POOL):
+        table = tables[place % len(tables)]
+        batch = make_batch(table, random, place + 1, most_rows, most_bytes)
+        if not options.bytes and batch.amount < most_rows:
+            raise BatchTooLong(
+                f"a frame of {most_bytes} bytes holds {batch.amount} rows of {table.name}, not"
+                f" {most_rows}: say less --rows, or --bytes {most_bytes} to fill it"
+            )
+        batches.append(batch)
+    return batches
+
+
+def _as_json(
+    result: Result, batches: Sequence[SyntheticBatch], options: argparse.Namespace
+) -> dict[str, Any]:
+    per_megabyte = result.cpu_seconds_per_megabyte
+    mean_rows, mean_bytes = _means(batches)
+    return {
+        "framing": result.framing,
+        "clients": options.clients,
+        "window": options.window,
+        "rows_per_batch": round(mean_rows, 1),
+        "bytes_per_batch": round(mean_bytes, 1),
+        "seconds": round(result.seconds, 3),
+        "batches": result.batches,
+        "rows": result.rows,
+        "bytes": result.bytes,
+        "batches_per_second": round(result.rate(result.batches), 3),
+        "rows_per_second": round(result.rate(result.rows), 3),
+        "megabytes_per_second": round(result.rate(result.bytes) / 1_000_000, 3),
+        "latency_ms": result.latencies.percentiles(),
+        "server_cpu_seconds_per_megabyte": None
+        if per_megabyte is None
+        else round(per_megabyte, 6),
+        "client_batches": {
+            "least": min(result.client_batches),
+            "most": max(result.client_batches),
+        },
+        "failed": dict(result.failed),
+        "errors": result.errors,
+    }
+
+
+def _means(batches: Sequence[SyntheticBatch]) -> tuple[float, float]:
+    """Rows of a batch, and bytes of its frame."""
+    rows = sum(batch.amount for batch in batches)
+    frame_bytes = sum(len(FRAMINGS["int32"].encode(batch.payload)) for batch in batches)
+    return rows / len(batches), frame_bytes / len(batches)
+
+
+def _print_heading(batches: Sequence[SyntheticBatch], options: argparse.Namespace) -> None:
+    rows, frame_bytes = _means(batches)
+    print(
+        f"{options.clients} clients, {options.window} batches of each on their way,"
+        f" {rows:.0f} rows or {frame_bytes / 1000:.1f} kB in a batch, {options.seconds:g} s"
+    )
+    print(_COLUMNS, flush=True)
+
+
+def _line(result: Result) -> str:
+    if not result.is_spoken:
+        return f"{result.framing:13}is not spoken by this server"
+    latencies = "".join(_figure(value, 9, 2) for value in result.latencies.percentiles().values())
+    clients = f"{min(result.client_batches)} to {max(result.client_batches)}"
+    return (
+        f"{result.framing:13}{result.rate(result.batches):>10.0f}"
+        f"{result.rate(result.rows):>10.0f}{result.rate(result.bytes) / 1_000_000:>8.1f}"
+        f"{latencies}{_figure(result.cpu_seconds_per_megabyte, 10, 4)}{clients:>16}"
+    )
+
+
+def _figure(value: float | None, width: int, places: int) -> str:
+    return f"{'-' if value is None else f'{value:.{places}f}':>{width}}"
+
+
+def _say(line: str) -> None:
+    print(f"cafeorch-bench: {line}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cafeorch-bench",
+        usage="%(prog)s [options] [-- option of the server, with --self ...]",
+        description="Load an orchestrator with random batches of the five tables and tell how"
+        " much it took, how soon each batch was acknowledged, and what it used. Every answer is"
+        " checked; the exit status is 0 if every batch was acknowledged with SUCCESS. Against a"
+        " server that stores, what is sent is stored, as of no agency: with --self that is in a"
+        " temporary folder (TMPDIR says where), which is removed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--connect",
+        default=DEFAULT_CONNECT,
+        type=endpoint,
+        help="the orchestrator, as a Twisted endpoint",
+    )
+    where.add_argument(
+        "--self",
+        dest="starts_server",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="start an orchestrator to be measured; what stands after -- are options of"
+        " twistd cafeorch for it: --self -- --store none --log-level warn",
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--rows", type=number(int, 1, 2**31 - 1), default=_DEFAULT_ROWS, help="rows of a batch"
+    )
+    size.add_argument(
+        "--bytes",
+        type=number(int, LEAST_FRAME_BYTES, DEFAULT_MAX_FRAME_BYTES),
+        default=argparse.SUPPRESS,
+        help="fill each batch with rows up to this length of its frame instead",
+    )
+    add(
+        "--table",
+        choices=[table.name for table in TABLES],
+        default=argparse.SUPPRESS,
+        help="send batches of this one (default: of all in turn)",
+    )
+    add("--seed", type=number(int, 0, 2**63), default=0, help="the same one makes the same rows")
+    add("--clients", type=number(int, 1, 100_000), default=8, help="connections")
+    add(
+        "--window",
+        type=number(int, 1, 10_000),
+        default=8,
+        help="batches of each connection that are on their way at once",
+    )
+    add("--seconds", type=number(float, 0.01, 86_400), default=5.0, help="how long to measure")
+    add(
+        "--warmup",
+        type=number(float, 0, 86_400),
+        default=0.5,
+        help="seconds of load before, that are not counted",
+    )
+    add(
+        "--framing",
+        choices=[*FRAMINGS, "both"],
+        default="both",
+        help="how frames look on the wire; both: one run after the other",
+    )
+    add(
+        "--server-pid",
+        metavar="PID",
+        type=number(int, 1, 2**31 - 1),
+        default=argparse.SUPPRESS,
+        help="process of a server on this machine, to tell what it uses of the processor",
+    )
+    add(
+        "--json",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print a JSON object instead of a table",
+    )
+    add("--version", action="version", version=f"cafeteria_orch {__version__}")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    :raises SystemExit: if it is not right, having said what is wrong.
+    """
+    parser = _parser()
+    own, server_options = list(arguments), None
+    if "--" in own:
+        place = own.index("--")
+        own, server_options = own[:place], own[place + 1 :]
+    absent = argparse.Namespace(
+        starts_server=False, bytes=None, table=None, server_pid=None, json=False
+    )
+    options = parser.parse_args(own, absent)
+    if server_options is not None and not options.starts_server:
+        parser.error("what stands after -- is for a server of its own: say --self too")
+    if options.starts_server and options.server_pid:
+        parser.error("--server-pid is for a server that is there already: leave out --self")
+    options.server_options = server_options or []
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command.
+
+    :raises SystemExit: with its status.
+    """
+    run(bench, parse_arguments(sys.argv[1:] if arguments is None else arguments))
+
+
+if __name__ == "__main__":
+    main()

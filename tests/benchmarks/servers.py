@@ -1,0 +1,176 @@
+"""Both servers as processes, and the load generator, which is another."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from tests.processes import FOREGROUND, PROGRAMS, ROOT, Server, free_port, wait_until
+
+from . import workload
+from .report import BenchmarkError
+
+PATIENCE = 120.0
+"""How long, in seconds, a load may take to end after its time: the baseline owes much then."""
+
+_ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("CAFEORCH_")} | {
+    "PYTHONPATH": str(ROOT)
+}
+
+
+class Target(NamedTuple):
+    """A server that runs.
+
+    :ivar framing: what it speaks.
+    """
+
+    port: int
+    pid: int
+    framing: str
+
+
+@contextmanager
+def orchestrator(*arguments: str, pure: bool = False) -> Iterator[Target]:
+    """``twistd -n cafeorch`` in a temporary folder, its log in a file there.
+
+    :param arguments: after the word ``cafeorch``.
+    :param pure: without the compiled row codec.
+    :raises BenchmarkError: if it does not start.
+    """
+    environment = _ENVIRONMENT | ({"CAFEORCH_PURE": "1"} if pure else {})
+    with TemporaryDirectory() as folder:
+        port = free_port()
+        server = Server(
+            Path(folder), FOREGROUND, ["cafeorch", "--port", str(port), *arguments], environment
+        )
+        # At --log-level warn it does not say where it listens.
+        server.port = port
+        try:
+            wait_until(lambda: server.gone() or server.accepts(), "the server listens")
+            if server.gone():
+                said = f"{server.text('stderr')}{server.log}".strip()
+                raise BenchmarkError(f"twistd cafeorch does not start: {said}")
+            server.wait_until_served()
+            yield Target(port, server.pid, "int32")
+        finally:
+            server.clean_up()
+
+
+@contextmanager
+def thread_per_client(*arguments: str) -> Iterator[Target]:
+    """The baseline at its best: on one core, its answers in one piece.
+
+    Its threads hold each other up on two cores.
+
+    :param arguments: more options of :mod:`~tests.benchmarks.baseline`.
+    :raises BenchmarkError: if it does not start.
+    """
+    core = max(os.sched_getaffinity(0))
+    command = [sys.executable, "-m", "tests.benchmarks.baseline", "--port", "0", "--one-write"]
+    process = subprocess.Popen(
+        [*command, "--cpu", str(core), *arguments],
+        env=_ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                raise BenchmarkError("the baseline does not start: what is wrong stands above")
+            yield Target(int(line.split()[-1]), process.pid, "opcode-first")
+        finally:
+            process.kill()
+
+
+class Load:
+    """The load generator at work; leaving its context ends it.
+
+    :param target: what is loaded.
+    :param seconds: that are measured.
+    :param warmup: seconds of load before.
+    :param limit: ``rows`` or ``bytes``: of a batch.
+    :raises BenchmarkError: if the load generator is not there.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        seconds: float,
+        *,
+        clients: int = 1,
+        window: int = 1,
+        warmup: float = 0.5,
+        **limit: int,
+    ) -> None:
+        options: dict[str, object] = {
+            "connect": f"tcp:127.0.0.1:{target.port}",
+            "framing": target.framing,
+            "table": workload.TABLE.name,
+            "clients": clients,
+            "window": window,
+            "seconds": seconds,
+            "warmup": warmup,
+            "seed": workload.SEED,
+            "server-pid": target.pid,
+            **limit,
+        }
+        arguments = [f"--{name}={value}" for name, value in options.items()]
+        self._deadline = seconds + warmup + PATIENCE
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "cafeteria_orch.bench", *arguments, "--json"],
+            env=_ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Load:  # noqa: PYI034 (Python 3.10 has no Self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._process:
+            self._process.kill()
+
+    def result(self) -> dict[str, Any]:
+        """Wait for its end: what it has measured.
+
+        :raises BenchmarkError: if anything was not acknowledged.
+        """
+        try:
+            output, errors = self._process.communicate(timeout=self._deadline)
+        except subprocess.TimeoutExpired as error:
+            raise BenchmarkError(f"the load does not end in {error.timeout:.0f} s") from error
+        if self._process.returncode:
+            raise BenchmarkError(f"the load has failed: {errors.strip() or output}")
+        (run,) = json.loads(output)["runs"]
+        measured: dict[str, Any] = run
+        if not measured["batches"]:
+            raise BenchmarkError("no batch was acknowledged in time: say more --seconds")
+        return measured
+
+
+def measure(target: Target, seconds: float, figure: str, **options: Any) -> float:
+    """Load a server: one figure of what came of it.
+
+    :param options: of :class:`Load`.
+    """
+    with Load(target, seconds, **options) as load:
+        return float(load.result()[figure])
+
+
+def knows(option: str) -> bool:
+    """Whether ``twistd cafeorch`` has an option."""
+    command = [str(PROGRAMS / "twistd"), "cafeorch", "--help"]
+    shown = subprocess.run(command, env=_ENVIRONMENT, capture_output=True, text=True, check=True)
+    return option in shown.stdout

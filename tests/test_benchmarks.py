@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch import rows as row_codec
+from cafeteria_orch import codec as row_codec
 from cafeteria_orch.framing import OPCODE_FIRST
 from cafeteria_orch.messages import Finished, decode, encode
 
@@ -131,7 +131,7 @@ class EndToEndTests(SynchronousTestCase):
             patch.object(servers, "Load", PlayedLoad),
             patch.object(endtoend, "orchestrator", ours),
             patch.object(endtoend, "thread_per_client", other),
-            patch.object(row_codec, "CODEC", codec, create=True),
+            patch.object(row_codec, "CODEC", codec),
         ):
             return list(endtoend.BENCHMARKS[name](effort))
 

@@ -12,7 +12,7 @@ from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cafeteria_orch import rows as row_codec
+from cafeteria_orch import codec as row_codec
 from cafeteria_orch.messages import TableBatch
 
 from . import workload
@@ -35,7 +35,7 @@ _ROWS = "rows_per_second"
 
 def has_compiled_codec() -> bool:
     """Whether the server will run on the compiled row codec unless it is told not to."""
-    return getattr(row_codec, "CODEC", "pure") == "compiled"
+    return row_codec.CODEC == "compiled"
 
 
 def throughput(effort: Effort) -> list[Figure]:

@@ -24,6 +24,7 @@ from .messages import DECODERS, Decoder, RawMessage
 from .opcodes import RESPONSES, BatchStatus, Opcode
 from .protocol import Hold, OrchestratorProtocol
 from .responses import Exchange
+from .turns import Turns
 
 Processor = Callable[[Any, Exchange], Any]
 """``processor(message, client)``. It answers through :mod:`~cafeteria_orch.responses`, and
@@ -85,6 +86,7 @@ class OrchestratorFactory(ServerFactory):
         self.log_info = log_level <= LogLevel.info
         self.log_debug = log_level <= LogLevel.debug
         self.decoders: dict[int, Decoder] = dict(DECODERS)
+        self.turns = Turns(reactor)
         self.connections: set[OrchestratorProtocol] = set()
         self._processors: dict[int, _Registration] = {}
         self._threads: _DaemonThreadPool | None = None

@@ -26,7 +26,9 @@ class Framing(NamedTuple):
     """How a payload stands on the wire.
 
     :ivar name: as the user says it.
-    :ivar length: the length's format.
+    :ivar length: the length's format, without its sign: what is negative is then one that is
+        too long, and refused by the same comparison.
+    :ivar is_signed: whether the wire has it with a sign.
     :ivar lead: how many bytes of the payload stand before its length, and are not counted
         in it.
     :ivar answers_have_bodies: whether more than the opcode of an answer is sent.
@@ -34,6 +36,7 @@ class Framing(NamedTuple):
 
     name: str
     length: Struct
+    is_signed: bool
     lead: int
     answers_have_bodies: bool
 
@@ -48,10 +51,12 @@ class Framing(NamedTuple):
         return payload[:lead] + self.length.pack(len(payload) - lead) + payload[lead:]
 
 
-INT32 = Framing("int32", Struct(">I"), lead=0, answers_have_bodies=True)
+INT32 = Framing("int32", Struct(">I"), is_signed=False, lead=0, answers_have_bodies=True)
 """A big-endian length, then the payload: Twisted's :class:`Int32StringReceiver`."""
 
-OPCODE_FIRST = Framing("opcode-first", Struct("<i"), lead=1, answers_have_bodies=False)
+OPCODE_FIRST = Framing(
+    "opcode-first", Struct("<I"), is_signed=True, lead=1, answers_have_bodies=False
+)
 """The opcode, a little-endian length, the body: the older clients in the field. They read
 nothing but the opcode of an answer, and a length of 0."""
 
@@ -219,9 +224,10 @@ class FrameReceiver(Int32StringReceiver):
         tells_closing = hasattr(transport, "disconnecting")
         while (start := offset + head) <= size:
             (length,) = length_at(chunk, offset + lead)
-            if not 0 <= length <= longest:
+            if length > longest:
                 self.stopDelivery()
-                self.lengthLimitExceeded(length if length < 0 else lead + length)
+                is_negative = framing.is_signed and length >= 1 << 31
+                self.lengthLimitExceeded(length - (1 << 32) if is_negative else lead + length)
                 return False
             end = start + length
             if end > size:

@@ -28,10 +28,14 @@ from .errors import FrameTooLong, ProtocolError
 from .framing import FrameReceiver, Framing
 from .messages import ClientHello, Decoder, Finished, decode
 from .responses import Exchange, Session, handle_processing_error, send_failure
+from .turns import Turns
 from .window import Window
 
 CLOSE_TIMEOUT = 2.0
 """How long, in seconds, an orderly close waits for the peer before it becomes an abort."""
+
+LONG_PAYLOAD = 128 * 1024
+"""Decoding more than this, in bytes, takes a turn: it may keep others waiting."""
 
 _NO_OPCODE = -1
 _READ_SIZE = 65536
@@ -44,6 +48,7 @@ class Hold(Enum):
 
     OUTPUT = "the client does not read its answers"
     SINK = "too much waits to be stored"
+    TURN = "others that sent much are before it"
 
 
 class MessageHandler(Protocol):
@@ -52,6 +57,7 @@ class MessageHandler(Protocol):
     reactor: Any
     max_frame_bytes: int
     framing: Framing | None
+    turns: Turns
     log_info: bool
     log_debug: bool
 
@@ -96,6 +102,8 @@ class OrchestratorProtocol(FrameReceiver):
     thread: int
 
     _first = True
+    # What waits for its turn to be decoded.
+    _long_payload: bytes | None = None
     _ending = False
     _closing = False
     _input_over = False
@@ -129,6 +137,13 @@ class OrchestratorProtocol(FrameReceiver):
 
     def stringReceived(self, payload: bytes) -> None:
         """A frame is whole: decode it, have it handled, see to its answer."""
+        if len(payload) > LONG_PAYLOAD and not self.handler.turns.take():
+            self._long_payload = payload
+            self._await_turn()
+        else:
+            self._receive(payload)
+
+    def _receive(self, payload: bytes) -> None:
         exchange = Exchange(self, payload[0] if payload else _NO_OPCODE)
         self._window.add(exchange)
         try:
@@ -352,8 +367,33 @@ class OrchestratorProtocol(FrameReceiver):
             self._end()
         elif call := self._window.turn():
             call()
-        elif not (self._window.busy or self._holds) and (self.paused or self._lost):
+        elif self._window.busy or self._holds:
+            return
+        elif self._long_payload is not None:
+            self._take_turn()
+        elif self.paused or self._lost:
             self.resumeProducing()
+
+    def _take_turn(self) -> None:
+        if self.handler.turns.take():
+            self._receive_long()
+        else:
+            self._await_turn()
+
+    def _await_turn(self) -> None:
+        self.hold(Hold.TURN)
+        self.handler.turns.wait(self._receive_long)
+
+    def _receive_long(self) -> None:
+        self._holds.discard(Hold.TURN)
+        # With another hold, or behind its end, the turn is passed on; when that hold is gone
+        # it is asked for again.
+        payload = self._long_payload
+        if payload is None or self._holds or self._ending or self._closing:
+            return
+        self._long_payload = None
+        self._receive(payload)
+        self._proceed()
 
     def _end(self) -> None:
         """Take no more messages, and close when what is in hand is answered."""

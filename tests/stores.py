@@ -43,6 +43,7 @@ class PumpedReactor(Clock):
         deadline = monotonic() + DEADLINE
         while not until():
             assert monotonic() < deadline, "it did not come to that in time"
+            self.advance(0)
             with suppress(Empty):
                 self._from_threads.get(timeout=POLL_INTERVAL)()
 

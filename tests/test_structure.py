@@ -23,6 +23,7 @@ ORDER = (
     "framing",
     "responses",
     "window",
+    "turns",
     "protocol",
     "factory",
     "sinks",

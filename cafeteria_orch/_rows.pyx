@@ -24,6 +24,7 @@ from . import rows as pure
 
 cdef extern from "Python.h":
     const char *PyUnicode_AsUTF8AndSize(object text, Py_ssize_t *size) except NULL
+    void PyObject_GC_UnTrack(void *row)
     # Not Cython's own, which takes it that the cell is not empty.
     PyObject *PyTuple_GET_ITEM(object row, Py_ssize_t column)
 
@@ -165,6 +166,8 @@ cdef tuple decode_row(Cursor *cursor, Keys keys):
                 if not keys.is_optional[column]:
                     return None
                 put(row, column, None)
+    # It holds strings alone: the collector would find that out by itself, each time anew.
+    PyObject_GC_UnTrack(<void *> row)
     return row
 
 

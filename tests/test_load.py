@@ -274,6 +274,19 @@ class Answers(LoadTestCase):
                 result = self.check_error("no answer", seconds=60.0)
                 self.assertLess(result.seconds, 1)
 
+    def test_junk_before_answers(self) -> None:
+        """What would be answers by itself is none when it stands after half of one."""
+        for framing in FRAMINGS.values():
+            run = self.make(framing)
+            connection = LoadConnection(run)
+            connection.makeConnection(TCPTransport())
+            connection.start()
+            answer = framing.encode(SUCCEED)
+            connection.dataReceived(answer[:2])
+            connection.dataReceived(answer * 2)
+            self.assertEqual(len(run.result.errors), 1)
+            self.assertEqual(connection.waiting, 3)
+
     def test_too_many(self) -> None:
         """An answer to nothing is an error, a SUCCESS as well as a FAIL."""
         for answers in (SUCCEED * 4, b"\x01\x01\x01\x02"):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from twisted.internet.defer import CancelledError
 from twisted.internet.endpoints import clientFromString
-from twisted.internet.error import ConnectError, DNSLookupError
+from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
 from twisted.internet.task import deferLater
 
 from . import __version__
@@ -70,7 +70,7 @@ async def bench(reactor: Any, options: argparse.Namespace) -> int:
     except (BatchTooLong, StartError) as error:
         _say(str(error))
         return 1
-    except (CancelledError, KeyboardInterrupt):
+    except (CancelledError, ConnectingCancelledError, KeyboardInterrupt):
         _say("interrupted")
         return 1
     if options.json:

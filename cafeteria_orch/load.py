@@ -118,7 +118,8 @@ class LoadRun:
             await self._measure()
             await self._drain()
         except (ConnectError, DNSLookupError) as error:
-            self.result.note_error(str(error))
+            made = len(self._connections)
+            self.result.note_error(f"after {made} of {self._clients} connections: {error}")
         finally:
             for connection in list(self._open):
                 connection.abandon()

@@ -1,19 +1,18 @@
-"""``cafeorch-bench`` as a command: what it says, its status, its arguments, its own server."""
+"""``cafeorch-bench`` as a command: what it says, its status, its arguments."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from io import StringIO
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from unittest.mock import patch
 
+from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectingCancelledError
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -23,8 +22,6 @@ from cafeteria_orch.local_server import cpu_seconds
 from cafeteria_orch.messages import TableBatch, decode
 from cafeteria_orch.tables import TABLES
 
-from .disks import make_folder
-from .processes import PATIENCE, ROOT, ProcessTestCase, wait_until
 from .scripted import LATENCY, ScriptedServer, batches, run_until_done
 
 
@@ -220,6 +217,28 @@ class Statuses(CommandTestCase):
         status, out, err = self.run_bench("--json", interrupt=lambda: self.clock.seconds() > 0.05)
         self.assertEqual((status, out, err), (1, "", "cafeorch-bench: interrupted\n"))
 
+    def test_interrupted_while_connecting(self) -> None:
+        """So it is while a connection is being made, which fails in a way of its own."""
+
+        def cancel(connecting: Deferred[Any]) -> None:
+            connecting.errback(ConnectingCancelledError(IPv4Address("TCP", "192.0.2.1", 8080)))
+
+        self.patch(self.server, "connect", lambda _: Deferred(cancel))
+        self.clock.callLater(1, lambda: None)
+        status, _, err = self.run_bench(interrupt=lambda: self.clock.seconds() > 0)
+        self.assertEqual((status, err), (1, "cafeorch-bench: interrupted\n"))
+
+    def test_no_process_before_the_reactor_runs(self) -> None:
+        """Until the reactor takes signals none is started that one would leave behind."""
+        started: list[object] = []
+        self.patch(bench, "local_server", lambda *arguments: started.append(arguments))
+        options = bench.parse_arguments(["--self", "--rows=1"])
+        running = Deferred.fromCoroutine(bench.bench(self.clock, options))
+        self.assertEqual(started, [])
+        with patch.object(sys, "stderr", StringIO()):
+            running.cancel()
+            self.assertEqual(self.successResultOf(running), 1)
+
     def test_interrupted_before_it_begins(self) -> None:
         """So it is while the batches are made, when there is no reactor to take it."""
         with patch.object(bench, "make_batch", side_effect=KeyboardInterrupt):
@@ -292,120 +311,3 @@ class Arguments(SynchronousTestCase):
         """What stands after ``--`` is for the server, as it stands there."""
         options = bench.parse_arguments(["--self", "--rows=1", "--", "--rows", "--", "x"])
         self.assertEqual((options.rows, options.server_options), (1, ["--rows", "--", "x"]))
-
-
-class OwnServer(ProcessTestCase):
-    """``--self``, with real processes."""
-
-    BRIEF: ClassVar = ("--seconds=0.3", "--warmup=0.1", "--rows=5", "--clients=2")
-
-    def setUp(self) -> None:
-        super().setUp()
-        # Where the temporary folders are, to see whether they are gone.
-        self.temporary = make_folder(self)
-
-    def begin(
-        self, *arguments: str, environment: Mapping[str, str] | None = None
-    ) -> subprocess.Popen[str]:
-        """Start the command, a short load on a server of its own."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("CAFEORCH_")}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cafeteria_orch.bench", "--self", *self.BRIEF, *arguments],
-            cwd=self.folder,
-            env={
-                **inherited,
-                "PYTHONPATH": str(ROOT),
-                "TMPDIR": str(self.temporary),
-                **(environment or {}),
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-        def clean_up() -> None:
-            process.kill()
-            process.communicate()
-
-        self.addCleanup(clean_up)
-        return process
-
-    def end(self, process: subprocess.Popen[str]) -> tuple[int, str, str]:
-        """Wait for its end: status, output, errors. Nothing is left behind."""
-        out, err = process.communicate(timeout=3 * PATIENCE)
-        self.assertEqual(list(self.temporary.iterdir()), [])
-        self.assertEqual(servers_in(self.temporary), [])
-        return process.returncode, out, err
-
-    def test_load(self) -> None:
-        """It starts a server, loads it with both framings, and takes it away again."""
-        store = self.folder / "in_use.sqlite3"
-        # What the environment says is meant for another server.
-        process = self.begin("--json", environment={"CAFEORCH_STORE": str(store)})
-        status, out, err = self.end(process)
-        self.assertEqual((status, err), (0, ""))
-        runs = json.loads(out)["runs"]
-        self.assertEqual([run["framing"] for run in runs], ["int32", "opcode-first"])
-        for run in runs:
-            self.assertGreater(run["batches"], 0)
-            self.assertEqual(run["rows"], 5 * run["batches"])
-            self.assertGreaterEqual(run["seconds"], 0.3)
-            self.assertIsNotNone(run["server_cpu_seconds_per_megabyte"])
-        self.assertFalse(store.exists())
-
-    def test_server_options(self) -> None:
-        """Its server gets the options after ``--``: one that logs nothing is found too."""
-        options = ("--store=none", "--log-level=error", "--framing=int32")
-        status, out, err = self.end(self.begin("--", *options))
-        self.assertEqual(status, 0, err)
-        self.assertRegex(out, r"(?m)^int32 +\d+ .*\d+ to \d+\n^opcode-first +is not spoken ")
-
-    def test_server_does_not_start(self) -> None:
-        """A server that ends before it listens is told with its last line, and status 1."""
-        status, out, err = self.end(self.begin("--", "--store=/no/such/folder/x"))
-        self.assertEqual((status, out), (1, ""))
-        self.assertRegex(
-            err, r"\Acafeorch-bench: the server ended before it listened: cafeorch: .*folder.*\n\Z"
-        )
-
-    def check_signal(self, number: signal.Signals) -> None:
-        """A signal ends it soon, with status 1 and one line, and its server with it."""
-        process = self.begin("--seconds=60")
-        assert process.stdout is not None
-        # The second line comes when the server listens.
-        self.assertIn("clients", process.stdout.readline())
-        (server,) = servers_in(self.temporary)
-        wait_until(lambda: (cpu_seconds(server) or 0) > 0, "it works")
-        process.send_signal(number)
-        status, _, err = self.end(process)
-        self.assertEqual((status, err), (1, "cafeorch-bench: interrupted\n"))
-
-    def test_interrupt(self) -> None:
-        """Ctrl-C leaves no server behind."""
-        self.check_signal(signal.SIGINT)
-
-    def test_terminate(self) -> None:
-        """Nor does SIGTERM."""
-        self.check_signal(signal.SIGTERM)
-
-    def test_interrupt_at_the_start(self) -> None:
-        """Nor does Ctrl-C while the server starts."""
-        process = self.begin("--seconds=60")
-        wait_until(lambda: servers_in(self.temporary), "the server is started")
-        process.send_signal(signal.SIGINT)
-        status, out, err = self.end(process)
-        self.assertEqual((status, out, err), (1, "", "cafeorch-bench: interrupted\n"))
-
-
-def servers_in(folder: Path) -> list[int]:
-    """The processes that work somewhere in a folder."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            where = (process / "cwd").readlink()
-        except OSError:
-            continue
-        if folder in where.parents:
-            found.append(int(process.name))
-    return found

@@ -274,6 +274,19 @@ class Answers(LoadTestCase):
                 result = self.check_error("no answer", seconds=60.0)
                 self.assertLess(result.seconds, 1)
 
+    def test_junk_before_answers(self) -> None:
+        """What would be answers by itself is none when it stands after half of one."""
+        for framing in FRAMINGS.values():
+            run = self.make(framing)
+            connection = LoadConnection(run)
+            connection.makeConnection(TCPTransport())
+            connection.start()
+            answer = framing.encode(SUCCEED)
+            connection.dataReceived(answer[:2])
+            connection.dataReceived(answer * 2)
+            self.assertEqual(len(run.result.errors), 1)
+            self.assertEqual(connection.waiting, 3)
+
     def test_too_many(self) -> None:
         """An answer to nothing is an error, a SUCCESS as well as a FAIL."""
         for answers in (SUCCEED * 4, b"\x01\x01\x01\x02"):
@@ -349,10 +362,21 @@ class Connecting(LoadTestCase):
     """Connections that cannot be made, or are given up."""
 
     def test_refused(self) -> None:
-        """A server that is not there is an error."""
-        self.server.is_away = True
+        """A server that takes no more connections is an error that tells how many it took."""
+
+        def go_away() -> None:
+            self.server.is_away = True
+
+        self.clock.callLater(LATENCY * 1.5, go_away)
         (error,) = self.run_load().errors
-        self.assertIn("Connection was refused", error)
+        self.assertRegex(error, "^after 1 of 2 connections: Connection was refused")
+
+    def test_cut_while_connecting(self) -> None:
+        """One that is cut while others are still made ends it before there is any load."""
+        self.clock.callLater(LATENCY * 1.5, lambda: self.server.links[0]._lose(ConnectionLost()))
+        result = self.run_load(seconds=60.0)
+        self.assertIn("with 0 batches unanswered", result.errors[0])
+        self.assertLess(self.clock.seconds(), 1)
 
     def test_interrupted(self) -> None:
         """Who interrupts it leaves no connection behind."""

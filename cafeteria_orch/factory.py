@@ -20,6 +20,7 @@ from zope.interface import implementer
 
 from . import responses
 from .framing import DEFAULT_MAX_FRAME_BYTES, SNIFFABLE_BELOW, Framing
+from .limits import ConnectionLimits
 from .messages import DECODERS, Decoder, RawMessage
 from .opcodes import RESPONSES, BatchStatus, Opcode
 from .protocol import Hold, OrchestratorProtocol
@@ -60,6 +61,9 @@ class OrchestratorFactory(ServerFactory):
     :param reactor: for time and threads; a test may give a ``Clock``.
     :param max_frame_bytes: the longest payload that is accepted.
     :param framing: of all connections; ``None`` tells it by the first byte of each.
+    :param max_connections: so many at once, further ones are closed as they come; ``None`` for
+        any number.
+    :param max_connections_per_host: the same of one address.
     :param log_level: what is less important than this is not even put together.
     :raises ValueError: if the framing is to be told by the first byte, and the limit is too
         high for that.
@@ -73,6 +77,8 @@ class OrchestratorFactory(ServerFactory):
         *,
         max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
         framing: Framing | None = None,
+        max_connections: int | None = None,
+        max_connections_per_host: int | None = None,
         log_level: NamedConstant = LogLevel.info,
     ) -> None:
         self.reactor = reactor
@@ -87,6 +93,7 @@ class OrchestratorFactory(ServerFactory):
         self.log_debug = log_level <= LogLevel.debug
         self.decoders: dict[int, Decoder] = dict(DECODERS)
         self.turns = Turns(reactor)
+        self._limits = ConnectionLimits(reactor, max_connections, max_connections_per_host)
         self.connections: set[OrchestratorProtocol] = set()
         self._processors: dict[int, _Registration] = {}
         self._threads: _DaemonThreadPool | None = None
@@ -97,8 +104,11 @@ class OrchestratorFactory(ServerFactory):
         self._drained: list[Deferred[None]] = []
 
     def buildProtocol(self, addr: IAddress | None) -> OrchestratorProtocol | None:
-        """Make the protocol of a new connection; ``None`` turns it away, while draining."""
-        if self._draining:
+        """Make the protocol of a new connection; ``None`` turns it away.
+
+        That is while draining, and where it would be one too many.
+        """
+        if self._draining or not self._limits.admits(getattr(addr, "host", None)):
             return None
         protocol = OrchestratorProtocol(self)
         protocol.factory = self
@@ -242,6 +252,7 @@ class OrchestratorFactory(ServerFactory):
     def connection_made(self, connection: OrchestratorProtocol) -> None:
         """A client has connected."""
         self.connections.add(connection)
+        self._limits.opened(connection.session.ip)
         if self._paused:
             self._hold(connection)
         if self.log_info:
@@ -255,6 +266,7 @@ class OrchestratorFactory(ServerFactory):
         if connection not in self.connections:
             return
         self.connections.remove(connection)
+        self._limits.closed(connection.session.ip)
         self._held.pop(connection, None)
         if self.log_debug:
             _log.debug(

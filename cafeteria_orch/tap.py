@@ -53,6 +53,10 @@ def _number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[
     return parse
 
 
+def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text == "none" else parse(text)
+
+
 def _log_level(text: str) -> Any:
     levels = {"debug": LogLevel.debug, "info": LogLevel.info}
     levels |= {"warn": LogLevel.warn, "error": LogLevel.error}
@@ -78,6 +82,8 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "store": _store,
     "max-frame-bytes": _number(int, 1, 2**31 - 1),
     "framing": _framing,
+    "max-connections": _number(int, 1, 10**6),
+    "max-connections-per-host": _or_none(_number(int, 1, 10**6)),
     "drain-timeout": _number(float, 0, 86400),
     "log-level": _log_level,
 }
@@ -108,6 +114,8 @@ class Options(usage.Options):
             "auto",
             "auto (told by a connection's first byte), int32 or opcode-first",
         ],
+        ["max-connections", None, "1000", "connections at once; more are closed as they come"],
+        ["max-connections-per-host", None, "none", "the same of one address, or none"],
         [
             "drain-timeout",
             None,
@@ -192,6 +200,8 @@ def makeService(options: Options) -> IService:
             reactor,
             max_frame_bytes=options["max-frame-bytes"],
             framing=options["framing"],
+            max_connections=options["max-connections"],
+            max_connections_per_host=options["max-connections-per-host"],
             log_level=options["log-level"],
         )
     except ValueError as error:

@@ -23,6 +23,8 @@ DEFAULTS = {
     "processors": [],
     "max-frame-bytes": 1048576,
     "framing": None,
+    "max-connections": 1000,
+    "max-connections-per-host": None,
     "drain-timeout": 10.0,
     "log-level": LogLevel.info,
 }
@@ -40,6 +42,9 @@ SINGLE = (
     ("framing", "auto", None),
     ("framing", "int32", INT32),
     ("framing", "opcode-first", OPCODE_FIRST),
+    ("max-connections", "1", 1),
+    ("max-connections-per-host", "20", 20),
+    ("max-connections-per-host", "none", None),
     ("drain-timeout", "0", 0.0),
     ("drain-timeout", "2.5", 2.5),
     ("log-level", "debug", LogLevel.debug),
@@ -57,6 +62,8 @@ BAD = (
     ("port", ("x", "80.5", "-1", "65536", "8080 8081")),
     ("backlog", ("x", "0", "-1", "1e3")),
     ("max-frame-bytes", ("x", "0", "-1", "2147483648", "1MiB")),
+    ("max-connections", ("x", "0", "-1", "none")),
+    ("max-connections-per-host", ("x", "0", "-1")),
     ("framing", ("x", "INT32", "none", "opcode_first")),
     ("drain-timeout", ("x", "-1", "nan", "inf", "10s")),
     ("log-level", ("x", "INFO", "warning", "debug info")),
@@ -241,7 +248,7 @@ class Help(OptionsTestCase):
         """``--help`` has every option on a line of its own, with its default."""
         text = self.printed("--help")
         shown = {"store": "cafeorch.sqlite3", "log-level": "info", "drain-timeout": "10"}
-        shown["framing"] = "auto"
+        shown |= {"framing": "auto", "max-connections-per-host": "none"}
         for name, default in (DEFAULTS | shown).items():
             short = f"-{SHORT[name]}, " if name in SHORT else ""
             self.assertRegex(text, rf"(?m)^ +{short}--{name}=")

@@ -24,6 +24,7 @@ ORDER = (
     "responses",
     "window",
     "turns",
+    "limits",
     "protocol",
     "factory",
     "sinks",

@@ -1,0 +1,68 @@
+"""How many connections there may be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from twisted.logger import Logger
+
+REPORT_INTERVAL = 60.0
+"""How often, in seconds, refused connections are reported while they go on coming."""
+
+_log = Logger()
+
+
+class ConnectionLimits:
+    """Counts connections, and says whether one more is admitted.
+
+    :param reactor: for the time.
+    :param most: so many connections at once; ``None`` for any number.
+    :param most_per_host: so many of one address; ``None`` for any number.
+    """
+
+    def __init__(self, reactor: Any, most: int | None, most_per_host: int | None) -> None:
+        self._reactor = reactor
+        self._most = most
+        self._most_per_host = most_per_host
+        self._open: Counter[str] = Counter()
+        self._refused = 0
+        self._reported: float | None = None
+
+    def admits(self, host: str | None) -> bool:
+        """Whether a connection may be made; if not, that is counted, and logged now and then.
+
+        :param host: the peer's address; ``None`` for a local socket, which has none.
+        """
+        if self._most is not None and self._open.total() >= self._most:
+            self._refuse(host, f"{self._most} are open, the limit of --max-connections")
+            return False
+        most_of_it = None if host is None else self._most_per_host
+        if most_of_it is not None and self._open[host or ""] >= most_of_it:
+            self._refuse(host, f"it has {most_of_it}, the limit of --max-connections-per-host")
+            return False
+        return True
+
+    def opened(self, host: str) -> None:
+        """A connection was made."""
+        self._open[host] += 1
+
+    def closed(self, host: str) -> None:
+        """It is gone."""
+        self._open[host] -= 1
+        if not self._open[host]:
+            del self._open[host]
+
+    def _refuse(self, host: str | None, why: str) -> None:
+        self._refused += 1
+        now = self._reactor.seconds()
+        if self._reported is None or now - self._reported >= REPORT_INTERVAL:
+            self._reported = now
+            _log.warn(
+                "action: accept_connections | result: refused | ip: {ip} | refused: {refused}"
+                " | error: {error}",
+                ip=host or "unix",
+                refused=self._refused,
+                error=why,
+            )
+            self._refused = 0

@@ -125,6 +125,7 @@ class ServerTests(ProcessTestCase):
             self.assertEqual(client.read(5), SUCCESS)
         clients.pop().close()
         wait_until(lambda: self.admitted(server), "there is room again")
+        server.wait_until_logged("result: refused")
         self.assertEqual(server.log.count("result: refused"), 1)
 
     def admitted(self, server: Server) -> Client | None:

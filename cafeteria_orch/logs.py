@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from constantly import NamedConstant
@@ -13,6 +15,7 @@ from twisted.logger import (
     LogEvent,
     LogLevel,
     eventAsText,
+    formatEvent,
     formatTime,
 )
 from zope.interface import implementer
@@ -22,6 +25,10 @@ FLUSH_INTERVAL = 0.5
 
 # A disk that is full for long must not fill the memory too.
 _MOST_LINES_HELD = 20_000
+
+
+Render = Callable[[LogEvent, str], str]
+"""Makes a line of an event and its time, without the line's end; empty if there is none."""
 
 
 @implementer(ILogObserver)
@@ -35,10 +42,14 @@ class BufferedLogObserver:
         the lines that do not fit in the buffer, and their number is written when it works
         again.
     :param level: events less important than this are dropped.
+    :param render: :func:`as_text` or :func:`as_json`.
     """
 
-    def __init__(self, file: Any, level: NamedConstant = LogLevel.info) -> None:
+    def __init__(
+        self, file: Any, level: NamedConstant = LogLevel.info, render: Render | None = None
+    ) -> None:
         self._file = file
+        self._render = render or as_text
         self._level = level
         self._lock = threading.RLock()
         self._lines: list[str] = []
@@ -52,15 +63,15 @@ class BufferedLogObserver:
         level = event.get("log_level", LogLevel.info)
         if level < self._level:
             return
-        text = _text_of(event)
-        if not text:
-            return
         with self._lock:
             second = int(event["log_time"])
             if second != self._second:
                 self._second = second
                 self._timestamp = formatTime(second)
-            self._lines.append(f"{self._timestamp} {text}\n")
+            line = self._render(event, self._timestamp)
+            if not line:
+                return
+            self._lines.append(line + "\n")
             if self._flushing is None or level >= LogLevel.error:
                 self.flush()
 
@@ -97,7 +108,7 @@ class BufferedLogObserver:
                 return
             lines = "".join(self._lines)
             if self._lost:
-                lines += f"{self._timestamp} [{__name__}#error] {self._lost} lines were lost\n"
+                lines += self._render(_lost_lines(self._lost), self._timestamp) + "\n"
             try:
                 self._write(lines)
             except OSError:
@@ -107,6 +118,45 @@ class BufferedLogObserver:
             else:
                 self._lines.clear()
                 self._lost = 0
+
+
+def as_text(event: LogEvent, time: str) -> str:
+    """The event as a line of text: its time, where it comes from, what it says."""
+    text = _text_of(event)
+    # One event, one line to grep: what continues it is indented.
+    return f"{time} {text}".replace("\n", "\n\t") if text else ""
+
+
+def as_json(event: LogEvent, time: str) -> str:
+    """The event as a JSON object: ``time``, ``level``, ``namespace``, ``message``, its fields.
+
+    A failure is in ``traceback``. A field that is no JSON stands there as its text.
+    """
+    message = formatEvent(event)
+    failure = event.get("log_failure")
+    if not (message or failure):
+        return ""
+    level = event.get("log_level", LogLevel.info)
+    fields = {name: value for name, value in event.items() if name not in _INTERNAL_FIELDS}
+    line = {name: value for name, value in fields.items() if not name.startswith("log_")}
+    line |= {"time": time, "level": level.name, "namespace": event.get("log_namespace", "-")}
+    line["message"] = message
+    if failure is not None:
+        line["traceback"] = failure.getTraceback()
+    return json.dumps(line, default=str)
+
+
+# What Twisted's older logging leaves in an event.
+_INTERNAL_FIELDS = frozenset({"format", "isError", "message", "system", "time", "why", "failure"})
+
+
+def _lost_lines(lost: int) -> LogEvent:
+    return {
+        "log_namespace": __name__,
+        "log_level": LogLevel.error,
+        "log_format": "{lost} lines were lost",
+        "lost": lost,
+    }
 
 
 def _text_of(event: LogEvent) -> str:
@@ -119,5 +169,4 @@ def _text_of(event: LogEvent) -> str:
         plain = False
     if not plain:
         text = eventAsText(event, includeTimestamp=False)
-    # One event, one line to grep: what continues it is indented.
-    return text.replace("\n", "\n\t")
+    return text

@@ -31,7 +31,7 @@ from twisted.python.logfile import LogFile
 from . import __version__
 from .factory import OrchestratorFactory
 from .framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
-from .logs import BufferedLogObserver
+from .logs import BufferedLogObserver, Render, as_json, as_text
 from .service import DEFAULT_DRAIN_TIMEOUT, OrchestratorService
 from .sinks.database import StoreError, check_store
 from .sinks.sqlite import SqliteSink
@@ -65,6 +65,13 @@ def _log_level(text: str) -> Any:
     return levels[text]
 
 
+def _log_format(text: str) -> Render:
+    formats = {"text": as_text, "json": as_json}
+    if text not in formats:
+        raise ValueError(f"{text!r} is not one of {', '.join(formats)}")
+    return formats[text]
+
+
 def _store(text: str) -> str | None:
     return None if text == "none" else str(Path(text).absolute())
 
@@ -86,6 +93,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "max-connections-per-host": _or_none(_number(int, 1, 10**6)),
     "drain-timeout": _number(float, 0, 86400),
     "log-level": _log_level,
+    "log-format": _log_format,
 }
 _REPEATED = ("listen", "processors")
 _TCP_OPTIONS = {"port", "interface", "backlog"}
@@ -123,6 +131,7 @@ class Options(usage.Options):
             "seconds that a stop may take to finish the batches in hand",
         ],
         ["log-level", None, "info", "debug, info, warn or error"],
+        ["log-format", None, "text", "text, or json: an object a line"],
     ]
 
     def __init__(self) -> None:
@@ -340,12 +349,12 @@ def _log_observer(reactor: Any, options: Options) -> BufferedLogObserver | None:
     if path == "-":
         if not foreground:
             raise _exit("a daemon has no standard output to log to: name a --logfile, or say -n")
-        return BufferedLogObserver(sys.stdout, options["log-level"])
+        return BufferedLogObserver(sys.stdout, options["log-level"], options["log-format"])
     try:
         file = LogFile.fromFullPath(path)
     except OSError as error:
         raise _exit(f"--logfile {path}: {error.strerror}") from error
-    observer = BufferedLogObserver(file, options["log-level"])
+    observer = BufferedLogObserver(file, options["log-level"], options["log-format"])
     _rotate_on_signal(reactor, observer)
     return observer
 

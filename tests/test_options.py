@@ -13,6 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__
 from cafeteria_orch.framing import INT32, OPCODE_FIRST
+from cafeteria_orch.logs import as_json, as_text
 from cafeteria_orch.tap import Options
 
 DEFAULTS = {
@@ -27,6 +28,7 @@ DEFAULTS = {
     "max-connections-per-host": None,
     "drain-timeout": 10.0,
     "log-level": LogLevel.info,
+    "log-format": as_text,
 }
 """All but the store, whose default depends on the working directory."""
 
@@ -51,6 +53,8 @@ SINGLE = (
     ("log-level", "info", LogLevel.info),
     ("log-level", "warn", LogLevel.warn),
     ("log-level", "error", LogLevel.error),
+    ("log-format", "text", as_text),
+    ("log-format", "json", as_json),
 )
 """Options that are given once: name, text, value."""
 
@@ -64,6 +68,7 @@ BAD = (
     ("max-frame-bytes", ("x", "0", "-1", "2147483648", "1MiB")),
     ("max-connections", ("x", "0", "-1", "none")),
     ("max-connections-per-host", ("x", "0", "-1")),
+    ("log-format", ("x", "JSON")),
     ("framing", ("x", "INT32", "none", "opcode_first")),
     ("drain-timeout", ("x", "-1", "nan", "inf", "10s")),
     ("log-level", ("x", "INFO", "warning", "debug info")),
@@ -248,7 +253,7 @@ class Help(OptionsTestCase):
         """``--help`` has every option on a line of its own, with its default."""
         text = self.printed("--help")
         shown = {"store": "cafeorch.sqlite3", "log-level": "info", "drain-timeout": "10"}
-        shown |= {"framing": "auto", "max-connections-per-host": "none"}
+        shown |= {"log-format": "text", "framing": "auto", "max-connections-per-host": "none"}
         for name, default in (DEFAULTS | shown).items():
             short = f"-{SHORT[name]}, " if name in SHORT else ""
             self.assertRegex(text, rf"(?m)^ +{short}--{name}=")

@@ -9,15 +9,14 @@ moves past the end.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.list cimport PyList_Append
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 from cpython.unicode cimport PyUnicode_DecodeUTF8
-from libc.stdint cimport uint32_t
+from libc.stdint cimport INT32_MAX, uint32_t
 from libc.string cimport memcmp, memcpy
 
-from functools import cache
+from functools import lru_cache
 
 from . import rows as pure
 
@@ -32,6 +31,7 @@ cdef extern from "Python.h":
 cdef enum:
     LENGTH = 4
     MOST_KEYS = 64
+    MOST_TABLES = 64
 
 
 cdef struct Key:
@@ -48,6 +48,8 @@ cdef class Keys:
     cdef bint is_optional[MOST_KEYS]
     cdef int amount
     cdef Py_ssize_t width
+    # Whether there is room for them. A table that has more is left to the pure codec.
+    cdef bint fit
     # What the pointers point into.
     cdef object texts
 
@@ -57,8 +59,9 @@ cdef class Keys:
         self.texts = [*table.index_of_key, *names]
         self.amount = len(table.index_of_key)
         self.width = len(names)
-        if max(self.amount, self.width) > MOST_KEYS:
-            raise ValueError(f"{table.name} has more than {MOST_KEYS} keys")
+        self.fit = max(self.amount, self.width) <= MOST_KEYS
+        if not self.fit:
+            return
         for number, text in enumerate(table.index_of_key):
             self.keys[number] = key_of(text, table.index_of_key[text])
         for number, text in enumerate(names):
@@ -82,7 +85,8 @@ cdef Key key_of(bytes text, Py_ssize_t column):
     return Key(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text), column)
 
 
-keys_of = cache(Keys)
+# Tables live for ever as a rule; those of a program that makes one for each batch do not.
+keys_of = lru_cache(maxsize=MOST_TABLES)(Keys)
 
 
 cdef struct Cursor:
@@ -108,25 +112,32 @@ cdef inline Py_ssize_t take_length(Cursor *cursor) noexcept:
     return at[0] | at[1] << 8 | at[2] << 16 | (<uint32_t> at[3]) << 24
 
 
-def decode_rows(bytes body not None, Py_ssize_t offset, count, table):
+def decode_rows(body, offset, count, table):
     """As :func:`cafeteria_orch.rows.decode_rows`."""
-    cdef Keys keys = keys_of(table)
+    rows = None
+    # A subclass of bytes or int may be anything: only what is known to be plain is read here.
+    if type(body) is bytes and type(offset) is int and type(count) is int:
+        if 0 <= offset <= len(body) and 0 <= count <= len(body):
+            rows = decode_plain(<bytes> body, offset, count, keys_of(table))
+    # What was decoded until then is gone before it is decoded anew.
+    return pure.decode_rows(body, offset, count, table) if rows is None else rows
+
+
+cdef list decode_plain(bytes body, Py_ssize_t offset, Py_ssize_t count, Keys keys):
+    """The rows, or ``None`` if they are malformed; the offset is one in the body."""
     cdef Cursor cursor
-    cdef Py_ssize_t number
     cdef list rows = []
     cdef tuple row
-    if not 0 <= offset <= PyBytes_GET_SIZE(body) or not 0 <= count <= PyBytes_GET_SIZE(body):
-        return pure.decode_rows(body, offset, count, table)
+    if not keys.fit:
+        return None
     cursor.at = PyBytes_AS_STRING(body) + offset
     cursor.left = PyBytes_GET_SIZE(body) - offset
-    for number in range(<Py_ssize_t> count):
+    for _ in range(count):
         row = decode_row(&cursor, keys)
         if row is None:
-            return pure.decode_rows(body, offset, count, table)
-        PyList_Append(rows, row)
-    if cursor.left:
-        return pure.decode_rows(body, offset, count, table)
-    return rows
+            return None
+        rows.append(row)
+    return None if cursor.left else rows
 
 
 cdef tuple decode_row(Cursor *cursor, Keys keys):
@@ -179,23 +190,35 @@ cdef inline void put(tuple row, Py_ssize_t column, object cell) noexcept:
 
 def encode_row(row, table):
     """As :func:`cafeteria_orch.rows.encode_row`."""
-    cdef Keys keys = keys_of(table)
+    encoded = encode_plain(row, keys_of(table))
+    return pure.encode_row(row, table) if encoded is None else encoded
+
+
+def encode_rows(rows, table):
+    """As :func:`cafeteria_orch.rows.encode_rows`."""
+    return b"".join([encode_row(row, table) for row in rows])
+
+
+cdef bytes encode_plain(row, Keys keys):
+    """The bytes of a row, or ``None`` if it is not a tuple of what the columns take."""
     cdef Py_ssize_t column, size, pairs = 0, total = LENGTH
     cdef const char *text
     cdef char *at
     cdef bytes encoded
-    if type(row) is not tuple or len(row) != keys.width:
-        return pure.encode_row(row, table)
+    if not keys.fit or type(row) is not tuple or len(row) != keys.width:
+        return None
     for column in range(keys.width):
         cell = (<tuple> row)[column]
         if cell is None and keys.is_optional[column]:
             continue
         if type(cell) is not str:
-            return pure.encode_row(row, table)
+            return None
         try:
             PyUnicode_AsUTF8AndSize(cell, &size)
         except UnicodeEncodeError:
-            return pure.encode_row(row, table)
+            return None
+        if size > INT32_MAX:
+            return None
         pairs += 1
         total += LENGTH + keys.names[column].size + LENGTH + size
     encoded = PyBytes_FromStringAndSize(NULL, total)
@@ -207,11 +230,6 @@ def encode_row(row, table):
             at = put_string(at, keys.names[column].text, keys.names[column].size)
             at = put_string(at, text, size)
     return encoded
-
-
-def encode_rows(rows, table):
-    """As :func:`cafeteria_orch.rows.encode_rows`."""
-    return b"".join([encode_row(row, table) for row in rows])
 
 
 cdef inline char *put_string(char *at, const char *text, Py_ssize_t size) noexcept:

@@ -19,6 +19,7 @@ from .codec import CODEC
 from .factory import OrchestratorFactory
 from .logs import BufferedLogObserver
 from .sinks import ISink
+from .systemd import SystemdNotifier
 
 DEFAULT_DRAIN_TIMEOUT = 10.0
 """Seconds."""
@@ -40,6 +41,7 @@ class OrchestratorService(Service):
     :param drain_timeout: seconds after which draining is given up and all is closed; what
         was not committed by then was not acknowledged.
     :param log_observer: what ``twistd`` is to log with; ``None`` leaves it its own.
+    :param notifier: tells systemd; ``None`` if it has not started this process.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class OrchestratorService(Service):
         sink: ISink | None = None,
         drain_timeout: float = DEFAULT_DRAIN_TIMEOUT,
         log_observer: BufferedLogObserver | None = None,
+        notifier: SystemdNotifier | None = None,
     ) -> None:
         self._reactor = reactor
         self._factory = factory
@@ -58,6 +61,7 @@ class OrchestratorService(Service):
         self._sink = sink
         self._drain_timeout = drain_timeout
         self._log_observer = log_observer
+        self._notifier = notifier
         self._ports: list[IListeningPort] = []
         self._draining: Deferred[None] | None = None
         self._waiting: list[Deferred[None]] = []
@@ -91,7 +95,7 @@ class OrchestratorService(Service):
         if self._log_observer is not None:
             self._log_observer.start(self._reactor)
         self._reactor.addSystemEventTrigger("before", "shutdown", self.drain)
-        self._reactor.callWhenRunning(self._handle_signals)
+        self._reactor.callWhenRunning(self._running)
 
     def stopService(self) -> Deferred[None]:
         """Drain."""
@@ -108,6 +112,8 @@ class OrchestratorService(Service):
         waiting: Deferred[None] = Deferred()
         self._waiting.append(waiting)
         if self._draining is None:
+            if self._notifier is not None:
+                self._notifier.stopping()
             timeout = self._reactor.callLater(self._drain_timeout, self._hurry)
             self._draining = Deferred.fromCoroutine(self._drain())
             self._draining.addErrback(self._give_up).addCallback(self._report_drained, timeout)
@@ -145,6 +151,8 @@ class OrchestratorService(Service):
         if timeout.active():
             timeout.cancel()
         self._factory.stop_threads()
+        if self._notifier is not None:
+            self._notifier.stopped()
         self._restore_signals()
         if self._log_observer is not None:
             self._log_observer.stop()
@@ -165,6 +173,11 @@ class OrchestratorService(Service):
         if isinstance(host, (IPv4Address, IPv6Address)):
             host = f"{host.host}:{host.port}"
         _log.info("action: listen | result: success | address: {address}", address=host)
+
+    def _running(self) -> None:
+        self._handle_signals()
+        if self._notifier is not None:
+            self._notifier.ready(self._reactor)
 
     def _handle_signals(self) -> None:
         if threading.current_thread() is not threading.main_thread():

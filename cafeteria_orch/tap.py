@@ -35,6 +35,7 @@ from .logs import BufferedLogObserver, Render, as_json, as_text
 from .service import DEFAULT_DRAIN_TIMEOUT, OrchestratorService
 from .sinks.database import StoreError, check_store
 from .sinks.sqlite import SqliteSink
+from .systemd import SystemdNotifier
 
 ENVIRONMENT_PREFIX = "CAFEORCH_"
 
@@ -233,6 +234,7 @@ def makeService(options: Options) -> IService:
         sink=sink,
         drain_timeout=options["drain-timeout"],
         log_observer=_log_observer(reactor, options),
+        notifier=SystemdNotifier.from_environment(os.environ),
     )
 
 

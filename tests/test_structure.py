@@ -29,6 +29,7 @@ ORDER = (
     "factory",
     "sinks",
     "logs",
+    "systemd",
     "service",
     "tap",
 )

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
+import tarfile
 import tempfile
 import venv
 import weakref
@@ -21,15 +23,31 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 ROOT = Path(__file__).parent.parent
 SOURCES = ("cafeteria_orch", "twisted")
 PLUGIN = "twisted/plugins/cafeorch_plugin.py"
+CODEC_SOURCE = "cafeteria_orch/_rows.pyx"
+CODEC = re.compile(r"cafeteria_orch/_rows\..+\.(so|pyd)")
+"""What it is compiled to."""
 
 
-def run(*command: object, folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+def has_compiler() -> bool:
+    """Whether there is what the row codec is compiled with."""
+    compiler = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return shutil.which(compiler.split()[0]) is not None and header.is_file()
+
+
+def run(
+    *command: object,
+    folder: Path,
+    check: bool = True,
+    settings: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
     """Run a command that sees nothing of this environment; its output, which a failure shows."""
-    hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CAFEORCH_PURE")
+    shown = {name: value for name, value in os.environ.items() if name not in hidden}
     completed = subprocess.run(
         [str(part) for part in command],
         cwd=folder,
-        env={name: value for name, value in os.environ.items() if name not in hidden},
+        env={**shown, **(settings or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -86,7 +104,7 @@ class Workshop:
             raise SkipTest(f"what the project needs is not to be had: {needed.stdout}")
         self.source = self.copy("source")
         self.pip("install", *build_requirements())
-        self.sdist, self.wheel = self._build("sdist", "*.tar.gz"), self._build("wheel", "*.whl")
+        self.sdist, self.wheel = self.build("sdist", "sdist"), self.build("wheel", "wheel")
 
     def copy(self, name: str) -> Path:
         """A copy of the project's files, so that building leaves nothing beside them."""
@@ -96,7 +114,8 @@ class Workshop:
             if path.is_file():
                 shutil.copy(path, target)
         for source in SOURCES:
-            junk = shutil.ignore_patterns("__pycache__", "dropin.cache")
+            built = ("_rows.c", "_rows.*.so", "_rows.*.pyd")
+            junk = shutil.ignore_patterns("__pycache__", "dropin.cache", *built)
             shutil.copytree(ROOT / source, target / source, ignore=junk)
         return target
 
@@ -108,10 +127,13 @@ class Workshop:
         options = (*where, command, "-q", *offline)
         run(program, "-m", "pip", *options, *arguments, folder=self.elsewhere)
 
-    def _build(self, kind: str, pattern: str) -> Path:
-        code = f"from setuptools import build_meta; build_meta.build_{kind}({str(self.folder)!r})"
-        run(self._tools / "bin" / "python", "-c", code, folder=self.copy(f"build_{kind}"))
-        (built,) = self.folder.glob(pattern)
+    def build(self, kind: str, name: str, **settings: str) -> Path:
+        """Build a distribution, with such settings in the environment."""
+        target = self.folder / f"built_{name}"
+        code = f"from setuptools import build_meta; build_meta.build_{kind}({str(target)!r})"
+        source = self.copy(f"build_{name}")
+        run(self._tools / "bin" / "python", "-c", code, folder=source, settings=settings)
+        (built,) = target.iterdir()
         return built
 
 
@@ -155,7 +177,7 @@ class Packaging(SynchronousTestCase):
 
     def test_install(self) -> None:
         """``pip install .``: the plugin stands beside Twisted's own, which are still there."""
-        environment = self.check_install(self.workshop.source)
+        environment = self.check_install(self.workshop.copy("install"))
         self.assertTrue((environment.packages / PLUGIN).is_file())
 
     def test_editable_install(self) -> None:
@@ -163,13 +185,34 @@ class Packaging(SynchronousTestCase):
         environment = self.check_install("-e", self.workshop.copy("editable"))
         self.assertFalse((environment.packages / PLUGIN).exists())
 
-    def test_wheel_install(self) -> None:
-        """The wheel."""
-        self.check_install(self.workshop.wheel)
+    def codec(self, environment: Environment, **settings: str) -> str:
+        """Which row codec is taken by what is installed there."""
+        code = "from cafeteria_orch.codec import CODEC; print(CODEC)"
+        command = (environment.programs / "python", "-c", code)
+        return run(*command, folder=self.workshop.elsewhere, settings=settings).stdout.strip()
+
+    def test_with_a_compiler(self) -> None:
+        """Where it can be, the row codec is compiled, and taken unless the pure one is asked for."""
+        if not has_compiler():
+            raise SkipTest("there is no C compiler, or no Python.h")
+        self.assertEqual(len(list(filter(CODEC.fullmatch, contents(self.workshop.wheel)))), 1)
+        environment = self.check_install(self.workshop.wheel)
+        self.assertEqual(self.codec(environment), "compiled")
+        self.assertEqual(self.codec(environment, CAFEORCH_PURE="1"), "pure")
+
+    def test_without_a_compiler(self) -> None:
+        """Where there is none, the build succeeds all the same, and the pure codec serves."""
+        wheel = self.workshop.build("wheel", "without_compiler", CC="false")
+        self.assertEqual(list(filter(CODEC.fullmatch, contents(wheel))), [])
+        self.assertEqual(self.codec(self.check_install(wheel)), "pure")
 
     def test_wheel(self) -> None:
         """The wheel has all of the package, its type marker, the plugin, and no more."""
-        names = {name for name in contents(self.workshop.wheel) if "-info/" not in name}
+        names = {
+            name
+            for name in contents(self.workshop.wheel)
+            if "-info/" not in name and not CODEC.fullmatch(name)
+        }
         source = self.workshop.source
         expected = {
             path.relative_to(source).as_posix()
@@ -177,8 +220,10 @@ class Packaging(SynchronousTestCase):
             for path in (source / folder).rglob("*")
             if path.is_file()
         }
-        self.assertEqual(names, expected)
+        # What it is compiled from is of no use to those who install it.
+        self.assertEqual(names, expected - {CODEC_SOURCE})
         self.assertIn("cafeteria_orch/py.typed", names)
+        self.assertIn("cafeteria_orch/_rows.pyi", names)
         self.assertIn(PLUGIN, names)
         for shadow in ("twisted/__init__.py", "twisted/plugins/__init__.py"):
             self.assertNotIn(shadow, names)
@@ -189,7 +234,16 @@ class Packaging(SynchronousTestCase):
         self.workshop.pip("wheel", "--no-deps", "--wheel-dir", folder, self.workshop.sdist)
         (wheel,) = folder.glob("*.whl")
         self.assertEqual(wheel.name, self.workshop.wheel.name)
-        self.assertEqual(contents(wheel), contents(self.workshop.wheel))
+        rebuilt, built = contents(wheel), contents(self.workshop.wheel)
+        self.assertEqual(set(rebuilt), set(built))
+        # The compiled module differs by the folder that it was built in.
+        differing = {name for name in built if rebuilt[name] != built[name]}
+        self.assertEqual({name for name in differing if not CODEC.fullmatch(name)}, set())
+        with tarfile.open(self.workshop.sdist) as archive:
+            names = {name.partition("/")[2] for name in archive.getnames()}
+        for needed in (CODEC_SOURCE, "cafeteria_orch/_rows.pyi", "cafeteria_orch/py.typed"):
+            self.assertIn(needed, names)
+        self.assertNotIn("cafeteria_orch/_rows.c", names)
 
     def test_metadata(self) -> None:
         """Twisted alone is needed to run; the version is the package's."""

@@ -7,6 +7,7 @@ import struct
 import tracemalloc
 import weakref
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from hypothesis import given, settings
@@ -216,6 +217,20 @@ class KeepingTests(Compiled):
             every_way()
         # A leaked row or an error of each round would be some hundred bytes a thousand times.
         self.assertLess(taken() - before, 20_000)
+
+    def test_memory_of_a_malformed_body(self) -> None:
+        """One that is malformed at its very end takes no more than with the pure codec alone."""
+        row = wire_row([(column, "some text that is not shared") for column in USERS.columns])
+
+        def peak(codec: ModuleType) -> int:
+            tracemalloc.start()
+            try:
+                outcome(codec.decode_rows, row * 1000 + b"\0", 0, 1000, USERS)
+                return tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+
+        self.assertLess(peak(self.codec), 1.2 * peak(pure))
 
     def test_the_collector_has_no_rows_to_look_at(self) -> None:
         """Rows are of no interest to the garbage collector, however many a batch holds."""

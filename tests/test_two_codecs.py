@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import struct
 import tracemalloc
 import weakref
@@ -174,6 +176,41 @@ class AgreementTests(Compiled):
                 self.assertEqual(self.codec.decode_rows(body, 0, 1, table), [row])
                 for key in table.index_of_key:
                     self.assertAgree("decode_rows", wire_row([(key, "1")]), 0, 1, table)
+
+
+class TupleTests(Compiled):
+    """A decoded row is a tuple like any other."""
+
+    @given(st.data())
+    def test_rows(self, data: DataObject) -> None:
+        """It compares, sorts, hashes, pickles and copies as one that Python made."""
+        table = data.draw(st.sampled_from((*TABLES, END_OF_TABLE, OPTIONAL, NO_COLUMNS)))
+        drawn = data.draw(st.lists(wire_rows(table), max_size=3))
+        expected = [row for row, _ in drawn]
+        body = b"".join(wire for _, wire in drawn)
+        decoded = self.codec.decode_rows(body, 0, len(drawn), table)
+        self.assertEqual({type(row) for row in decoded}, {tuple} if drawn else set())
+        self.assertEqual(decoded, expected)
+        self.assertEqual(list(map(hash, decoded)), list(map(hash, expected)))
+        self.assertEqual(set(decoded), set(expected))
+        self.assertEqual(sorted(decoded, key=repr), sorted(expected, key=repr))
+        self.assertEqual(copy.deepcopy(decoded), expected)
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            self.assertEqual(pickle.loads(pickle.dumps(decoded, protocol)), expected)
+
+    def test_a_row_in_a_cycle(self) -> None:
+        """A tuple made of rows is one that the collector looks at, and frees."""
+        (row,) = self.codec.decode_rows(wire_row([("a", "x")]), 0, 1, OPTIONAL)
+
+        class Holder:
+            rows: Any = None
+
+        holder = Holder()
+        holder.rows = (*row, row, holder)
+        reference = weakref.ref(holder)
+        del holder
+        gc.collect()
+        self.assertIsNone(reference())
 
 
 class KeepingTests(Compiled):

@@ -13,7 +13,7 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 from cpython.unicode cimport PyUnicode_DecodeUTF8
-from libc.stdint cimport INT32_MAX, uint32_t
+from libc.stdint cimport uint32_t
 from libc.string cimport memcmp, memcpy
 
 from functools import lru_cache
@@ -32,6 +32,8 @@ cdef enum:
     LENGTH = 4
     MOST_KEYS = 64
     MOST_TABLES = 64
+    # A longer row is left to the pure codec: no sum of sizes overflows, on 32 bits either.
+    MOST_BYTES = 1 << 30
 
 
 cdef struct Key:
@@ -142,7 +144,7 @@ cdef list decode_plain(bytes body, Py_ssize_t offset, Py_ssize_t count, Keys key
 
 cdef tuple decode_row(Cursor *cursor, Keys keys):
     """One row, or ``None`` if it is malformed."""
-    cdef tuple row = PyTuple_New(keys.width)
+    cdef tuple row = new_row(keys.width)
     cdef Py_ssize_t pairs = take_length(cursor)
     cdef Py_ssize_t pair, size, column
     cdef const char *text
@@ -177,7 +179,14 @@ cdef tuple decode_row(Cursor *cursor, Keys keys):
                 if not keys.is_optional[column]:
                     return None
                 put(row, column, None)
-    # It holds strings alone: the collector would find that out by itself, each time anew.
+    return row
+
+
+cdef inline tuple new_row(Py_ssize_t width):
+    """A row whose cells are empty, which no other code ever sees."""
+    cdef tuple row = PyTuple_New(width)
+    # So that what the collector runs meanwhile cannot get at it. And it will hold strings alone:
+    # the collector would find that out by itself, each time anew.
     PyObject_GC_UnTrack(<void *> row)
     return row
 
@@ -217,10 +226,11 @@ cdef bytes encode_plain(row, Keys keys):
             PyUnicode_AsUTF8AndSize(cell, &size)
         except UnicodeEncodeError:
             return None
-        if size > INT32_MAX:
-            return None
         pairs += 1
-        total += LENGTH + keys.names[column].size + LENGTH + size
+        total += LENGTH + keys.names[column].size + LENGTH
+        if size > MOST_BYTES - total:
+            return None
+        total += size
     encoded = PyBytes_FromStringAndSize(NULL, total)
     at = put_length(PyBytes_AS_STRING(encoded), pairs)
     for column in range(keys.width):

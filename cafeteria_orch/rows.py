@@ -66,7 +66,7 @@ def decode_rows(body: bytes, offset: int, count: int, table: Table) -> list[Row]
                     raise _length_error(f"row {number}: the value of {column!r}", length)
                 if row[index] is not None:
                     raise ProtocolError(f"row {number}: column {table.columns[index]!r} twice")
-                row[index] = str(body[start:offset], "utf-8")
+                row[index] = body[start:offset].decode()
         except KeyError:
             # Not from the KeyError: it holds what stands there.
             raise _key_error(number, length, offset > size) from None

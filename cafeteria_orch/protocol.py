@@ -322,12 +322,16 @@ class OrchestratorProtocol(FrameReceiver):
             result = handle_processing_error(message, exchange, error)
         if iscoroutine(result):
             result = Deferred.fromCoroutine(result)
-        if not isinstance(result, Deferred):
+        if isinstance(result, Deferred):
+            self._finish_later(result, message, exchange)
+        else:
             self._done(result, exchange)
-            if self.paused:
-                self._proceed()
-            return
+        if self._window.busy and not self._closing:
+            self.pauseProducing()
+        elif self.paused:
+            self._proceed()
 
+    def _finish_later(self, result: Deferred[Any], message: Any, exchange: Exchange) -> None:
         def failed(failure: Failure) -> bool:
             error = cast("BaseException", failure.value)
             return handle_processing_error(message, exchange, error)
@@ -336,10 +340,9 @@ class OrchestratorProtocol(FrameReceiver):
             self._done(keep, exchange)
             self._proceed()
 
-        self._window.go_on(pipelined=self.handler.is_pipelined(exchange.opcode))
+        if self.handler.is_pipelined(exchange.opcode):
+            self._window.share()
         result.addErrback(failed).addCallback(done).addErrback(self._crash, exchange)
-        if self._window.busy and not self._closing:
-            self.pauseProducing()
 
     def _done(self, keep: object, exchange: Exchange) -> None:
         self._window.done(exchange)
@@ -361,13 +364,13 @@ class OrchestratorProtocol(FrameReceiver):
 
     def _proceed(self) -> None:
         """Something is done, or a hold is gone: go on as far as that allows."""
-        if self._closing:
-            self._forget_if_idle()
-        elif self._ending:
+        if self._closing or self._ending:
             self._end()
+        elif self._holds:
+            return
         elif call := self._window.turn():
             call()
-        elif self._window.busy or self._holds:
+        elif self._window.busy:
             return
         elif self._long_payload is not None:
             self._take_turn()
@@ -398,7 +401,9 @@ class OrchestratorProtocol(FrameReceiver):
     def _end(self) -> None:
         """Take no more messages, and close when what is in hand is answered."""
         self._ending = True
-        if self.in_hand:
+        if self._closing:
+            self._forget_if_idle()
+        elif self.in_hand:
             self.pauseProducing()
         else:
             self.close()

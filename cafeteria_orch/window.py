@@ -16,18 +16,26 @@ class Window:
 
     A message whose processor is pipelined may be taken into hand while others like it are;
     any other waits for its turn, which comes when nothing is in hand. Answers leave in the
-    order in which the messages came.
+    order in which the messages came. A message keeps its place in the window until it and all
+    before it are done: so there are never more answers held back than places.
 
     :ivar in_hand: the messages that are being processed.
-    :ivar busy: whether one of those must be done before another message is taken.
     """
 
     def __init__(self) -> None:
         self.in_hand: set[Exchange] = set()
-        self.busy = False
-        self._alone = False
+        # The one that lets no other into hand beside it.
+        self._alone: Exchange | None = None
+        # What was started, beginning with the first that is not done.
+        self._places: deque[Exchange] = deque()
+        # What has come, beginning with the first that is not answered.
         self._slots: deque[Exchange] = deque()
         self._next: Callable[[], None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether something must be done before another message is taken."""
+        return self._next is not None or self._alone is not None or len(self._places) >= WINDOW
 
     def add(self, exchange: Exchange) -> None:
         """A message has come: its answer leaves after those of all before it."""
@@ -46,22 +54,25 @@ class Window:
     def start(self, exchange: Exchange) -> None:
         """A message is being processed; nothing else is until that is known to go on."""
         self.in_hand.add(exchange)
-        self.busy = True
+        self._places.append(exchange)
+        self._alone = exchange
 
-    def go_on(self, *, pipelined: bool) -> None:
-        """The last one that was started is not done yet."""
-        self._alone = not pipelined
-        self._update()
+    def share(self) -> None:
+        """The last one that was started is not done yet, and others may be in hand with it."""
+        self._alone = None
 
     def done(self, exchange: Exchange) -> None:
         """A message was processed."""
         self.in_hand.discard(exchange)
-        self._update()
+        if exchange is self._alone:
+            self._alone = None
+        places = self._places
+        while places and places[0] not in self.in_hand:
+            places.popleft()
 
     def wait(self, call: Callable[[], None]) -> None:
         """Take no more before this has been called; see :meth:`turn`."""
         self._next = call
-        self.busy = True
 
     def turn(self) -> Callable[[], None] | None:
         """What is to be called now, since nothing is in hand any more."""
@@ -69,7 +80,3 @@ class Window:
             return None
         call, self._next = self._next, None
         return call
-
-    def _update(self) -> None:
-        in_hand = len(self.in_hand)
-        self.busy = self._next is not None or in_hand >= WINDOW or (in_hand > 0 and self._alone)

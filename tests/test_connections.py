@@ -20,6 +20,7 @@ from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.messages import RawMessage
 from cafeteria_orch.protocol import OrchestratorProtocol
 from cafeteria_orch.responses import Exchange
+from cafeteria_orch.window import WINDOW
 
 from .builders import (
     ECHO,
@@ -242,10 +243,7 @@ class Backpressure(Loopback):
             connection = await self.connection()
             taken = await deferToThread(send_until_blocked, client, LARGE, 200_000_000)
             self.assertLess(taken, 100_000_000)
-            self.assertLess(
-                len(connection._chunk) + sum(map(len, (*connection._pieces, connection._later))),
-                3 * len(LARGE),
-            )
+            self.assertLess(self.held(connection), 3 * len(LARGE))
             await self.assert_served()
             pending.finish()
             answer = await deferToThread(read_exactly, client, 5)
@@ -253,6 +251,48 @@ class Backpressure(Loopback):
             # It reads on: what blocked a moment ago is taken now.
             await deferToThread(client.sendall, LARGE[taken % len(LARGE) :] + batch_frame())
             self.assertEqual(await deferToThread(read_exactly, client, len(SUCCESS)), SUCCESS)
+
+    async def test_full_window_stops_the_client(self) -> None:
+        """Behind a window of messages that are never done little of a flood is read."""
+        pending = self.never_done()
+        with self.open() as client:
+            taken = await deferToThread(send_until_blocked, client, LARGE, 200_000_000)
+            self.assertLess(taken, 100_000_000)
+            connection = await self.connection()
+            self.assertEqual(len(pending.messages), WINDOW)
+            self.assertNotIn(connection.transport, reactor.getReaders())
+            self.assertLess(self.held(connection), 3 * len(LARGE))
+            await self.assert_served()
+
+    async def test_message_behind_a_window_stops_the_client(self) -> None:
+        """So it is where one waits that may only begin when all before it are done."""
+        pending = self.never_done()
+        with self.open() as client:
+            await deferToThread(client.sendall, LARGE * 3 + batch_frame())
+            await until(reactor, lambda: len(pending.messages) == 3)
+            await deferToThread(send_until_blocked, client, LARGE, 200_000_000)
+            connection = await self.connection()
+            self.assertEqual(len(pending.messages), 3)
+            self.assertNotIn(connection.transport, reactor.getReaders())
+            self.assertLess(self.held(connection), 3 * len(LARGE))
+
+    def never_done(self) -> Pending:
+        """A pipelined processor that is not done with anything before the test is over."""
+        pending = Pending()
+        self.factory.register_processor(ECHO, pending, pipelined=True)
+
+        def finish() -> None:
+            self.factory.abort()
+            while pending.in_hand:
+                pending.finish()
+
+        self.addCleanup(finish)
+        return pending
+
+    def held(self, connection: OrchestratorProtocol) -> int:
+        """How many bytes it holds of what it has not taken yet."""
+        pieces = (connection._chunk, *connection._pieces, connection._later)
+        return sum(map(len, pieces))
 
     async def test_client_that_never_reads(self) -> None:
         """A client that floods and never reads its answers is not read from any more."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from enum import Enum
 from functools import partial
 from inspect import iscoroutine
@@ -12,33 +11,26 @@ from typing import Any, Protocol, cast
 
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import (
-    IDelayedCall,
-    IHalfCloseableProtocol,
     IPushProducer,
-    ISSLTransport,
     ITCPTransport,
 )
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from .closing import ClosingReceiver
 from .errors import FrameTooLong, ProtocolError
-from .framing import FrameReceiver, Framing
+from .framing import Framing
 from .messages import ClientHello, Decoder, Finished, decode
 from .responses import Exchange, Session, handle_processing_error, send_failure
 from .turns import Turns
 from .window import Window
 
-CLOSE_TIMEOUT = 2.0
-"""How long, in seconds, an orderly close waits for the peer before it becomes an abort."""
-
 LONG_PAYLOAD = 128 * 1024
 """Decoding more than this, in bytes, takes a turn: it may keep others waiting."""
 
 _NO_OPCODE = -1
-_READ_SIZE = 65536
 
 _log = Logger()
 
@@ -84,8 +76,7 @@ class MessageHandler(Protocol):
         """It is gone, and nothing that came by it is in hand any more."""
 
 
-@implementer(IHalfCloseableProtocol)
-class OrchestratorProtocol(FrameReceiver):
+class OrchestratorProtocol(ClosingReceiver):
     """One client's connection.
 
     Its messages are processed one at a time and answered in their order. While one is in
@@ -105,11 +96,6 @@ class OrchestratorProtocol(FrameReceiver):
     # What waits for its turn to be decoded.
     _long_payload: bytes | None = None
     _ending = False
-    _closing = False
-    _input_over = False
-    _lost = False
-    _was_reset = False
-    _abort_call: IDelayedCall | None = None
 
     def __init__(self, handler: MessageHandler) -> None:
         super().__init__()
@@ -169,43 +155,17 @@ class OrchestratorProtocol(FrameReceiver):
 
     def framesDelivered(self) -> None:
         """What was whole is handled, or waits: the answers leave in one write."""
-        self._flush()
-        if self._input_over and not self.paused:
-            self._end_of_input()
-
-    def readConnectionLost(self) -> None:
-        """The client sends no more. What it is owed still goes out."""
-        self._input_over = True
-        if self._closing:
-            self.transport.loseConnection()
-        elif not self.paused:
-            self._end_of_input()
-
-    def writeConnectionLost(self) -> None:
-        """Our half-close has gone out."""
+        self.flush()
+        super().framesDelivered()
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         """The connection is gone. What was read of it whole is still handled."""
-        self._lost = self._input_over = True
-        self._was_reset = reason.check(ConnectionDone) is None
+        super().connectionLost(reason)
         self._holds.discard(Hold.OUTPUT)
-        if self._abort_call is not None and self._abort_call.active():
-            self._abort_call.cancel()
         if self._closing:
             self._forget_if_idle()
         else:
             self._proceed()
-
-    def pauseReading(self) -> None:
-        """Read no more for now."""
-        if not self._input_over:
-            self.transport.pauseProducing()
-
-    def resumeReading(self) -> None:
-        """Read on, if there is anything left to read."""
-        # A transport that is resumed after a half-close reports the end of input for ever.
-        if not self._input_over:
-            self.transport.resumeProducing()
 
     def hold(self, reason: Hold) -> None:
         """Take no more messages until this and every other reason to hold is gone."""
@@ -228,45 +188,16 @@ class OrchestratorProtocol(FrameReceiver):
             return
         self._outgoing += map(self.encodeAnswer, answers)
         if not self.delivering:
-            self._flush()
+            self.flush()
 
     def processor_name(self, opcode: int) -> str:
         """Who processes messages of this opcode: a name for the log."""
         return self.handler.processor_name(opcode)
 
-    def read_what_is_left(self) -> None:
-        """The connection is lost, and its socket not closed yet: read what came before.
-
-        A client that closes without reading its answers resets the connection by that, with
-        whole batches of it still in the kernel.
-        """
-        if self._closing or not _is_plain_tcp(self.transport):
-            return
-        with suppress(OSError):
-            while data := self.transport.getHandle().recv(_READ_SIZE):
-                self.dataReceived(data)
-
     def close(self) -> None:
-        """Close so that the last answer arrives; handle nothing more.
-
-        With input unread a plain close would become a reset, and the client might lose its
-        answers. So: half-close, read and drop, and abort after :data:`CLOSE_TIMEOUT`.
-        """
-        if self._closing:
-            return
-        self._flush()
-        self._closing = True
-        self.stopDelivery()
-        if self._lost:
-            self._forget_if_idle()
-            return
-        self.transport.unregisterProducer()
-        self._abort_call = self.reactor.callLater(CLOSE_TIMEOUT, self.abort)
-        self.resumeReading()
-        if self._input_over or not _is_plain_tcp(self.transport):
-            self.transport.loseConnection()
-        else:
-            self.transport.loseWriteConnection()
+        """Close so that the last answer arrives; handle nothing more."""
+        super().close()
+        self._forget_if_idle()
 
     @property
     def in_hand(self) -> int:
@@ -276,11 +207,6 @@ class OrchestratorProtocol(FrameReceiver):
     def drain(self) -> None:
         """Close now if idle, otherwise as soon as what is in hand is answered."""
         self._end()
-
-    def abort(self) -> None:
-        """Close at once, whatever is on its way."""
-        self._closing = True
-        self.abortConnection()
 
     def _note_identity(self, message: object) -> None:
         if isinstance(message, ClientHello):
@@ -431,12 +357,14 @@ class OrchestratorProtocol(FrameReceiver):
         self._window.done(exchange)
         self._end()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send the answers that wait for each other."""
         if self._outgoing:
             self.transport.write(b"".join(self._outgoing))
             self._outgoing.clear()
 
-    def _end_of_input(self) -> None:
+    def inputEnded(self) -> None:
+        """No more comes. If a frame was cut off by that, it is logged."""
         if self.missing or self._was_reset:
             _log.warn(
                 "action: receive_message | result: fail | ip: {ip}"
@@ -467,8 +395,3 @@ class _OutputGate:
 
     def stopProducing(self) -> None:
         self._connection.read_what_is_left()
-
-
-def _is_plain_tcp(transport: object) -> bool:
-    # TLS claims to be TCP too, and passes on to the socket below it what it must not.
-    return ITCPTransport.providedBy(transport) and not ISSLTransport.providedBy(transport)

@@ -13,9 +13,10 @@ from twisted.logger import LogEvent, LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import alsoProvides
 
+from cafeteria_orch.closing import CLOSE_TIMEOUT
 from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.messages import Finished, encode
-from cafeteria_orch.protocol import CLOSE_TIMEOUT, OrchestratorProtocol
+from cafeteria_orch.protocol import OrchestratorProtocol
 
 from .builders import (
     ECHO,

@@ -21,6 +21,7 @@ ORDER = (
     "codec",
     "messages",
     "framing",
+    "closing",
     "responses",
     "window",
     "turns",

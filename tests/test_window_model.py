@@ -25,6 +25,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import protocol as protocol_module
 from cafeteria_orch import responses
+from cafeteria_orch.closing import CLOSE_TIMEOUT
 from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.framing import INT32, OPCODE_FIRST
 from cafeteria_orch.messages import RawMessage
@@ -387,7 +388,7 @@ class Connection(RuleBasedStateMachine):
     @rule()
     def time_out(self) -> None:
         """The client does not close after we have."""
-        self.clock.advance(protocol_module.CLOSE_TIMEOUT)
+        self.clock.advance(CLOSE_TIMEOUT)
         assert self.transport.aborted
 
     # What holds at any moment.

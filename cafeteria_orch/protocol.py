@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from functools import partial
 from inspect import iscoroutine
@@ -135,12 +135,13 @@ class OrchestratorProtocol(ClosingReceiver):
         try:
             message = decode(payload, self.handler.decoders)
         except ProtocolError as error:
-            self._in_turn(partial(self._refuse, error, exchange))
+            self._refuse(error, exchange)
         except Exception:
-            self._in_turn(partial(self._crash, Failure(), exchange))
+            self._crash(Failure(), exchange)
         else:
             if self.in_hand and not self.handler.is_pipelined(exchange.opcode):
-                self._in_turn(partial(self._handle, message, exchange))
+                self._window.wait(partial(self._handle, message, exchange))
+                self.pauseProducing()
             else:
                 self._handle(message, exchange)
 
@@ -151,7 +152,7 @@ class OrchestratorProtocol(ClosingReceiver):
             what = "a frame whose length is negative"
         exchange = Exchange(self, _NO_OPCODE)
         self._window.add(exchange)
-        self._in_turn(partial(self._refuse, FrameTooLong(what), exchange))
+        self._refuse(FrameTooLong(what), exchange)
 
     def framesDelivered(self) -> None:
         """What was whole is handled, or waits: the answers leave in one write."""
@@ -216,14 +217,6 @@ class OrchestratorProtocol(ClosingReceiver):
         elif isinstance(message, Finished):
             self.session.agency_id = message.agency_id
         self._first = False
-
-    def _in_turn(self, call: Callable[[], None]) -> None:
-        """Do it when nothing is in hand any more: now, or before anything else is taken."""
-        if self.in_hand:
-            self._window.wait(call)
-            self.pauseProducing()
-        else:
-            call()
 
     def _handle(self, message: Any, exchange: Exchange) -> None:
         try:

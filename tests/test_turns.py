@@ -10,7 +10,7 @@ from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.protocol import LONG_PAYLOAD, OrchestratorProtocol
 from cafeteria_orch.turns import ITERATIONS
 
-from .builders import SUCCESS, batch_frame, connect, frame, lose
+from .builders import SUCCESS, Pending, batch_frame, connect, frame, lose
 
 BLOB = 41
 
@@ -131,3 +131,18 @@ class TurnTests(SynchronousTestCase):
         for _ in range(8):
             self.clock.next_turn()
         self.assertEqual(sorted(self.decoded), [0, 0, 1, 1, 2, 2, 3, 3])
+
+    def test_drained_while_it_waits(self) -> None:
+        """What waits behind a message in hand is not begun any more when we drain."""
+        pending = Pending()
+        self.factory.register_processor(BLOB + 1, pending, pipelined=True, answers=False)
+        protocol, _ = self.clients[0]
+        protocol.dataReceived(frame(bytes([BLOB + 1])))
+        self.clients[1][0].dataReceived(self.blob(1))
+        protocol.dataReceived(self.blob(0))
+        protocol.drain()
+        self.clock.next_turn()
+        self.assertEqual(self.decoded, [1])
+        pending.finish()
+        self.clock.next_turn()
+        self.assertEqual(self.decoded, [1])

@@ -372,6 +372,23 @@ class Ending(PipelinedCase):
         self.assert_closes_after(1, then=(b"\x02\x02", bytes([ECHO, 3])))
         self.assert_taken(1, 2, 3)
 
+    def test_crash_while_in_hand(self) -> None:
+        """A message that cannot even be named in the log is done with all the same."""
+
+        class Nameless:
+            @property
+            def batch_number(self) -> int:
+                raise RuntimeError("a fault of our own")
+
+        self.factory.register_processor(
+            ECHO, self.pending, pipelined=True, decoder=lambda _: Nameless(), replace=True
+        )
+        self.send(self.numbered(1))
+        self.pending.in_hand.pop()[2].errback(ValueError("one"))
+        self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
+        self.assert_answered(b"\x02\x02")
+        self.assertTrue(self.transport.half_closed)
+
     def test_crash_after_an_abort(self) -> None:
         """A fault of our own when the connection is gone does not leave it unforgotten."""
         self.send(self.numbered(1, 2))

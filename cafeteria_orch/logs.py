@@ -18,6 +18,7 @@ from twisted.logger import (
     formatEvent,
     formatTime,
 )
+from twisted.python.reflect import safe_str
 from zope.interface import implementer
 
 FLUSH_INTERVAL = 0.5
@@ -26,9 +27,58 @@ FLUSH_INTERVAL = 0.5
 # A disk that is full for long must not fill the memory too.
 _MOST_LINES_HELD = 20_000
 
+# What Twisted's older logging leaves in an event.
+_OLDER_FIELDS = frozenset({"format", "isError", "message", "system", "time", "why", "failure"})
 
 Render = Callable[[LogEvent, str], str]
 """Makes a line of an event and its time, without the line's end; empty if there is none."""
+
+
+def as_text(event: LogEvent, time: str) -> str:
+    """The event as a line of text: its time, where it comes from, what it says."""
+    text = _text_of(event)
+    # One event, one line to grep: what continues it is indented.
+    return f"{time} {text}".replace("\n", "\n\t") if text else ""
+
+
+def as_json(event: LogEvent, time: str) -> str:
+    """The event as a JSON object: ``time``, ``level``, ``namespace``, ``message``, its fields.
+
+    A failure is in ``traceback``. A field that is no JSON stands there as its text.
+    """
+    message = formatEvent(event)
+    failure = event.get("log_failure")
+    if not (message or failure):
+        return ""
+    line = {
+        name: value
+        for name, value in event.items()
+        if not name.startswith("log_") and name not in _OLDER_FIELDS
+    }
+    line["time"] = time
+    line["level"] = event.get("log_level", LogLevel.info).name
+    line["namespace"] = event.get("log_namespace", "-")
+    line["message"] = message
+    if failure is not None:
+        line["traceback"] = failure.getTraceback()
+    try:
+        return json.dumps(line, default=safe_str, allow_nan=False)
+    except (TypeError, ValueError):
+        # A field that no JSON can be made of, as a dictionary whose keys are no text.
+        return json.dumps({name: safe_str(value) for name, value in line.items()})
+
+
+def _text_of(event: LogEvent) -> str:
+    try:
+        text: str = event["log_format"].format_map(event)
+        text = f"[{event['log_namespace']}#{event['log_level'].name}] {text}"
+        plain = "log_failure" not in event and "log_system" not in event
+    except Exception:
+        # Twisted's formats can do more than Python's: "{call()}", or no format at all.
+        plain = False
+    if not plain:
+        text = eventAsText(event, includeTimestamp=False)
+    return text
 
 
 @implementer(ILogObserver)
@@ -46,10 +96,10 @@ class BufferedLogObserver:
     """
 
     def __init__(
-        self, file: Any, level: NamedConstant = LogLevel.info, render: Render | None = None
+        self, file: Any, level: NamedConstant = LogLevel.info, render: Render = as_text
     ) -> None:
         self._file = file
-        self._render = render or as_text
+        self._render = render
         self._level = level
         self._lock = threading.RLock()
         self._lines: list[str] = []
@@ -120,36 +170,6 @@ class BufferedLogObserver:
                 self._lost = 0
 
 
-def as_text(event: LogEvent, time: str) -> str:
-    """The event as a line of text: its time, where it comes from, what it says."""
-    text = _text_of(event)
-    # One event, one line to grep: what continues it is indented.
-    return f"{time} {text}".replace("\n", "\n\t") if text else ""
-
-
-def as_json(event: LogEvent, time: str) -> str:
-    """The event as a JSON object: ``time``, ``level``, ``namespace``, ``message``, its fields.
-
-    A failure is in ``traceback``. A field that is no JSON stands there as its text.
-    """
-    message = formatEvent(event)
-    failure = event.get("log_failure")
-    if not (message or failure):
-        return ""
-    level = event.get("log_level", LogLevel.info)
-    fields = {name: value for name, value in event.items() if name not in _INTERNAL_FIELDS}
-    line = {name: value for name, value in fields.items() if not name.startswith("log_")}
-    line |= {"time": time, "level": level.name, "namespace": event.get("log_namespace", "-")}
-    line["message"] = message
-    if failure is not None:
-        line["traceback"] = failure.getTraceback()
-    return json.dumps(line, default=str)
-
-
-# What Twisted's older logging leaves in an event.
-_INTERNAL_FIELDS = frozenset({"format", "isError", "message", "system", "time", "why", "failure"})
-
-
 def _lost_lines(lost: int) -> LogEvent:
     return {
         "log_namespace": __name__,
@@ -157,16 +177,3 @@ def _lost_lines(lost: int) -> LogEvent:
         "log_format": "{lost} lines were lost",
         "lost": lost,
     }
-
-
-def _text_of(event: LogEvent) -> str:
-    try:
-        text: str = event["log_format"].format_map(event)
-        text = f"[{event['log_namespace']}#{event['log_level'].name}] {text}"
-        plain = "log_failure" not in event and "log_system" not in event
-    except Exception:
-        # Twisted's formats can do more than Python's: "{call()}", or no format at all.
-        plain = False
-    if not plain:
-        text = eventAsText(event, includeTimestamp=False)
-    return text

@@ -11,10 +11,7 @@ from typing import Any, Protocol, cast
 
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import (
-    IPushProducer,
-    ITCPTransport,
-)
+from twisted.internet.interfaces import IPushProducer, ITCPTransport
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -123,9 +120,9 @@ class OrchestratorProtocol(ClosingReceiver):
 
     def stringReceived(self, payload: bytes) -> None:
         """A frame is whole: decode it, have it handled, see to its answer."""
-        if len(payload) > LONG_PAYLOAD and not self.handler.turns.take():
+        if len(payload) > LONG_PAYLOAD:
             self._long_payload = payload
-            self._await_turn()
+            self._take_turn()
         else:
             self._receive(payload)
 
@@ -163,10 +160,7 @@ class OrchestratorProtocol(ClosingReceiver):
         """The connection is gone. What was read of it whole is still handled."""
         super().connectionLost(reason)
         self._holds.discard(Hold.OUTPUT)
-        if self._closing:
-            self._forget_if_idle()
-        else:
-            self._proceed()
+        self._proceed()
 
     def hold(self, reason: Hold) -> None:
         """Take no more messages until this and every other reason to hold is gone."""
@@ -300,11 +294,8 @@ class OrchestratorProtocol(ClosingReceiver):
         if self.handler.turns.take():
             self._receive_long()
         else:
-            self._await_turn()
-
-    def _await_turn(self) -> None:
-        self.hold(Hold.TURN)
-        self.handler.turns.wait(self._receive_long)
+            self.hold(Hold.TURN)
+            self.handler.turns.wait(self._receive_long)
 
     def _receive_long(self) -> None:
         self._holds.discard(Hold.TURN)
@@ -315,7 +306,6 @@ class OrchestratorProtocol(ClosingReceiver):
             return
         self._long_payload = None
         self._receive(payload)
-        self._proceed()
 
     def _end(self) -> None:
         """Take no more messages, and close when what is in hand is answered."""

@@ -64,6 +64,23 @@ class JsonTests(SynchronousTestCase):
         (line,) = self.lines()
         self.assertEqual((line["message"], line["level"]), ("Starting factory", "info"))
 
+    def test_fields_that_are_no_json(self) -> None:
+        """What no JSON can be made of stands there as text, and costs no line."""
+
+        class Broken:
+            def __str__(self) -> str:
+                raise RuntimeError
+
+            __repr__ = __str__
+
+        circle: list[Any] = []
+        circle.append(circle)
+        for field in (Broken(), {b"key": 1}, circle, float("nan")):
+            self.log.info("it is", field=field)
+        lines = self.lines()
+        self.assertEqual([line["message"] for line in lines], ["it is"] * 4)
+        self.assertEqual({type(line["field"]) for line in lines}, {str})
+
     def test_nothing_to_say(self) -> None:
         """An event without a message has no line."""
         self.observer({"log_time": 1.0, "log_level": LogLevel.info})

@@ -18,7 +18,7 @@ from cafeteria_orch.messages import TableBatch
 from . import workload
 from .micro import plain_store
 from .report import Benchmark, BenchmarkError, Effort, Figure, Goal
-from .servers import Load, Target, knows, measure, orchestrator, thread_per_client
+from .servers import Load, Target, measure, orchestrator, thread_per_client
 
 NO_STORE = ("--store", "none")
 MANY = 64
@@ -42,9 +42,9 @@ def throughput(effort: Effort) -> list[Figure]:
     """Full batches that are decoded and acknowledged, and not stored."""
     return [
         *_throughput("1 client", effort.seconds, workload.FULL, effort, clients=1, window=8),
-        # A server that is sent 64 full batches at once decodes them at once, and acknowledges
-        # them together: ours a second later, in which less than a few are no measure; the
-        # baseline eight seconds later, for which it gets smaller ones. They cost it the same.
+        # Of 64 that send full batches each has a turn about once in a second on the pure codec,
+        # in which less than a few are no measure. The baseline acknowledges them together, eight
+        # seconds later: it gets smaller ones, which cost it the same.
         *_throughput(
             f"{MANY} clients",
             3 * effort.seconds,
@@ -187,8 +187,8 @@ def plain_rows_per_second(effort: Effort) -> float:
 def idle(effort: Effort) -> list[Figure]:
     """What a connection that says nothing takes of the server's memory."""
     connections, threads = effort.count(5000), effort.count(1000)
-    most = ["--max-connections", "6000"] if knows("--max-connections") else []
     with _open_files(connections + 200):
+        most = ("--max-connections", str(connections + 200))
         ours = memory_of_connection(orchestrator(*NO_STORE, *most), connections)
         other = memory_of_connection(thread_per_client(), threads)
     what = f"memory of an idle connection, of {connections:,}"

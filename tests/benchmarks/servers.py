@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from tests.processes import FOREGROUND, PROGRAMS, ROOT, Server, free_port, wait_until
+from tests.processes import FOREGROUND, ROOT, Server, free_port, wait_until
 
 from . import workload
 from .report import BenchmarkError
@@ -167,10 +167,3 @@ def measure(target: Target, seconds: float, figure: str, **options: Any) -> floa
     """
     with Load(target, seconds, **options) as load:
         return float(load.result()[figure])
-
-
-def knows(option: str) -> bool:
-    """Whether ``twistd cafeorch`` has an option."""
-    command = [str(PROGRAMS / "twistd"), "cafeorch", "--help"]
-    shown = subprocess.run(command, env=_ENVIRONMENT, capture_output=True, text=True, check=True)
-    return option in shown.stdout

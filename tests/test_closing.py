@@ -286,6 +286,12 @@ class WeClose(ClosingCase):
         self.assertTrue(self.transport.half_closed)
         self.assertEqual(self.transport.producerState, "producing")
 
+    def test_reads_on_though_the_sink_is_full(self) -> None:
+        """A sink that takes no more does not keep what is only dropped from being read."""
+        self.protocol.dataReceived(MALFORMED)
+        self.factory.pauseProducing()
+        self.assertEqual(self.transport.producerState, "producing")
+
     def test_drops_what_it_reads(self) -> None:
         """What comes after the close is neither handled nor kept."""
         self.protocol.dataReceived(MALFORMED + numbered(1))

@@ -239,7 +239,7 @@ class OrchestratorProtocol(ClosingReceiver):
             self._finish_later(result, message, exchange)
         else:
             self._done(result, exchange)
-        if self._window.busy and not self._closing:
+        if self._window.busy:
             self.pauseProducing()
         elif self.paused:
             self._proceed()

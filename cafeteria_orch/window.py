@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 
 from .responses import Exchange
@@ -26,10 +25,11 @@ class Window:
         self.in_hand: set[Exchange] = set()
         # The one that lets no other into hand beside it.
         self._alone: Exchange | None = None
+        # Lists, since they are short, and a deque of an idle connection takes half a kilobyte.
         # What was started, beginning with the first that is not done.
-        self._places: deque[Exchange] = deque()
+        self._places: list[Exchange] = []
         # What has come, beginning with the first that is not answered.
-        self._slots: deque[Exchange] = deque()
+        self._slots: list[Exchange] = []
         self._next: Callable[[], None] | None = None
 
     @property
@@ -46,7 +46,7 @@ class Window:
         due = []
         slots = self._slots
         while slots and slots[0].settled:
-            payload = slots.popleft().payload
+            payload = slots.pop(0).payload
             if payload:
                 due.append(payload)
         return due
@@ -68,7 +68,7 @@ class Window:
             self._alone = None
         places = self._places
         while places and places[0] not in self.in_hand:
-            places.popleft()
+            places.pop(0)
 
     def wait(self, call: Callable[[], None]) -> None:
         """Take no more before this has been called; see :meth:`turn`."""

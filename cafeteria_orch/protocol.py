@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from enum import Enum
 from functools import partial
 from inspect import iscoroutine
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred
@@ -18,10 +17,9 @@ from zope.interface import implementer
 
 from .closing import ClosingReceiver
 from .errors import FrameTooLong, ProtocolError
-from .framing import Framing
-from .messages import ClientHello, Decoder, Finished, decode
+from .handler import MessageHandler
+from .messages import ClientHello, Finished, decode
 from .responses import Exchange, Session, handle_processing_error, send_failure
-from .turns import Turns
 from .window import Window
 
 LONG_PAYLOAD = 128 * 1024
@@ -38,39 +36,6 @@ class Hold(Enum):
     OUTPUT = "the client does not read its answers"
     SINK = "too much waits to be stored"
     TURN = "others that sent much are before it"
-
-
-class MessageHandler(Protocol):
-    """What a connection needs of the factory that made it."""
-
-    reactor: Any
-    max_frame_bytes: int
-    framing: Framing | None
-    turns: Turns
-    log_info: bool
-    log_debug: bool
-
-    @property
-    def decoders(self) -> Mapping[int, Decoder]:
-        """How the bodies of messages are decoded, by opcode."""
-
-    def handle_message(self, message: Any, client: Exchange) -> Any:
-        """Process a message: keep the connection or not, a Deferred or a coroutine of it."""
-
-    def must_answer(self, opcode: int) -> bool:
-        """Whether a client waits for an answer to a message of this opcode."""
-
-    def is_pipelined(self, opcode: int) -> bool:
-        """Whether others may be in hand while a message of this opcode is."""
-
-    def processor_name(self, opcode: int) -> str:
-        """Who processes messages of this opcode: a name for the log."""
-
-    def connection_made(self, connection: OrchestratorProtocol) -> None:
-        """It is open."""
-
-    def connection_lost(self, connection: OrchestratorProtocol) -> None:
-        """It is gone, and nothing that came by it is in hand any more."""
 
 
 class OrchestratorProtocol(ClosingReceiver):

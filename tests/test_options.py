@@ -14,7 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch import __version__
 from cafeteria_orch.framing import INT32, OPCODE_FIRST
 from cafeteria_orch.logs import as_json, as_text
-from cafeteria_orch.tap import Options
+from cafeteria_orch.options import Options
 
 DEFAULTS = {
     "port": 8080,

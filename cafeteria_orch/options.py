@@ -1,0 +1,191 @@
+"""The options of ``twistd cafeorch``, from the command line and the environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from twisted.logger import LogLevel
+from twisted.python import usage
+
+from . import __version__
+from .framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
+from .logs import Render, as_json, as_text
+from .service import DEFAULT_DRAIN_TIMEOUT
+
+ENVIRONMENT_PREFIX = "CAFEORCH_"
+
+
+def _number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        # Not "outside of": a NaN is that neither.
+        if value is None or not least <= value <= most:
+            raise ValueError(f"{text!r} is not a number from {least} to {most}")
+        return value
+
+    return parse
+
+
+def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text == "none" else parse(text)
+
+
+def _log_level(text: str) -> Any:
+    levels = {"debug": LogLevel.debug, "info": LogLevel.info}
+    levels |= {"warn": LogLevel.warn, "error": LogLevel.error}
+    if text not in levels:
+        raise ValueError(f"{text!r} is not one of {', '.join(levels)}")
+    return levels[text]
+
+
+def _log_format(text: str) -> Render:
+    formats = {"text": as_text, "json": as_json}
+    if text not in formats:
+        raise ValueError(f"{text!r} is not one of {', '.join(formats)}")
+    return formats[text]
+
+
+def _store(text: str) -> str | None:
+    return None if text == "none" else str(Path(text).absolute())
+
+
+def _framing(text: str) -> Framing | None:
+    if text not in {"auto", *FRAMINGS}:
+        raise ValueError(f"{text!r} is not one of auto, {', '.join(FRAMINGS)}")
+    return FRAMINGS.get(text)
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "port": _number(int, 0, 65535),
+    "interface": str,
+    "backlog": _number(int, 1, 65535),
+    "store": _store,
+    "max-frame-bytes": _number(int, 1, 2**31 - 1),
+    "framing": _framing,
+    "max-connections": _number(int, 1, 10**6),
+    "max-connections-per-host": _or_none(_number(int, 1, 10**6)),
+    "drain-timeout": _number(float, 0, 86400),
+    "log-level": _log_level,
+    "log-format": _log_format,
+}
+_REPEATED = ("listen", "processors")
+_TCP_OPTIONS = {"port", "interface", "backlog"}
+
+
+class Options(usage.Options):
+    """The options of ``twistd cafeorch``, from the command line and the environment."""
+
+    synopsis = "[options]"
+    longdesc = (
+        "Takes tables from coffee-shop agencies over TCP, batch by batch, and acknowledges each"
+        " batch when it is on disk. Each option can also come from the environment: CAFEORCH_"
+        " and its name in capitals, dashes as underscores (CAFEORCH_LOG_LEVEL=debug); several"
+        " values are separated by white space. The command line wins. twistd's own options (-n"
+        " to stay in the foreground, --logfile, --pidfile, ...) go before the word cafeorch."
+    )
+    optParameters = [  # noqa: RUF012 (Twisted's way of saying it)
+        ["port", "p", "8080", "TCP port; 0 picks one, and the log says which"],
+        ["interface", "i", "127.0.0.1", "address to bind; 0.0.0.0 or :: for all"],
+        ["backlog", "b", "128", "pending connections"],
+        ["store", "s", "cafeorch.sqlite3", "the embedded store's file, or none"],
+        ["max-frame-bytes", None, str(DEFAULT_MAX_FRAME_BYTES), "longest frame, in bytes"],
+        [
+            "framing",
+            None,
+            "auto",
+            "auto (told by a connection's first byte), int32 or opcode-first",
+        ],
+        ["max-connections", None, "1000", "connections at once; more are closed as they come"],
+        ["max-connections-per-host", None, "none", "the same of one address, or none"],
+        [
+            "drain-timeout",
+            None,
+            f"{DEFAULT_DRAIN_TIMEOUT:g}",
+            "seconds that a stop may take to finish the batches in hand",
+        ],
+        ["log-level", None, "info", "debug, info, warn or error"],
+        ["log-format", None, "text", "text, or json: an object a line"],
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._repeated: dict[str, list[str]] = {}
+
+    def opt_listen(self, description: str) -> None:
+        """Twisted endpoint (unix:, systemd:) in place of -p, -i and -b; may be repeated"""
+        self._repeated.setdefault("listen", []).append(description)
+
+    opt_l = opt_listen
+
+    def opt_processors(self, name: str) -> None:
+        """module:function, called at start; looked for in . first; may be repeated"""
+        self._repeated.setdefault("processors", []).append(name)
+
+    def opt_version(self) -> None:
+        """Display the version and exit."""
+        print(f"cafeteria_orch {__version__}")
+        sys.exit(0)
+
+    def parseArgs(self, *arguments: str) -> None:
+        """Refuse what is no option."""
+        if arguments:
+            raise usage.UsageError(f"{arguments[0]!r} is no option, and nothing else is taken")
+
+    def parseOptions(self, options: list[str] | None = None) -> None:
+        """Read the command line, then the environment for what it does not say.
+
+        :raises SystemExit: with one line that names the mistake.
+        """
+        defaults = {name: parse(self.defaults[name]) for name, parse in _PARSERS.items()}
+        defaults |= {name: [] for name in _REPEATED}
+        try:
+            given = self._read(options, "--{}".format)
+            environment = self._read(_environment_arguments(), _environment_name)
+        except usage.UsageError as error:
+            raise refusal(str(error)) from error
+        for options_of, label in ((given, "--{}".format), (environment, _environment_name)):
+            clash = sorted(options_of.keys() & _TCP_OPTIONS)
+            if clash and "listen" in options_of:
+                what = f"{label('listen')} takes the place of {label(clash[0])}"
+                raise refusal(f"{what}: give one of them")
+        if given.keys() & _TCP_OPTIONS:
+            environment.pop("listen", None)
+        self.update(defaults | environment | given)
+
+    def _read(self, options: list[str] | None, label: Callable[[str], str]) -> dict[str, Any]:
+        self.update(dict.fromkeys(_PARSERS))
+        self._repeated = {}
+        super().parseOptions(options)
+        given: dict[str, Any] = dict(self._repeated)
+        for name, parse in _PARSERS.items():
+            if self[name] is not None:
+                try:
+                    given[name] = parse(self[name])
+                except ValueError as error:
+                    raise usage.UsageError(f"{label(name)}: {error}") from error
+        return given
+
+
+def refusal(message: str) -> SystemExit:
+    """What ends ``twistd`` with one line and a non-zero status."""
+    return SystemExit(f"cafeorch: {message}")
+
+
+def _environment_name(option: str) -> str:
+    return ENVIRONMENT_PREFIX + option.upper().replace("-", "_")
+
+
+def _environment_arguments() -> list[str]:
+    arguments = []
+    for name in (*_PARSERS, *_REPEATED):
+        value = os.environ.get(_environment_name(name), "")
+        values = value.split() if name in _REPEATED else filter(None, [value])
+        arguments += [f"--{name}={value}" for value in values]
+    return arguments

@@ -19,12 +19,15 @@ from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
 from . import responses
+from .flow import Hold
 from .framing import DEFAULT_MAX_FRAME_BYTES, SNIFFABLE_BELOW, Framing
+from .in_flight import DEFAULT_MAX_IN_FLIGHT_BYTES, InFlight
 from .limits import ConnectionLimits
 from .messages import DECODERS, Decoder, RawMessage
 from .opcodes import RESPONSES, BatchStatus, Opcode
-from .protocol import Hold, OrchestratorProtocol
+from .protocol import OrchestratorProtocol
 from .responses import Exchange
+from .timeouts import DEFAULT_TIMEOUTS, Timeouts
 from .turns import Turns
 
 Processor = Callable[[Any, Exchange], Any]
@@ -64,6 +67,9 @@ class OrchestratorFactory(ServerFactory):
     :param max_connections: so many at once, further ones are closed as they come; ``None`` for
         any number.
     :param max_connections_per_host: the same of one address.
+    :param max_in_flight_bytes: how much the frames of all connections may take together, from
+        their first bytes until they are processed.
+    :param timeouts: how long clients and processors are waited for.
     :param log_level: what is less important than this is not even put together.
     :raises ValueError: if the framing is to be told by the first byte, and the limit is too
         high for that.
@@ -79,6 +85,8 @@ class OrchestratorFactory(ServerFactory):
         framing: Framing | None = None,
         max_connections: int | None = None,
         max_connections_per_host: int | None = None,
+        max_in_flight_bytes: int = DEFAULT_MAX_IN_FLIGHT_BYTES,
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
         log_level: NamedConstant = LogLevel.info,
     ) -> None:
         self.reactor = reactor
@@ -93,6 +101,8 @@ class OrchestratorFactory(ServerFactory):
         self.log_debug = log_level <= LogLevel.debug
         self.decoders: dict[int, Decoder] = dict(DECODERS)
         self.turns = Turns(reactor)
+        self.timeouts = timeouts
+        self.in_flight = InFlight(max_in_flight_bytes, max_frame_bytes)
         self._limits = ConnectionLimits(reactor, max_connections, max_connections_per_host)
         self.connections: set[OrchestratorProtocol] = set()
         self._processors: dict[int, _Registration] = {}

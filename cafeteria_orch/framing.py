@@ -91,8 +91,10 @@ class FrameReceiver(Int32StringReceiver):
     # What frames are being cut out of, and where the next one starts in it.
     _chunk = b""
     _offset = 0
-    # The pieces of a payload that is not whole yet, and how many bytes are still to come of it.
+    # The pieces of a payload that is not whole yet, how many bytes it has, and how many of them
+    # are still to come.
     _pieces: list[bytes | bytearray]
+    _length = 0
     _missing = 0
     # What came while delivery was paused.
     _later: bytearray
@@ -113,6 +115,12 @@ class FrameReceiver(Int32StringReceiver):
             return self._missing
         framing = self.framing or INT32
         return max(0, framing.lead + framing.length.size - begun)
+
+    @property
+    def buffered(self) -> int:
+        """How many bytes it holds that were not delivered yet."""
+        gathered = self._length - self._missing if self._missing else 0
+        return len(self._chunk) - self._offset + len(self._later) + gathered
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes from the transport; deliver the frames that are whole."""
@@ -232,6 +240,7 @@ class FrameReceiver(Int32StringReceiver):
             end = start + length
             if end > size:
                 self._keep(chunk[offset : offset + lead])
+                self._length = lead + length
                 self._missing = length
                 self._offset = start
                 return False

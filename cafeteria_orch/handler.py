@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from .framing import Framing
+from .in_flight import InFlight
 from .messages import Decoder
 from .responses import Exchange
+from .timeouts import Timeouts
 from .turns import Turns
 
 
@@ -18,6 +20,8 @@ class MessageHandler(Protocol):
     max_frame_bytes: int
     framing: Framing | None
     turns: Turns
+    timeouts: Timeouts
+    in_flight: InFlight
     log_info: bool
     log_debug: bool
 

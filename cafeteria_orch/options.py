@@ -13,6 +13,7 @@ from twisted.python import usage
 
 from . import __version__
 from .framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
+from .in_flight import DEFAULT_MAX_IN_FLIGHT_BYTES
 from .logs import Render, as_json, as_text
 from .service import DEFAULT_DRAIN_TIMEOUT
 
@@ -62,6 +63,8 @@ def _framing(text: str) -> Framing | None:
     return FRAMINGS.get(text)
 
 
+_seconds = _number(float, 0.001, 10**6)
+
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "port": _number(int, 0, 65535),
     "interface": str,
@@ -71,6 +74,10 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "framing": _framing,
     "max-connections": _number(int, 1, 10**6),
     "max-connections-per-host": _or_none(_number(int, 1, 10**6)),
+    "max-in-flight-bytes": _number(int, 1, 2**40),
+    "idle-timeout": _or_none(_seconds),
+    "frame-timeout": _seconds,
+    "processing-timeout": _or_none(_seconds),
     "drain-timeout": _number(float, 0, 86400),
     "log-level": _log_level,
     "log-format": _log_format,
@@ -104,6 +111,20 @@ class Options(usage.Options):
         ],
         ["max-connections", None, "1000", "connections at once; more are closed as they come"],
         ["max-connections-per-host", None, "none", "the same of one address, or none"],
+        [
+            "max-in-flight-bytes",
+            None,
+            str(DEFAULT_MAX_IN_FLIGHT_BYTES),
+            "of all frames that have begun and are not processed",
+        ],
+        ["idle-timeout", None, "none", "seconds that a client may send nothing, or none"],
+        ["frame-timeout", None, "30", "seconds that a frame may take from its first byte on"],
+        [
+            "processing-timeout",
+            None,
+            "60",
+            "seconds until a message in hand is answered with FAIL, try again later; or none",
+        ],
         [
             "drain-timeout",
             None,

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import threading
-from enum import Enum
 from functools import partial
 from inspect import iscoroutine
 from typing import Any, cast
 
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IPushProducer, ITCPTransport
+from twisted.internet.interfaces import ITCPTransport
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import implementer
 
-from .closing import ClosingReceiver
 from .errors import FrameTooLong, ProtocolError
+from .flow import FlowReceiver, Hold
 from .handler import MessageHandler
 from .messages import ClientHello, Finished, decode
+from .opcodes import FailReason
 from .responses import Exchange, Session, handle_processing_error, send_failure
+from .timeouts import Deadline
 from .window import Window
 
 LONG_PAYLOAD = 128 * 1024
@@ -30,15 +30,7 @@ _NO_OPCODE = -1
 _log = Logger()
 
 
-class Hold(Enum):
-    """Why a connection takes no more messages for now, besides those that it has in hand."""
-
-    OUTPUT = "the client does not read its answers"
-    SINK = "too much waits to be stored"
-    TURN = "others that sent much are before it"
-
-
-class OrchestratorProtocol(ClosingReceiver):
+class OrchestratorProtocol(FlowReceiver):
     """One client's connection.
 
     Its messages are processed one at a time and answered in their order. While one is in
@@ -47,11 +39,9 @@ class OrchestratorProtocol(ClosingReceiver):
     :class:`~cafeteria_orch.window.Window`).
 
     :param handler: the factory.
-    :ivar session: who the client is.
     :ivar thread: the identifier of the reactor's thread.
     """
 
-    session: Session
     thread: int
 
     _first = True
@@ -60,15 +50,14 @@ class OrchestratorProtocol(ClosingReceiver):
     _ending = False
 
     def __init__(self, handler: MessageHandler) -> None:
-        super().__init__()
+        super().__init__(handler.reactor, handler.timeouts, handler.in_flight)
         self.handler = handler
-        self.reactor = handler.reactor
         self.MAX_LENGTH = handler.max_frame_bytes
         self.framing = handler.framing
         self.log_debug = handler.log_debug
         self._window = Window()
         self._outgoing: list[bytes] = []
-        self._holds: set[Hold] = set()
+        self._processing = Deadline(self.reactor, self._processing_expired)
 
     def connectionMade(self) -> None:
         """A client has connected."""
@@ -80,19 +69,22 @@ class OrchestratorProtocol(ClosingReceiver):
             if ITCPTransport.providedBy(self.transport):
                 self.transport.setTcpNoDelay(True)
         self.session = Session(ip, self.reactor.seconds())
-        self.transport.registerProducer(_OutputGate(self), True)
+        super().connectionMade()
         self.handler.connection_made(self)
 
     def stringReceived(self, payload: bytes) -> None:
         """A frame is whole: decode it, have it handled, see to its answer."""
-        if len(payload) > LONG_PAYLOAD:
+        size = len(payload)
+        self.frame_came = True
+        self.in_hand_bytes += size
+        if size > LONG_PAYLOAD:
             self._long_payload = payload
             self._take_turn()
         else:
             self._receive(payload)
 
     def _receive(self, payload: bytes) -> None:
-        exchange = Exchange(self, payload[0] if payload else _NO_OPCODE)
+        exchange = Exchange(self, payload[0] if payload else _NO_OPCODE, len(payload))
         self._window.add(exchange)
         try:
             message = decode(payload, self.handler.decoders)
@@ -124,19 +116,8 @@ class OrchestratorProtocol(ClosingReceiver):
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         """The connection is gone. What was read of it whole is still handled."""
         super().connectionLost(reason)
-        self._holds.discard(Hold.OUTPUT)
-        self._proceed()
-
-    def hold(self, reason: Hold) -> None:
-        """Take no more messages until this and every other reason to hold is gone."""
-        if not self._closing:
-            self._holds.add(reason)
-            self.pauseProducing()
-
-    def release(self, reason: Hold) -> None:
-        """A reason to hold is gone."""
-        self._holds.discard(reason)
-        self._proceed()
+        self._processing.cancel()
+        self.proceed()
 
     def answered(self, exchange: Exchange) -> None:
         """Send what is answered up to the first message that is not.
@@ -166,7 +147,7 @@ class OrchestratorProtocol(ClosingReceiver):
 
     def drain(self) -> None:
         """Close now if idle, otherwise as soon as what is in hand is answered."""
-        self._end()
+        self.end()
 
     def _note_identity(self, message: object) -> None:
         if isinstance(message, ClientHello):
@@ -193,6 +174,7 @@ class OrchestratorProtocol(ClosingReceiver):
             self._crash(Failure(), exchange)
 
     def _process(self, message: Any, exchange: Exchange) -> None:
+        exchange.started_at = self.reactor.seconds()
         self._window.start(exchange)
         try:
             result = self.handler.handle_message(message, exchange)
@@ -207,7 +189,7 @@ class OrchestratorProtocol(ClosingReceiver):
         if self._window.busy:
             self.pauseProducing()
         elif self.paused:
-            self._proceed()
+            self.proceed()
 
     def _finish_later(self, result: Deferred[Any], message: Any, exchange: Exchange) -> None:
         def failed(failure: Failure) -> bool:
@@ -216,14 +198,18 @@ class OrchestratorProtocol(ClosingReceiver):
 
         def done(keep: object) -> None:
             self._done(keep, exchange)
-            self._proceed()
+            self.account()
+            self.proceed()
 
         if self.handler.is_pipelined(exchange.opcode):
             self._window.share()
+        if not (self._processing.is_set or self._lost):
+            self._processing.start(self._timeouts.processing)
         result.addErrback(failed).addCallback(done).addErrback(self._crash, exchange)
 
     def _done(self, keep: object, exchange: Exchange) -> None:
         self._window.done(exchange)
+        self.in_hand_bytes -= exchange.size
         if not exchange.settled:
             if self.handler.must_answer(exchange.opcode):
                 _log.warn(
@@ -238,12 +224,12 @@ class OrchestratorProtocol(ClosingReceiver):
                 exchange.settled = True
                 self.answered(exchange)
         if not (keep is None or keep):
-            self._end()
+            self.end()
 
-    def _proceed(self) -> None:
+    def proceed(self) -> None:
         """Something is done, or a hold is gone: go on as far as that allows."""
         if self._closing or self._ending:
-            self._end()
+            self.end()
         elif self._holds:
             return
         elif call := self._window.turn():
@@ -254,6 +240,8 @@ class OrchestratorProtocol(ClosingReceiver):
             self._take_turn()
         elif self.paused or self._lost:
             self.resumeProducing()
+        elif not self.in_hand:
+            self.watch()
 
     def _take_turn(self) -> None:
         if self.handler.turns.take():
@@ -272,7 +260,7 @@ class OrchestratorProtocol(ClosingReceiver):
         self._long_payload = None
         self._receive(payload)
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """Take no more messages, and close when what is in hand is answered."""
         self._ending = True
         if self._closing:
@@ -291,7 +279,7 @@ class OrchestratorProtocol(ClosingReceiver):
             error=error,
         )
         send_failure(exchange, error.reason)
-        self._end()
+        self.end()
 
     def _crash(self, failure: Failure, exchange: Exchange) -> None:
         _log.failure(
@@ -303,7 +291,7 @@ class OrchestratorProtocol(ClosingReceiver):
         if not exchange.settled:
             send_failure(exchange)
         self._window.done(exchange)
-        self._end()
+        self.end()
 
     def flush(self) -> None:
         """Send the answers that wait for each other."""
@@ -321,25 +309,38 @@ class OrchestratorProtocol(ClosingReceiver):
                 what="connection reset" if self._was_reset else "connection closed",
                 missing=self.missing,
             )
-        self._end()
+        self.end()
+
+    def _processing_expired(self) -> None:
+        """Answer in place of the processors that are not done; they keep their messages."""
+        limit = self._timeouts.processing or 0.0
+        now = self.reactor.seconds()
+        owed = [
+            exchange
+            for exchange in self._window.in_hand
+            if not exchange.settled and self.handler.must_answer(exchange.opcode)
+        ]
+        late = [exchange for exchange in owed if exchange.started_at + limit <= now]
+        for exchange in late:
+            exchange.is_late = True
+            send_failure(exchange, FailReason.TRY_AGAIN)
+        if late:
+            _log.warn(
+                "action: message_processing | result: late | ip: {ip} | messages: {messages}"
+                " | error: {processor} takes longer than {seconds:g} s, the limit of"
+                " --processing-timeout",
+                ip=self.session.ip,
+                messages=len(late),
+                processor=self.processor_name(late[0].opcode),
+                seconds=limit,
+            )
+        left = [exchange.started_at for exchange in owed if not exchange.settled]
+        if left:
+            self._processing.start(min(left) + limit - now)
 
     def _forget_if_idle(self) -> None:
         if self._lost and not self.in_hand:
+            # What waited for its turn is not handled any more.
+            self.in_hand_bytes = 0
+            self.account()
             self.handler.connection_lost(self)
-
-
-@implementer(IPushProducer)
-class _OutputGate:
-    """Tells a connection when its transport holds more answers than it should."""
-
-    def __init__(self, connection: OrchestratorProtocol) -> None:
-        self._connection = connection
-
-    def pauseProducing(self) -> None:
-        self._connection.hold(Hold.OUTPUT)
-
-    def resumeProducing(self) -> None:
-        self._connection.release(Hold.OUTPUT)
-
-    def stopProducing(self) -> None:
-        self._connection.read_what_is_left()

@@ -62,14 +62,28 @@ class Exchange:
     :ivar opcode: of the message.
     :ivar settled: whether the slot is used up. The reactor's thread alone may ask.
     :ivar payload: the answer in it; empty if there is none.
+    :ivar size: of the message, in bytes.
+    :ivar started_at: when its processing began, in seconds since the epoch.
+    :ivar is_late: whether that took so long that the client was told to try again later.
     """
 
-    __slots__ = ("_connection", "opcode", "payload", "settled")
+    __slots__ = (
+        "_connection",
+        "is_late",
+        "opcode",
+        "payload",
+        "settled",
+        "size",
+        "started_at",
+    )
 
-    def __init__(self, connection: Connection, opcode: int) -> None:
+    def __init__(self, connection: Connection, opcode: int, size: int = 0) -> None:
         self._connection = connection
         self.opcode = opcode
+        self.size = size
+        self.started_at = 0.0
         self.settled = False
+        self.is_late = False
         self.payload = b""
 
     @property
@@ -110,10 +124,11 @@ class Exchange:
         if self.settled:
             _log.warn(
                 "action: send_response | result: fail | ip: {ip} | opcode: {opcode}"
-                " | error: not sent, {processor} has had its one answer",
+                " | error: not sent, {processor} {why}",
                 ip=self.ip,
                 opcode=self.opcode,
                 processor=self._connection.processor_name(self.opcode),
+                why="took too long" if self.is_late else "has had its one answer",
             )
             return
         self.settled = True

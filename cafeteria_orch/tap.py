@@ -33,6 +33,7 @@ from .service import OrchestratorService
 from .sinks.database import StoreError, check_store
 from .sinks.sqlite import SqliteSink
 from .systemd import SystemdNotifier
+from .timeouts import Timeouts
 
 __all__ = ("Options", "makeService")
 
@@ -55,6 +56,10 @@ def makeService(options: Options) -> IService:
             framing=options["framing"],
             max_connections=options["max-connections"],
             max_connections_per_host=options["max-connections-per-host"],
+            max_in_flight_bytes=options["max-in-flight-bytes"],
+            timeouts=Timeouts(
+                options["idle-timeout"], options["frame-timeout"], options["processing-timeout"]
+            ),
             log_level=options["log-level"],
         )
     except ValueError as error:

@@ -28,11 +28,15 @@ from cafeteria_orch.protocol import OrchestratorProtocol
 from cafeteria_orch.responses import Exchange
 from cafeteria_orch.sinks.database import Database
 from cafeteria_orch.tables import USERS, Table
+from cafeteria_orch.timeouts import Timeouts
 
 PEER = "192.0.2.7"
 SUCCESS = b"\x00\x00\x00\x01\x01"
 FAIL = b"\x00\x00\x00\x02\x02"
 """The head of a FAIL: its reason follows."""
+
+PATIENT = Timeouts(None, None, None)
+"""Of a factory that leaves no call behind on the reactor."""
 
 USER_ROW = ("7", "female", "2003-06-13", "2024-01-11 17:50:12")
 

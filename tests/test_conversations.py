@@ -26,7 +26,7 @@ from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.messages import RawMessage
 from cafeteria_orch.responses import Exchange
 
-from .builders import FAIL, connect, echo, frame, lose
+from .builders import FAIL, PATIENT, connect, echo, frame, lose
 from .strategies import chunkings
 
 DONE, RAISES, WAITS, FAILS_LATER, MALFORMED = range(200, 205)
@@ -134,7 +134,7 @@ class ConnectionMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.factory = OrchestratorFactory(self.clock, log_level=LogLevel.error)
+        self.factory = OrchestratorFactory(self.clock, timeouts=PATIENT, log_level=LogLevel.error)
         self.factory.register_processor(DONE, self.done)
         self.factory.register_processor(RAISES, self.raises)
         self.factory.register_processor(WAITS, self.waits)

@@ -26,6 +26,10 @@ DEFAULTS = {
     "framing": None,
     "max-connections": 1000,
     "max-connections-per-host": None,
+    "max-in-flight-bytes": 268435456,
+    "idle-timeout": None,
+    "frame-timeout": 30.0,
+    "processing-timeout": 60.0,
     "drain-timeout": 10.0,
     "log-level": LogLevel.info,
     "log-format": as_text,
@@ -47,6 +51,12 @@ SINGLE = (
     ("max-connections", "1", 1),
     ("max-connections-per-host", "20", 20),
     ("max-connections-per-host", "none", None),
+    ("max-in-flight-bytes", "1000000", 1_000_000),
+    ("idle-timeout", "0.5", 0.5),
+    ("idle-timeout", "none", None),
+    ("frame-timeout", "120", 120.0),
+    ("processing-timeout", "2.5", 2.5),
+    ("processing-timeout", "none", None),
     ("drain-timeout", "0", 0.0),
     ("drain-timeout", "2.5", 2.5),
     ("log-level", "debug", LogLevel.debug),
@@ -68,6 +78,10 @@ BAD = (
     ("max-frame-bytes", ("x", "0", "-1", "2147483648", "1MiB")),
     ("max-connections", ("x", "0", "-1", "none")),
     ("max-connections-per-host", ("x", "0", "-1")),
+    ("max-in-flight-bytes", ("x", "0", "-1", "none", "256M")),
+    ("idle-timeout", ("x", "0", "-1", "nan", "5s")),
+    ("frame-timeout", ("x", "0", "-1", "none")),
+    ("processing-timeout", ("x", "0", "-1", "inf")),
     ("log-format", ("x", "JSON")),
     ("framing", ("x", "INT32", "none", "opcode_first")),
     ("drain-timeout", ("x", "-1", "nan", "inf", "10s")),
@@ -254,6 +268,7 @@ class Help(OptionsTestCase):
         text = self.printed("--help")
         shown = {"store": "cafeorch.sqlite3", "log-level": "info", "drain-timeout": "10"}
         shown |= {"log-format": "text", "framing": "auto", "max-connections-per-host": "none"}
+        shown |= {"idle-timeout": "none", "frame-timeout": "30", "processing-timeout": "60"}
         for name, default in (DEFAULTS | shown).items():
             short = f"-{SHORT[name]}, " if name in SHORT else ""
             self.assertRegex(text, rf"(?m)^ +{short}--{name}=")

@@ -21,6 +21,7 @@ from cafeteria_orch.responses import Exchange
 from .builders import (
     ECHO,
     FAIL,
+    PATIENT,
     SUCCESS,
     TCPTransport,
     batch_frame,
@@ -174,7 +175,7 @@ class BlockingProcessors(TestCase):
     timeout = 20
 
     def setUp(self) -> None:
-        self.factory = OrchestratorFactory(reactor)
+        self.factory = OrchestratorFactory(reactor, timeouts=PATIENT)
         self.addCleanup(self.factory.stop_threads)
         self.go = threading.Event()
         self.addCleanup(self.go.set)

@@ -31,6 +31,7 @@ from cafeteria_orch.tables import STORES, TABLES
 
 from .builders import (
     FAIL,
+    PATIENT,
     PEER,
     SUCCESS,
     TCPTransport,
@@ -83,7 +84,7 @@ class SinkCase(TestCase):
 
     def setUp(self) -> None:
         self.path = self.mktemp()
-        self.factory = OrchestratorFactory(reactor)
+        self.factory = OrchestratorFactory(reactor, timeouts=PATIENT)
         self.sink = SqliteSink(reactor, self.path)
         self.sink.register(self.factory)
 
@@ -411,7 +412,7 @@ class Logging(SinkCase):
         self.start()
         logged = []
         for with_sink in (True, False):
-            factory = OrchestratorFactory(reactor, log_level=LogLevel.debug)
+            factory = OrchestratorFactory(reactor, timeouts=PATIENT, log_level=LogLevel.debug)
             if with_sink:
                 self.sink.register(factory)
             protocol, transport = connect(factory)

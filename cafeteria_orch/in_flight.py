@@ -1,0 +1,83 @@
+"""How much memory the messages of all connections may take, and who may go on when it is short."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+DEFAULT_MAX_IN_FLIGHT_BYTES = 256 * 1024 * 1024
+"""Bytes of frames, as they came."""
+
+
+class Waiter(Protocol):
+    """A connection that may not read on for now."""
+
+    def admit(self) -> None:
+        """Read on until a frame is whole: its memory is set aside, by :meth:`InFlight.change`."""
+
+
+class InFlight:
+    """Counts the bytes of all frames that have begun and are not done.
+
+    Up to half of the limit whoever sends is read. Beyond it connections go on in turn, each for
+    one frame, whose memory is set aside before: so what has begun can be ended, and no number of
+    half frames keeps the whole ones out. A connection that has to wait holds one chunk, which is
+    all that the limit may be exceeded by.
+
+    :param limit: bytes.
+    :param longest: the longest frame, in bytes.
+    :ivar bytes: that are held, or set aside.
+    :ivar in_hand: those of them that processors have.
+    """
+
+    def __init__(self, limit: int, longest: int) -> None:
+        self._limit = limit
+        self._longest = longest
+        self.bytes = 0
+        self.in_hand = 0
+        # Ordered sets: who came first is the first.
+        self._waiting: dict[Waiter, None] = {}
+        self._admitted: dict[Waiter, None] = {}
+        self._admitting = False
+
+    @property
+    def is_short(self) -> bool:
+        """Whether a frame that is not whole must wait for its turn."""
+        return self.bytes >= self._limit // 2
+
+    def change(self, by: int) -> None:
+        """A connection holds more bytes, or fewer."""
+        self.bytes += by
+        if by < 0:
+            self._admit()
+
+    def wait(self, waiter: Waiter) -> None:
+        """Have a connection admitted when it is its turn."""
+        self._waiting[waiter] = None
+        self._admit()
+
+    def leave(self, waiter: Waiter) -> None:
+        """A connection does not wait any more, and needs nothing that is set aside."""
+        self._waiting.pop(waiter, None)
+        if self._admitted.pop(waiter, waiter) is None:
+            self._admit()
+
+    def _admit(self) -> None:
+        # Who is admitted may be done at once, and calls this again.
+        if self._admitting:
+            return
+        self._admitting = True
+        try:
+            while self._waiting and self._has_room():
+                waiter = next(iter(self._waiting))
+                del self._waiting[waiter]
+                self._admitted[waiter] = None
+                waiter.admit()
+        finally:
+            self._admitting = False
+
+    def _has_room(self) -> bool:
+        if self.bytes + self._longest <= self._limit:
+            return True
+        # Half frames alone fill it, and none of them would ever end: one may.
+        in_hand_share = max(self._limit // 2, self._longest)
+        return not self._admitted and self.in_hand + self._longest <= in_hand_share

@@ -126,7 +126,8 @@ class Model:
             if self.queue[0].kind in IN_ITS_TURN and self.in_hand:
                 break
             self.start(self.queue.popleft())
-        if self.input_over and not self.queue and not self.holds:
+        # While it is paused the connection does not look whether there is more.
+        if self.input_over and not self.queue and self.may_take:
             self.ending = True
         if self.ending and not self.in_hand:
             self.closed = True
@@ -238,7 +239,10 @@ class Connection(RuleBasedStateMachine):
 
     def let_go(self, message: Message, result: object) -> None:
         del self.in_hand[message.number]
-        message.deferred.callback(result)
+        if isinstance(result, Exception):
+            message.deferred.errback(result)
+        else:
+            message.deferred.callback(result)
 
     def iterate(self) -> None:
         """Let the reactor do what is due."""

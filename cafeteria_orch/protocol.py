@@ -25,6 +25,9 @@ from .window import Window
 LONG_PAYLOAD = 128 * 1024
 """Decoding more than this, in bytes, takes a turn: it may keep others waiting."""
 
+MOST_OUTGOING = 64 * 1024
+"""So many bytes of answers wait for each other to leave in one write."""
+
 _NO_OPCODE = -1
 
 _log = Logger()
@@ -56,7 +59,7 @@ class OrchestratorProtocol(FlowReceiver):
         self.framing = handler.framing
         self.log_debug = handler.log_debug
         self._window = Window()
-        self._outgoing: list[bytes] = []
+        self._outgoing = bytearray()
         self._processing = Deadline(self.reactor, self._processing_expired)
 
     def connectionMade(self) -> None:
@@ -127,8 +130,9 @@ class OrchestratorProtocol(FlowReceiver):
         answers = self._window.answers()
         if self._closing or self._lost:
             return
-        self._outgoing += map(self.encodeAnswer, answers)
-        if not self.delivering:
+        for answer in answers:
+            self._outgoing += self.encodeAnswer(answer)
+        if not self.delivering or len(self._outgoing) >= MOST_OUTGOING:
             self.flush()
 
     def processor_name(self, opcode: int) -> str:
@@ -296,7 +300,7 @@ class OrchestratorProtocol(FlowReceiver):
     def flush(self) -> None:
         """Send the answers that wait for each other."""
         if self._outgoing:
-            self.transport.write(b"".join(self._outgoing))
+            self.transport.write(bytes(self._outgoing))
             self._outgoing.clear()
 
     def inputEnded(self) -> None:

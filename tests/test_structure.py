@@ -16,6 +16,7 @@ ORDER = (
     "opcodes",
     "errors",
     "tables",
+    "counters",
     "rows",
     "_rows",
     "codec",

@@ -37,6 +37,10 @@ ORDER = (
     "logs",
     "systemd",
     "service",
+    "health",
+    "metrics",
+    "status",
+    "monitor",
     "options",
     "tap",
 )
@@ -142,7 +146,7 @@ class Imports(SynchronousTestCase):
                 allowed = set(ORDER[: ORDER.index(module)])
                 # Inside a package its modules import each other; the options alone need the version.
                 allowed |= {module} if name != module or module == "sinks" else set()
-                allowed |= {""} if module == "options" else set()
+                allowed |= {""} if module in {"options", "tap"} else set()
                 self.assertEqual(own_imports(name) - allowed, set(), name)
 
     def test_sending_side(self) -> None:
@@ -173,13 +177,25 @@ class Imports(SynchronousTestCase):
         known = {*sys.stdlib_module_names, PACKAGE, "twisted", "zope", "constantly"}
         for name in MODULES:
             packages = {imported.partition(".")[0] for imported in imports(name)}
-            extra = {"tqdm"} if name == "send" else set()
+            extra = {"send": {"tqdm"}, "metrics": {"prometheus_client"}}.get(name, set())
             self.assertEqual(packages - known, packages & extra, name)
 
     def test_extras_are_imported_where_they_are_used(self) -> None:
-        """``tqdm`` is imported inside a function: without it, the rest works."""
-        self.assertIn("tqdm.tqdm", imports("send"))
-        self.assertNotIn("tqdm.tqdm", imports("send", at_import=True))
+        """What is of an extra is imported inside a function: without it, the rest works."""
+        for name, extra in (
+            ("send", "tqdm.tqdm"),
+            ("metrics", "prometheus_client.CollectorRegistry"),
+        ):
+            self.assertIn(extra, imports(name))
+            packages = {imported.partition(".")[0] for imported in imports(name, at_import=True)}
+            self.assertNotIn(extra.partition(".")[0], packages)
+
+    def test_http_is_imported_where_it_is_used(self) -> None:
+        """Twisted's HTTP takes memory and time to start: whoever has no use for it has neither."""
+        for name in MODULES:
+            if name != "monitor":
+                self.assertFalse([each for each in imports(name) if each.startswith("twisted.web")])
+                self.assertNotIn(f"{PACKAGE}.monitor.Monitor", imports(name, at_import=True))
 
 
 class Plugin(SynchronousTestCase):

@@ -124,7 +124,8 @@ class Collector:
         )
         for name, tally in self._factory.counters.control_messages():
             for outcome in Outcome:
-                family.add_metric([name, outcome.name.lower()], tally.outcomes[outcome])
+                if tally.outcomes[outcome]:
+                    family.add_metric([name, outcome.name.lower()], tally.outcomes[outcome])
         return family
 
     def _store(self) -> Iterator[Any]:

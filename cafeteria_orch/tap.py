@@ -76,7 +76,7 @@ def makeService(options: Options) -> IService:
         sink.register(factory)
     for name in options["processors"]:
         _load_processors(name, factory)
-    _probe(_endpoints(_BindProbe(), options), "--port, --interface or --listen")
+    _probe(_endpoints(_BindProbe(), options))
     return OrchestratorService(
         reactor,
         factory,
@@ -127,7 +127,10 @@ def _endpoint(reactor: Any, option: str, description: str) -> IStreamServerEndpo
     return endpoint
 
 
-def _probe(endpoints: Iterable[IStreamServerEndpoint], names: str) -> None:
+def _probe(
+    endpoints: Iterable[IStreamServerEndpoint],
+    names: str = "--port, --interface or --listen",
+) -> None:
     for endpoint in endpoints:
         if isinstance(endpoint, _PROBED):
             failures: list[Failure] = []

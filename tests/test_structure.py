@@ -194,7 +194,9 @@ class Imports(SynchronousTestCase):
         """Twisted's HTTP takes memory and time to start: whoever has no use for it has neither."""
         for name in MODULES:
             if name != "monitor":
-                self.assertFalse([each for each in imports(name) if each.startswith("twisted.web")])
+                self.assertFalse(
+                    [each for each in imports(name) if each.startswith("twisted.web")]
+                )
                 self.assertNotIn(f"{PACKAGE}.monitor.Monitor", imports(name, at_import=True))
 
 

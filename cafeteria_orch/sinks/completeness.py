@@ -97,9 +97,7 @@ class Completeness:
     def _ask(self, now: float) -> None:
         tables = None
         try:
-            tables = read_totals(
-                self._path, lambda: self._reactor.seconds() - now > PATIENCE
-            )
+            tables = read_totals(self._path, lambda: self._reactor.seconds() - now > PATIENCE)
         finally:
             self._reactor.callFromThread(self._answered, Answer(now, tables))
 

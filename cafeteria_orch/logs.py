@@ -191,8 +191,10 @@ class RecentProblems:
         """Take an event."""
         level = event.get("log_level", LogLevel.info)
         if level >= LogLevel.warn:
-            lines = formatEvent(event).splitlines() or [""]
-            text = "".join(filter(str.isprintable, lines[0]))[:_LONGEST_PROBLEM]
+            lines = formatEvent(event).splitlines()
+            if not lines and (failure := event.get("log_failure")) is not None:
+                lines = [failure.type.__name__]
+            text = "".join(filter(str.isprintable, "".join(lines[:1])))[:_LONGEST_PROBLEM]
             self._lines.append((event["log_time"], level.name, text))
 
     def latest(self) -> list[dict[str, Any]]:

@@ -219,9 +219,9 @@ class _Request(http.Request):
         """The request is there."""
         if self._is_refused:
             return
+        site = cast("_Channel", self.channel).factory
         if self.method in (b"GET", b"HEAD"):
-            accept = self.getHeader("accept") or ""
-            response = cast("_Channel", self.channel).factory.respond(self.path, accept)
+            response = site.respond(self.path, self.getHeader("accept") or "")
         else:
             allowed = {"Allow": "GET, HEAD"}
             response = Response(http.NOT_ALLOWED, _TEXT, b"GET and HEAD only\n", allowed)
@@ -231,6 +231,7 @@ class _Request(http.Request):
             **response.headers,
             "Content-Type": response.content_type,
             "Content-Length": str(len(response.body)),
+            "Date": http.datetimeToString(site.reactor.seconds()).decode(),
         }
         for name, value in headers.items():
             self.setHeader(name, value)

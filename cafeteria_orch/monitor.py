@@ -178,13 +178,10 @@ class Site(http.HTTPFactory):
         self._channels: dict[_Channel, None] = {}
 
     def startFactory(self) -> None:
-        """There is no access log, and no clock for its lines."""
+        """There is no access log to be opened, and no clock for its lines."""
 
     def stopFactory(self) -> None:
         """Nothing was started."""
-
-    def log(self, request: http.Request) -> None:
-        """A scrape is nothing to be logged."""
 
     def opened(self, channel: _Channel) -> None:
         """A connection was made."""

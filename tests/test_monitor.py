@@ -397,3 +397,5 @@ class RealServer(ProcessTestCase):
         (self.folder / "let_go").touch()
         self.assertEqual(client.read(5), b"\0\0\0\1\1")
         server.wait_until_gone()
+        self.assertIn("Server Shut Down.", server.log)
+        self.assertNotIn("GET /", server.log)

@@ -217,7 +217,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name, _, file = self.path.strip("/").partition("/")
-        kind = "text/html"
+        status, kind = 200, "text/html"
         if not name:
             frames = "".join(
                 f'<iframe id="{view}" src="/{answer}/" width="{width}" height="800"'
@@ -229,11 +229,11 @@ class Handler(BaseHTTPRequestHandler):
             kind, body = "application/json", json.dumps(ANSWERS[name])
             self.asked_for.append(name)
             if name == "gone" and self.asked_for.count(name) > 1:
-                self.send_error(503)
-                return
+                # What stands between may answer in the server's place.
+                status = 503
         else:
             body = PAGE
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.end_headers()
         self.wfile.write(body.encode())

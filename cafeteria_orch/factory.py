@@ -19,6 +19,7 @@ from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
 from . import responses
+from .counters import Counters
 from .flow import Hold
 from .framing import DEFAULT_MAX_FRAME_BYTES, SNIFFABLE_BELOW, Framing
 from .in_flight import DEFAULT_MAX_IN_FLIGHT_BYTES, InFlight
@@ -33,7 +34,8 @@ from .turns import Turns
 Processor = Callable[[Any, Exchange], Any]
 """``processor(message, client)``. It answers through :mod:`~cafeteria_orch.responses`, and
 returns ``True`` or ``None`` to keep the connection, ``False`` to have it closed once all that
-is owed is sent; or a Deferred or a coroutine of that."""
+is owed is sent; or a Deferred or a coroutine of that. A store returns an
+:class:`~cafeteria_orch.counters.Outcome`, which says more than its answer, and keeps it too."""
 
 PREVIEW_ROWS = 2
 """How many rows of a batch the debug preview shows at most."""
@@ -71,6 +73,7 @@ class OrchestratorFactory(ServerFactory):
         their first bytes until they are processed.
     :param timeouts: how long clients and processors are waited for.
     :param log_level: what is less important than this is not even put together.
+    :ivar counters: what came and what became of it.
     :raises ValueError: if the framing is to be told by the first byte, and the limit is too
         high for that.
     """
@@ -101,9 +104,12 @@ class OrchestratorFactory(ServerFactory):
         self.log_debug = log_level <= LogLevel.debug
         self.decoders: dict[int, Decoder] = dict(DECODERS)
         self.turns = Turns(reactor)
+        self.counters = Counters()
         self.timeouts = timeouts
         self.in_flight = InFlight(max_in_flight_bytes, max_frame_bytes)
-        self._limits = ConnectionLimits(reactor, max_connections, max_connections_per_host)
+        self._limits = ConnectionLimits(
+            reactor, self.counters, max_connections, max_connections_per_host
+        )
         self.connections: set[OrchestratorProtocol] = set()
         self._processors: dict[int, _Registration] = {}
         self._threads: _DaemonThreadPool | None = None
@@ -172,6 +178,7 @@ class OrchestratorFactory(ServerFactory):
         self._processors[opcode] = _Registration(call, _name_of(processor), answers, pipelined)
         default = DECODERS.get(opcode, partial(RawMessage, opcode))
         self.decoders[opcode] = default if decoder is None else decoder
+        self.counters.take_times(opcode)
 
     def handle_message(self, message: Any, client: Exchange) -> Any:
         """Process a message as its opcode is registered, or as the seed has it by default.
@@ -262,6 +269,7 @@ class OrchestratorFactory(ServerFactory):
     def connection_made(self, connection: OrchestratorProtocol) -> None:
         """A client has connected."""
         self.connections.add(connection)
+        self.counters.accepted_connections += 1
         self._limits.opened(connection.session.ip)
         if self._paused:
             self._hold(connection)
@@ -276,6 +284,7 @@ class OrchestratorFactory(ServerFactory):
         if connection not in self.connections:
             return
         self.connections.remove(connection)
+        self.counters.received_bytes += connection.received_bytes
         self._limits.closed(connection.session.ip)
         self._held.pop(connection, None)
         if self.log_debug:
@@ -285,6 +294,12 @@ class OrchestratorFactory(ServerFactory):
             )
         if self._draining and not self.connections:
             self._report_drained()
+
+    @property
+    def received_bytes(self) -> int:
+        """How many bytes all connections have read, with those that are gone."""
+        here = sum(connection.received_bytes for connection in self.connections)
+        return self.counters.received_bytes + here
 
     def pauseProducing(self) -> None:
         """Take no more messages of any connection."""

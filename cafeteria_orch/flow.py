@@ -41,7 +41,7 @@ class FlowReceiver(ClosingReceiver):
     Its client is waited for as :class:`~cafeteria_orch.timeouts.Timeouts` say; time in which it
     is held for other reasons than what the client does is not counted against the client.
 
-    ``proceed()``, ``end()`` and ``in_hand`` are hooks.
+    ``proceed()``, ``end()``, ``limit_hit(limit)`` and ``in_hand`` are hooks.
 
     :param reactor: for time.
     :param timeouts: how long the client is waited for.
@@ -91,6 +91,7 @@ class FlowReceiver(ClosingReceiver):
         self.account()
         if self._held and not (self.paused or self._admitted) and self._in_flight.is_short:
             self.hold(Hold.MEMORY)
+            self.limit_hit("max_in_flight_bytes")
             self._in_flight.wait(self)
         super().framesDelivered()
         self.watch()
@@ -164,6 +165,9 @@ class FlowReceiver(ClosingReceiver):
     def proceed(self) -> None:
         """A hold is gone: go on as far as that allows. A hook."""
 
+    def limit_hit(self, limit: str) -> None:
+        """A limit was hit; the name of its option, with underscores. A hook."""
+
     def end(self) -> None:
         """Take no more messages, and close when what is in hand is answered. A hook."""
 
@@ -184,6 +188,7 @@ class FlowReceiver(ClosingReceiver):
         self._in_flight.leave(self)
 
     def _expired(self) -> None:
+        self.limit_hit("idle_timeout" if self._awaited is Awaited.FRAME else "frame_timeout")
         if self._awaited is Awaited.FRAME:
             _log.info(
                 "action: close_connection | result: success | ip: {ip}"

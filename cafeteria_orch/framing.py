@@ -79,12 +79,14 @@ class FrameReceiver(Int32StringReceiver):
     :ivar MAX_LENGTH: the longest payload, in bytes.
     :ivar framing: ``None`` leaves it to the first byte that comes: 0 begins the length of
         any :data:`INT32` frame below 16 MiB, and anything else is :data:`OPCODE_FIRST`.
+    :ivar received_bytes: that came by it so far, frames or not.
     :ivar delivering: whether ``stringReceived`` is being called from within
         ``dataReceived``, so that more frames may follow at once.
     """
 
     MAX_LENGTH = DEFAULT_MAX_FRAME_BYTES
     delivering = False
+    received_bytes = 0
     framing: Framing | None = INT32
     transport: Any
 
@@ -124,6 +126,7 @@ class FrameReceiver(Int32StringReceiver):
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes from the transport; deliver the frames that are whole."""
+        self.received_bytes += len(data)
         if self._stopped:
             return
         if self.framing is None and data:

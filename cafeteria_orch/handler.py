@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from .counters import Counters
 from .framing import Framing
 from .in_flight import InFlight
 from .messages import Decoder
@@ -20,6 +21,7 @@ class MessageHandler(Protocol):
     max_frame_bytes: int
     framing: Framing | None
     turns: Turns
+    counters: Counters
     timeouts: Timeouts
     in_flight: InFlight
     log_info: bool

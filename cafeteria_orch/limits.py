@@ -7,6 +7,8 @@ from typing import Any
 
 from twisted.logger import Logger
 
+from .counters import Counters
+
 REPORT_INTERVAL = 60.0
 """How often, in seconds, refused connections are reported while they go on coming."""
 
@@ -17,12 +19,16 @@ class ConnectionLimits:
     """Counts connections, and says whether one more is admitted.
 
     :param reactor: for the time.
+    :param counters: of the hits.
     :param most: so many connections at once; ``None`` for any number.
     :param most_per_host: so many of one address; ``None`` for any number.
     """
 
-    def __init__(self, reactor: Any, most: int | None, most_per_host: int | None) -> None:
+    def __init__(
+        self, reactor: Any, counters: Counters, most: int | None, most_per_host: int | None
+    ) -> None:
         self._reactor = reactor
+        self._counters = counters
         self._most = most
         self._most_per_host = most_per_host
         self._open: Counter[str] = Counter()
@@ -35,10 +41,12 @@ class ConnectionLimits:
         :param host: the peer's address; ``None`` for a local socket, which has none.
         """
         if self._most is not None and self._open.total() >= self._most:
+            self._counters.limit_hit("max_connections")
             self._refuse(host, f"{self._most} are open, the limit of --max-connections")
             return False
         most_of_it = None if host is None else self._most_per_host
         if most_of_it is not None and self._open[host or ""] >= most_of_it:
+            self._counters.limit_hit("max_connections_per_host")
             self._refuse(host, f"it has {most_of_it}, the limit of --max-connections-per-host")
             return False
         return True

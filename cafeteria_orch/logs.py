@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,12 @@ from zope.interface import implementer
 
 FLUSH_INTERVAL = 0.5
 """How long, in seconds, a line may wait before it is written."""
+
+PROBLEMS_KEPT = 50
+"""How many warnings and errors are kept to be shown."""
+
+# What is longer is no line to look at.
+_LONGEST_PROBLEM = 300
 
 # A disk that is full for long must not fill the memory too.
 _MOST_LINES_HELD = 20_000
@@ -168,6 +175,32 @@ class BufferedLogObserver:
             else:
                 self._lines.clear()
                 self._lost = 0
+
+
+@implementer(ILogObserver)
+class RecentProblems:
+    """Keeps the last warnings and errors, each as one line. Safe from any thread.
+
+    Of a failure the line above its traceback alone is kept: the rest may hold what a client sent.
+    """
+
+    def __init__(self) -> None:
+        self._lines: deque[tuple[float, str, str]] = deque(maxlen=PROBLEMS_KEPT)
+
+    def __call__(self, event: LogEvent) -> None:
+        """Take an event."""
+        level = event.get("log_level", LogLevel.info)
+        if level >= LogLevel.warn:
+            lines = formatEvent(event).splitlines()
+            if not lines and (failure := event.get("log_failure")) is not None:
+                lines = [failure.type.__name__]
+            text = "".join(filter(str.isprintable, "".join(lines[:1])))[:_LONGEST_PROBLEM]
+            self._lines.append((event["log_time"], level.name, text))
+
+    def latest(self) -> list[dict[str, Any]]:
+        """The last ones, the newest first: ``time`` (since the epoch), ``level``, ``text``."""
+        names = ("time", "level", "text")
+        return [dict(zip(names, line)) for line in reversed(list(self._lines))]
 
 
 def _lost_lines(lost: int) -> LogEvent:

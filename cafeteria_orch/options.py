@@ -79,6 +79,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "frame-timeout": _seconds,
     "processing-timeout": _or_none(_seconds),
     "drain-timeout": _number(float, 0, 86400),
+    "metrics": _or_none(str),
     "log-level": _log_level,
     "log-format": _log_format,
 }
@@ -130,6 +131,12 @@ class Options(usage.Options):
             None,
             f"{DEFAULT_DRAIN_TIMEOUT:g}",
             "seconds that a stop may take to finish the batches in hand",
+        ],
+        [
+            "metrics",
+            None,
+            "none",
+            "Twisted endpoint (tcp:9100:interface=127.0.0.1) of the status page, or none",
         ],
         ["log-level", None, "info", "debug, info, warn or error"],
         ["log-format", None, "text", "text, or json: an object a line"],

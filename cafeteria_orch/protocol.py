@@ -13,10 +13,11 @@ from twisted.internet.interfaces import ITCPTransport
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from .counters import ANSWERED, UNKNOWN, Outcome, label_of
 from .errors import FrameTooLong, ProtocolError
 from .flow import FlowReceiver, Hold
 from .handler import MessageHandler
-from .messages import ClientHello, Finished, decode
+from .messages import ClientHello, Finished, TableBatch, decode
 from .opcodes import FailReason
 from .responses import Exchange, Session, handle_processing_error, send_failure
 from .timeouts import Deadline
@@ -28,7 +29,7 @@ LONG_PAYLOAD = 128 * 1024
 MOST_OUTGOING = 64 * 1024
 """So many bytes of answers wait for each other to leave in one write."""
 
-_NO_OPCODE = -1
+_PROCESSED = int(Outcome.PROCESSED)
 
 _log = Logger()
 
@@ -43,10 +44,15 @@ class OrchestratorProtocol(FlowReceiver):
 
     :param handler: the factory.
     :ivar thread: the identifier of the reactor's thread.
+    :ivar batches: how many of its batches were processed.
+    :ivar rows: how many rows were in those.
     """
 
     thread: int
+    batches = 0
+    rows = 0
 
+    _last_opcode: int | None = None
     _first = True
     # What waits for its turn to be decoded.
     _long_payload: bytes | None = None
@@ -59,6 +65,7 @@ class OrchestratorProtocol(FlowReceiver):
         self.framing = handler.framing
         self.log_debug = handler.log_debug
         self._window = Window()
+        self._tallies = handler.counters.tallies
         self._outgoing = bytearray()
         self._processing = Deadline(self.reactor, self._processing_expired)
 
@@ -87,7 +94,7 @@ class OrchestratorProtocol(FlowReceiver):
             self._receive(payload)
 
     def _receive(self, payload: bytes) -> None:
-        exchange = Exchange(self, payload[0] if payload else _NO_OPCODE, len(payload))
+        exchange = Exchange(self, payload[0] if payload else UNKNOWN, len(payload))
         self._window.add(exchange)
         try:
             message = decode(payload, self.handler.decoders)
@@ -95,6 +102,7 @@ class OrchestratorProtocol(FlowReceiver):
             self._refuse(error, exchange)
         except Exception:
             self._crash(Failure(), exchange)
+            self.handler.counters.refused(exchange.opcode, Outcome.REJECTED)
         else:
             if self.in_hand and not self.handler.is_pipelined(exchange.opcode):
                 self._window.wait(partial(self._handle, message, exchange))
@@ -107,7 +115,8 @@ class OrchestratorProtocol(FlowReceiver):
         what = f"a frame of {length} bytes, the limit is {self.MAX_LENGTH}"
         if length < 0:
             what = "a frame whose length is negative"
-        exchange = Exchange(self, _NO_OPCODE)
+        self.limit_hit("max_frame_bytes")
+        exchange = Exchange(self, UNKNOWN)
         self._window.add(exchange)
         self._refuse(FrameTooLong(what), exchange)
 
@@ -149,6 +158,15 @@ class OrchestratorProtocol(FlowReceiver):
         """How many of its messages are being processed."""
         return len(self._window.in_hand)
 
+    @property
+    def table(self) -> str | None:
+        """What its last batch was for; ``None`` if there was none."""
+        return None if self._last_opcode is None else label_of(self._last_opcode)
+
+    def limit_hit(self, limit: str) -> None:
+        """A limit was hit; the name of its option, with underscores."""
+        self.handler.counters.limit_hit(limit)
+
     def drain(self) -> None:
         """Close now if idle, otherwise as soon as what is in hand is answered."""
         self.end()
@@ -179,6 +197,7 @@ class OrchestratorProtocol(FlowReceiver):
 
     def _process(self, message: Any, exchange: Exchange) -> None:
         exchange.started_at = self.reactor.seconds()
+        self._tallies[exchange.opcode].received += 1
         self._window.start(exchange)
         try:
             result = self.handler.handle_message(message, exchange)
@@ -189,7 +208,7 @@ class OrchestratorProtocol(FlowReceiver):
         if isinstance(result, Deferred):
             self._finish_later(result, message, exchange)
         else:
-            self._done(result, exchange)
+            self._done(result, message, exchange)
         if self._window.busy:
             self.pauseProducing()
         elif self.paused:
@@ -201,7 +220,7 @@ class OrchestratorProtocol(FlowReceiver):
             return handle_processing_error(message, exchange, error)
 
         def done(keep: object) -> None:
-            self._done(keep, exchange)
+            self._done(keep, message, exchange)
             self.account()
             self.proceed()
 
@@ -211,9 +230,7 @@ class OrchestratorProtocol(FlowReceiver):
             self._processing.start(self._timeouts.processing)
         result.addErrback(failed).addCallback(done).addErrback(self._crash, exchange)
 
-    def _done(self, keep: object, exchange: Exchange) -> None:
-        self._window.done(exchange)
-        self.in_hand_bytes -= exchange.size
+    def _done(self, keep: object, message: Any, exchange: Exchange) -> None:
         if not exchange.settled:
             if self.handler.must_answer(exchange.opcode):
                 _log.warn(
@@ -227,6 +244,20 @@ class OrchestratorProtocol(FlowReceiver):
             else:
                 exchange.settled = True
                 self.answered(exchange)
+        if self._window.done(exchange):
+            tally = self._tallies[exchange.opcode]
+            outcome = keep if type(keep) is Outcome else ANSWERED.get(exchange.payload, _PROCESSED)
+            tally.outcomes[outcome] += 1
+            if tally.is_batch:
+                rows = len(message.rows) if type(message) is TableBatch else 0
+                tally.rows[outcome] += rows
+                self.rows += rows
+                self.batches += 1
+                self._last_opcode = exchange.opcode
+                if tally.is_timed:
+                    seconds = self.reactor.seconds() - exchange.started_at
+                    self.handler.counters.batch_seconds.observe(seconds)
+        self.in_hand_bytes -= exchange.size
         if not (keep is None or keep):
             self.end()
 
@@ -282,6 +313,9 @@ class OrchestratorProtocol(FlowReceiver):
             opcode=exchange.opcode,
             error=error,
         )
+        opcode = exchange.opcode
+        is_known = opcode in self.handler.decoders
+        self.handler.counters.refused(opcode if is_known else UNKNOWN, Outcome.MALFORMED)
         send_failure(exchange, error.reason)
         self.end()
 
@@ -294,7 +328,9 @@ class OrchestratorProtocol(FlowReceiver):
         )
         if not exchange.settled:
             send_failure(exchange)
-        self._window.done(exchange)
+        if self._window.done(exchange):
+            outcome = ANSWERED.get(exchange.payload, _PROCESSED)
+            self._tallies[exchange.opcode].outcomes[outcome] += 1
         self.end()
 
     def flush(self) -> None:
@@ -329,6 +365,7 @@ class OrchestratorProtocol(FlowReceiver):
             exchange.is_late = True
             send_failure(exchange, FailReason.TRY_AGAIN)
         if late:
+            self.limit_hit("processing_timeout")
             _log.warn(
                 "action: message_processing | result: late | ip: {ip} | messages: {messages}"
                 " | error: {processor} takes longer than {seconds:g} s, the limit of"

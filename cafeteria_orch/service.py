@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from twisted.application.service import Service
 from twisted.internet.address import IPv4Address, IPv6Address
@@ -27,6 +27,22 @@ DEFAULT_DRAIN_TIMEOUT = 10.0
 _log = Logger()
 
 
+class ServiceMonitor(Protocol):
+    """What is told of the service's life, to show it."""
+
+    def listen(self) -> None:
+        """Answer from now on; raises whatever keeps it from that."""
+
+    def start(self) -> None:
+        """The service serves."""
+
+    def stopping(self) -> None:
+        """It has begun to stop."""
+
+    def stop(self) -> None:
+        """It has stopped: nothing will change any more."""
+
+
 class OrchestratorService(Service):
     """Listens for clients; drains when it is stopped.
 
@@ -42,6 +58,7 @@ class OrchestratorService(Service):
         was not committed by then was not acknowledged.
     :param log_observer: what ``twistd`` is to log with; ``None`` leaves it its own.
     :param notifier: tells systemd; ``None`` if it has not started this process.
+    :param monitor: shows operators what goes on, until the very end; ``None`` for nothing.
     """
 
     def __init__(
@@ -54,6 +71,7 @@ class OrchestratorService(Service):
         drain_timeout: float = DEFAULT_DRAIN_TIMEOUT,
         log_observer: BufferedLogObserver | None = None,
         notifier: SystemdNotifier | None = None,
+        monitor: ServiceMonitor | None = None,
     ) -> None:
         self._reactor = reactor
         self._factory = factory
@@ -62,6 +80,7 @@ class OrchestratorService(Service):
         self._drain_timeout = drain_timeout
         self._log_observer = log_observer
         self._notifier = notifier
+        self._monitor = monitor
         self._ports: list[IListeningPort] = []
         self._draining: Deferred[None] | None = None
         self._waiting: list[Deferred[None]] = []
@@ -94,6 +113,8 @@ class OrchestratorService(Service):
             self._listen()
         if self._log_observer is not None:
             self._log_observer.start(self._reactor)
+        if self._monitor is not None:
+            self._monitor.start()
         self._reactor.addSystemEventTrigger("before", "shutdown", self.drain)
         self._reactor.callWhenRunning(self._running)
 
@@ -114,6 +135,8 @@ class OrchestratorService(Service):
         if self._draining is None:
             if self._notifier is not None:
                 self._notifier.stopping()
+            if self._monitor is not None:
+                self._monitor.stopping()
             timeout = self._reactor.callLater(self._drain_timeout, self._hurry)
             self._draining = Deferred.fromCoroutine(self._drain())
             self._draining.addErrback(self._give_up).addCallback(self._report_drained, timeout)
@@ -134,6 +157,7 @@ class OrchestratorService(Service):
 
     def _give_up(self, failure: Failure) -> None:
         if failure.check(CancelledError):
+            self._factory.counters.limit_hit("drain_timeout")
             _log.warn(
                 "action: drain | result: fail | connections: {connections}"
                 " | error: closed before they were done",
@@ -151,6 +175,8 @@ class OrchestratorService(Service):
         if timeout.active():
             timeout.cancel()
         self._factory.stop_threads()
+        if self._monitor is not None:
+            self._monitor.stop()
         if self._notifier is not None:
             self._notifier.stopped()
         self._restore_signals()
@@ -160,6 +186,8 @@ class OrchestratorService(Service):
             waiting.callback(None)
 
     def _listen(self) -> None:
+        if self._monitor is not None:
+            self._monitor.listen()
         for endpoint in self._endpoints:
             # All of Twisted's server endpoints say at once whether they listen.
             failures: list[Failure] = []

@@ -26,10 +26,12 @@ from twisted.internet.interfaces import IStreamServerEndpoint
 from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
 
+from . import __version__
 from .factory import OrchestratorFactory
 from .logs import BufferedLogObserver
 from .options import Options, refusal
-from .service import OrchestratorService
+from .service import OrchestratorService, ServiceMonitor
+from .sinks.completeness import Completeness
 from .sinks.database import StoreError, check_store
 from .sinks.sqlite import SqliteSink
 from .systemd import SystemdNotifier
@@ -83,7 +85,30 @@ def makeService(options: Options) -> IService:
         drain_timeout=options["drain-timeout"],
         log_observer=_log_observer(reactor, options),
         notifier=SystemdNotifier.from_environment(os.environ),
+        monitor=_monitor(reactor, factory, sink, options),
     )
+
+
+def _monitor(
+    reactor: Any, factory: OrchestratorFactory, sink: SqliteSink | None, options: Options
+) -> ServiceMonitor | None:
+    description = options["metrics"]
+    if description is None:
+        return None
+    # With it comes all of Twisted's HTTP.
+    from .monitor import Monitor  # noqa: PLC0415
+
+    _probe([_endpoint(_BindProbe(), "metrics", description)], "--metrics")
+    endpoint = _endpoint(reactor, "metrics", description)
+    completeness = None if sink is None else Completeness(reactor, options["store"])
+    try:
+        return Monitor(
+            reactor, factory, endpoint, __version__, sink=sink, completeness=completeness
+        )
+    except ImportError as error:
+        raise refusal(
+            "--metrics needs prometheus-client: pip install 'cafeteria_orch[metrics]'"
+        ) from error
 
 
 def _endpoints(reactor: Any, options: Options) -> list[IStreamServerEndpoint]:
@@ -91,16 +116,21 @@ def _endpoints(reactor: Any, options: Options) -> list[IStreamServerEndpoint]:
         interface = options["interface"]
         kind = TCP6ServerEndpoint if ":" in interface else TCP4ServerEndpoint
         return [kind(reactor, options["port"], options["backlog"], interface)]
-    endpoints = []
-    for description in options["listen"]:
-        try:
-            endpoints.append(serverFromString(reactor, description))
-        except Exception as error:
-            raise refusal(f"--listen {description}: {_one_line(error)}") from error
-    return endpoints
+    return [_endpoint(reactor, "listen", description) for description in options["listen"]]
 
 
-def _probe(endpoints: Iterable[IStreamServerEndpoint]) -> None:
+def _endpoint(reactor: Any, option: str, description: str) -> IStreamServerEndpoint:
+    try:
+        endpoint: IStreamServerEndpoint = serverFromString(reactor, description)
+    except Exception as error:
+        raise refusal(f"--{option} {description}: {_one_line(error)}") from error
+    return endpoint
+
+
+def _probe(
+    endpoints: Iterable[IStreamServerEndpoint],
+    names: str = "--port, --interface or --listen",
+) -> None:
     for endpoint in endpoints:
         if isinstance(endpoint, _PROBED):
             failures: list[Failure] = []
@@ -108,7 +138,7 @@ def _probe(endpoints: Iterable[IStreamServerEndpoint]) -> None:
             for failure in failures:
                 raise refusal(
                     f"{failure.getErrorMessage()} Stop what listens there, or choose another"
-                    " --port, --interface or --listen."
+                    f" {names}."
                 )
 
 

@@ -61,14 +61,21 @@ class Window:
         """The last one that was started is not done yet, and others may be in hand with it."""
         self._alone = None
 
-    def done(self, exchange: Exchange) -> None:
-        """A message was processed."""
-        self.in_hand.discard(exchange)
+    def done(self, exchange: Exchange) -> bool:
+        """A message was processed.
+
+        :return: ``False`` if that was known already, or it was never started.
+        """
+        try:
+            self.in_hand.remove(exchange)
+        except KeyError:
+            return False
         if exchange is self._alone:
             self._alone = None
         places = self._places
         while places and places[0] not in self.in_hand:
             places.pop(0)
+        return True
 
     def wait(self, call: Callable[[], None]) -> None:
         """Take no more before this has been called; see :meth:`turn`."""

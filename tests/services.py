@@ -14,7 +14,7 @@ from zope.interface import implementer
 
 from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.service import OrchestratorService
-from cafeteria_orch.sinks import ISink
+from cafeteria_orch.sinks import ISink, StoreSizes
 
 from .builders import ECHO, Pending, TCPTransport, connect, lose, numbered
 
@@ -75,6 +75,7 @@ class RecordingSink:
 
     def __init__(self, stop: Callable[[], Deferred[None]] = lambda: succeed(None)) -> None:
         self.calls: list[str] = []
+        self.refusal: str | None = None
         self._stop = stop
 
     def register(self, factory: OrchestratorFactory) -> None:
@@ -82,6 +83,9 @@ class RecordingSink:
 
     def start(self) -> None:
         self.calls.append("start")
+
+    def sizes(self) -> StoreSizes:
+        return StoreSizes(4096, 0)
 
     def stop(self) -> Deferred[None]:
         self.calls.append("stop")

@@ -16,6 +16,7 @@ from unittest.mock import patch
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from cafeteria_orch.counters import Outcome, Tally
 from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.sinks.database import Database
 from cafeteria_orch.sinks.sqlite import SqliteSink
@@ -143,12 +144,17 @@ class SinkTestCase(SynchronousTestCase):
         self.assertEqual(self.query("PRAGMA foreign_key_check"), [])
         return self.query("SELECT batch_number FROM batch ORDER BY id")
 
+    def counts(self) -> Tally:
+        """What became of all batches."""
+        return self.factory.counters.total()
+
     def assert_accounts(self, committed: int, duplicates: int = 0, failed: int = 0) -> None:
-        counts = self.sink.counts
+        counts = self.counts()
         self.assertEqual(counts.in_hand, 0)
+        self.assertEqual(counts.received, committed + duplicates + failed)
         self.assertEqual(
-            (counts.received, counts.committed, counts.duplicates, counts.failed),
-            (committed + duplicates + failed, committed, duplicates, failed),
+            (counts[Outcome.COMMITTED], counts[Outcome.DUPLICATE], counts.failed),
+            (committed, duplicates, failed),
         )
 
 

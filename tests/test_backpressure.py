@@ -10,6 +10,7 @@ from twisted.internet.interfaces import IPushProducer
 from twisted.python.failure import Failure
 from zope.interface.verify import verifyObject
 
+from cafeteria_orch.counters import Outcome
 from cafeteria_orch.sinks import sqlite
 from cafeteria_orch.sinks.database import Database
 
@@ -44,7 +45,7 @@ class BackpressureTests(GroupTestCase):
         self.limit(batches=4)
         _, idle = connect(self.factory)
         transports = self.connect_many(10, 2)
-        self.assertEqual(self.sink.counts.in_hand, 4)
+        self.assertEqual(self.counts().in_hand, 4)
         states = {transport.producerState for transport in (idle, *transports)}
         self.assertEqual(states, {"paused"})
 
@@ -52,7 +53,7 @@ class BackpressureTests(GroupTestCase):
         """The limit counts the bytes of the bodies as well as the batches."""
         self.limit(bytes_=3 * (len(batch_frame()) - 5) - 1)
         transports = self.connect_many(10, 1)
-        self.assertEqual(self.sink.counts.in_hand, 3)
+        self.assertEqual(self.counts().in_hand, 3)
         self.gate.open(10)
         self.reactor.pump_until(lambda: self.answered(transports) == [1] * 10)
         self.assertEqual(transports[-1].producerState, "producing")
@@ -66,7 +67,7 @@ class BackpressureTests(GroupTestCase):
             done = sum(self.answered(transports))
             self.gate.open()
             self.reactor.pump_until(partial(self.more_are_answered, transports, done))
-            self.assertEqual(self.sink.counts.received, received)
+            self.assertEqual(self.counts().received, received)
         self.gate.open(8)
         self.reactor.pump_until(lambda: self.answered(transports) == [1] * 12)
         self.assertEqual({transport.producerState for transport in transports}, {"producing"})
@@ -81,7 +82,7 @@ class BackpressureTests(GroupTestCase):
             self.reactor.pump_until(partial(self.more_are_answered, transports, done))
             served = self.answered(transports)
             self.assertLessEqual(max(served) - min(served), 4)
-            self.assertLessEqual(self.sink.counts.in_hand, 4)
+            self.assertLessEqual(self.counts().in_hand, 4)
         self.assert_accounts(committed=25 * 8)
         self.assertEqual(len(self.batch_numbers()), 25 * 8)
 
@@ -92,7 +93,7 @@ class BackpressureTests(GroupTestCase):
         protocol, transport = connect(self.factory)
         self.assertEqual(transport.producerState, "paused")
         protocol.dataReceived(batch_frame(batch_number=3))
-        self.assertEqual(self.sink.counts.received, 2)
+        self.assertEqual(self.counts().received, 2)
         self.gate.open(3)
         self.assertEqual(self.pump_answers(transport), [SUCCESS])
         self.assertEqual(transport.producerState, "producing")
@@ -118,7 +119,7 @@ class BackpressureTests(GroupTestCase):
             protocol.connectionLost(Failure(ConnectionDone()))
         self.gate.open(4)
         # What was read whole is still stored, whoever has gone.
-        self.reactor.pump_until(lambda: self.sink.counts.committed == 4)
+        self.reactor.pump_until(lambda: self.counts()[Outcome.COMMITTED] == 4)
         self.assertFalse(self.factory.connections)
         self.assert_accounts(committed=4)
 
@@ -130,9 +131,9 @@ class BackpressureTests(GroupTestCase):
             protocol.dataReceived(batch_frame(batch_number=next(self.numbers)))
         for protocol in protocols:
             protocol.connectionLost(Failure(ConnectionDone()))
-        self.assertEqual(self.sink.counts.in_hand, 2)
+        self.assertEqual(self.counts().in_hand, 2)
         self.gate.open(6)
-        self.reactor.pump_until(lambda: self.sink.counts.committed == 6)
+        self.reactor.pump_until(lambda: self.counts()[Outcome.COMMITTED] == 6)
         self.assertFalse(self.factory.connections)
 
     def test_producer(self) -> None:

@@ -180,6 +180,4 @@ class Image(ExampleTestCase):
 
     def test_names(self) -> None:
         """There are such options."""
-        if "metrics" not in {name.rstrip("=") for name in Options().longOpt}:
-            raise SkipTest("--metrics is not there yet")
         self.assert_known(self.text)

@@ -31,6 +31,7 @@ DEFAULTS = {
     "frame-timeout": 30.0,
     "processing-timeout": 60.0,
     "drain-timeout": 10.0,
+    "metrics": None,
     "log-level": LogLevel.info,
     "log-format": as_text,
 }
@@ -59,6 +60,8 @@ SINGLE = (
     ("processing-timeout", "none", None),
     ("drain-timeout", "0", 0.0),
     ("drain-timeout", "2.5", 2.5),
+    ("metrics", "none", None),
+    ("metrics", "tcp:9100:interface=127.0.0.1", "tcp:9100:interface=127.0.0.1"),
     ("log-level", "debug", LogLevel.debug),
     ("log-level", "info", LogLevel.info),
     ("log-level", "warn", LogLevel.warn),
@@ -269,6 +272,7 @@ class Help(OptionsTestCase):
         shown = {"store": "cafeorch.sqlite3", "log-level": "info", "drain-timeout": "10"}
         shown |= {"log-format": "text", "framing": "auto", "max-connections-per-host": "none"}
         shown |= {"idle-timeout": "none", "frame-timeout": "30", "processing-timeout": "60"}
+        shown |= {"metrics": "none"}
         for name, default in (DEFAULTS | shown).items():
             short = f"-{SHORT[name]}, " if name in SHORT else ""
             self.assertRegex(text, rf"(?m)^ +{short}--{name}=")

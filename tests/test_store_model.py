@@ -29,6 +29,7 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
+from cafeteria_orch.counters import Outcome, Tally
 from cafeteria_orch.errors import BatchRejected
 from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.messages import ClientHello, Finished, encode, end_of_table
@@ -234,7 +235,7 @@ class StoreModel(RuleBasedStateMachine):
     def fail_after_commit(self) -> None:
         """The disk has a fault, and what was not acknowledged is stored nevertheless."""
         self.uncertain.update(self.fail_with(Fault("COMMIT", "done")))
-        self.stored_before = self.stored().total() - self.sink.counts.committed
+        self.stored_before = self.stored().total() - self.counts()[Outcome.COMMITTED]
 
     @rule()
     def reject(self) -> None:
@@ -261,11 +262,17 @@ class StoreModel(RuleBasedStateMachine):
     def check_accounts(self) -> None:
         """Every batch that was received is in one of the counts, and in the right one."""
         self.collect()
-        counts = self.sink.counts
-        assert counts.received == (
-            counts.committed + counts.duplicates + counts.failed + counts.in_hand
+        counts = self.counts()
+        committed, duplicates = counts[Outcome.COMMITTED], counts[Outcome.DUPLICATE]
+        in_hand = Counter(
+            exchange.opcode
+            for connection in self.factory.connections
+            for exchange in connection._window.in_hand
         )
-        assert counts.committed + counts.duplicates >= self.committed
+        for table in TABLES:
+            assert self.factory.counters.tallies[table.opcode].in_hand == in_hand[table.opcode]
+        assert counts.received == committed + duplicates + counts.failed + counts.in_hand
+        assert committed + duplicates >= self.committed
         assert 0 <= counts.in_hand <= self.sink._waiting_batches
         assert self.sink._waiting_batches == self.sink._jobs.qsize()
 
@@ -274,7 +281,7 @@ class StoreModel(RuleBasedStateMachine):
         """The store is what was acknowledged, and possibly what was not answered."""
         self.collect()
         stored = self.stored()
-        assert stored.total() == self.stored_before + self.sink.counts.committed
+        assert stored.total() == self.stored_before + self.counts()[Outcome.COMMITTED]
         possible = self.acknowledged + self.uncertain
         for client in self.clients:
             possible.update(key for key in client.unanswered if isinstance(key, Key))
@@ -283,6 +290,9 @@ class StoreModel(RuleBasedStateMachine):
             if key.client is not None:
                 least, most = min(least, 1), min(most, 1)
             assert least <= stored[key] <= most, (key, least, stored[key], most)
+
+    def counts(self) -> Tally:
+        return self.factory.counters.total()
 
     def client(self, which: int) -> Client:
         return self.clients[which % len(self.clients)]

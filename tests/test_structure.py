@@ -17,6 +17,7 @@ ORDER = (
     "opcodes",
     "errors",
     "tables",
+    "counters",
     "rows",
     "_rows",
     "codec",
@@ -37,6 +38,10 @@ ORDER = (
     "logs",
     "systemd",
     "service",
+    "health",
+    "metrics",
+    "status",
+    "monitor",
     "options",
     "tap",
 )
@@ -63,7 +68,11 @@ SERVER = ORDER[ORDER.index("responses") :]
 
 REACTOR = "twisted.internet.reactor"
 
-EXTRAS = {"send": {"tqdm"}, "client_tls": {"OpenSSL", "cryptography", "service_identity"}}
+EXTRAS = {
+    "metrics": {"prometheus_client"},
+    "send": {"tqdm"},
+    "client_tls": {"OpenSSL", "cryptography", "service_identity"},
+}
 """What comes with an extra, and the modules that use it."""
 
 WITHOUT_TWISTED = ORDER[: ORDER.index("framing")]
@@ -146,7 +155,7 @@ class Imports(SynchronousTestCase):
                 allowed = set(ORDER[: ORDER.index(module)])
                 # Inside a package its modules import each other; the options alone need the version.
                 allowed |= {module} if name != module or module == "sinks" else set()
-                allowed |= {""} if module == "options" else set()
+                allowed |= {""} if module in {"options", "tap"} else set()
                 self.assertEqual(own_imports(name) - allowed, set(), name)
 
     def test_sending_side(self) -> None:
@@ -187,6 +196,15 @@ class Imports(SynchronousTestCase):
             needed = "import sys; sys.modules |= dict.fromkeys({!r}); import {}.{}"
             program = needed.format(sorted(extras), PACKAGE, name)
             subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+    def test_http_is_imported_where_it_is_used(self) -> None:
+        """Twisted's HTTP takes memory and time to start: whoever has no use for it has neither."""
+        for name in MODULES:
+            if name != "monitor":
+                self.assertFalse(
+                    [each for each in imports(name) if each.startswith("twisted.web")]
+                )
+                self.assertNotIn(f"{PACKAGE}.monitor.Monitor", imports(name, at_import=True))
 
 
 class Plugin(SynchronousTestCase):

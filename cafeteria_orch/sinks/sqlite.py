@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +16,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from cafeteria_orch import responses
+from cafeteria_orch.counters import Outcome
 from cafeteria_orch.errors import BatchRejected, TryAgainLater
 from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.messages import Finished, TableBatch
@@ -22,7 +24,7 @@ from cafeteria_orch.opcodes import FailReason, Opcode
 from cafeteria_orch.responses import Exchange
 from cafeteria_orch.tables import TABLES
 
-from . import ISink
+from . import ISink, StoreSizes
 from .database import Database
 
 MOST_WAITING_BATCHES = 1024
@@ -49,24 +51,6 @@ _SQLITE_ERROR = 1
 _log = Logger()
 
 
-@dataclass
-class Counts:
-    """What became of the batches that came: received is always the sum of the others.
-
-    :ivar received: batches that were handed to the store.
-    :ivar committed: that are in it, and were acknowledged.
-    :ivar duplicates: that were in it already, and were acknowledged again.
-    :ivar failed: that were answered with FAIL.
-    :ivar in_hand: that wait for their commit.
-    """
-
-    received: int = 0
-    committed: int = 0
-    duplicates: int = 0
-    failed: int = 0
-    in_hand: int = 0
-
-
 class _Job(NamedTuple):
     write: Callable[[Database], object]
     size: int
@@ -81,11 +65,9 @@ class SqliteSink:
 
     :param reactor: for time, and to come back from the writer thread.
     :param path: the file.
-    :ivar counts: what became of the batches; in the reactor's thread.
     """
 
     def __init__(self, reactor: Any, path: str) -> None:
-        self.counts = Counts()
         self._reactor = reactor
         self._path = path
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
@@ -128,38 +110,34 @@ class SqliteSink:
         self._jobs.put(None)
         return self._stopped
 
-    def _store_batch(self, batch: TableBatch, client: Exchange) -> Deferred[bool]:
+    @property
+    def refusal(self) -> str | None:
+        """Why the store takes nothing now, in one line; ``None`` while it does."""
+        return None if self._outage is None else self._outage.reason
+
+    def sizes(self) -> StoreSizes:
+        """The sizes of its files at this moment."""
+        # SQLite puts the WAL beside the file itself, whatever link leads there.
+        path = os.path.realpath(self._path)
+        return StoreSizes(_size(path), _size(f"{path}-wal"))
+
+    def _store_batch(self, batch: TableBatch, client: Exchange) -> Deferred[Outcome | bool]:
         self._factory.log_data_message(batch, client)
         now = self._reactor.seconds()
-        counts = self.counts
-        counts.received += 1
-        counts.in_hand += 1
-
-        def stored(is_new: bool) -> None:
-            counts.in_hand -= 1
-            if is_new:
-                counts.committed += 1
-            else:
-                counts.duplicates += 1
-
-        def failed(failure: Failure) -> Failure:
-            counts.in_hand -= 1
-            counts.failed += 1
-            return failure
 
         def write(database: Database) -> bool:
             return database.store_batch(batch, client.session, now)
 
-        done = self._submit(write, len(batch.body)).addCallbacks(stored, failed)
-        return self._answer(done, client)
+        return self._answer(self._submit(write, len(batch.body)), client)
 
-    def _end_table(self, end: TableBatch, client: Exchange) -> Deferred[bool]:
+    def _end_table(self, end: TableBatch, client: Exchange) -> Deferred[Outcome | bool]:
         self._factory.log_data_message(end, client)
         now = self._reactor.seconds()
         table_name = end.rows[0][0] or ""
 
-        def write(database: Database) -> None:
+        def write(database: Database) -> bool:
             database.end_table(table_name, client.session, now)
+            return True
 
         return self._answer(self._submit(write), client)
 
@@ -180,10 +158,10 @@ class SqliteSink:
 
         return self._submit(write).addErrback(lost).addCallback(lambda _: False)
 
-    def _answer(self, done: Deferred[None], client: Exchange) -> Deferred[bool]:
-        def committed(_: None) -> bool:
+    def _answer(self, done: Deferred[bool], client: Exchange) -> Deferred[Outcome | bool]:
+        def committed(is_new: bool) -> Outcome:
             responses.send_success(client)
-            return True
+            return Outcome.COMMITTED if is_new else Outcome.DUPLICATE
 
         def not_now(failure: Failure) -> bool:
             # The outage has its own lines in the log: not one for each batch that meets it.
@@ -210,14 +188,21 @@ class SqliteSink:
             self._factory.pauseProducing()
         return job.done
 
-    def _report(self, group: Sequence[_Job], outcomes: Sequence[object] | TryAgainLater) -> None:
-        """A group has been committed, or undone. In the reactor's thread."""
+    def _report(
+        self,
+        group: Sequence[_Job],
+        outcomes: Sequence[object] | TryAgainLater,
+        seconds: float = 0.0,
+    ) -> None:
+        """A group has been committed, or undone, which took so long. In the reactor's thread."""
         if isinstance(outcomes, TryAgainLater):
             self._note_outage(len(group), outcomes)
             outcomes = [Failure(outcomes)] * len(group)
-        elif self._outage is not None:
-            self._outage.end(self._reactor.seconds())
-            self._outage = None
+        else:
+            self._factory.counters.commit_seconds.observe(seconds)
+            if self._outage is not None:
+                self._outage.end(self._reactor.seconds())
+                self._outage = None
         for job, outcome in zip(group, outcomes):
             self._waiting_batches -= 1
             self._waiting_bytes -= job.size
@@ -240,6 +225,7 @@ class _Outage:
     """The store takes nothing: a line when it starts, one when it ends, a few between."""
 
     def __init__(self, now: float, error: TryAgainLater) -> None:
+        self.reason = str(error)
         self._began = self._reported = now
         self._refused = 0
         _log.error("action: store | result: fail | error: {error}", error=error)
@@ -277,7 +263,10 @@ class _Writer:
             group, stopping = self._next_group()
             if group:
                 self._wal_is_empty = False
-                self._reactor.callFromThread(report, group, _commit(self._database, group))
+                began = self._reactor.seconds()
+                outcomes = _commit(self._database, group)
+                seconds = self._reactor.seconds() - began
+                self._reactor.callFromThread(report, group, outcomes, seconds)
             if self._reactor.seconds() >= self._checkpoint_due:
                 self._checkpoint()
         try:
@@ -364,3 +353,10 @@ def _undoes_all(error: Exception) -> bool:
         # Python 3.10 does not know the code; there, every such error is taken for the store's.
         return getattr(error, "sqlite_errorcode", None) != _SQLITE_ERROR
     return type(error) is sqlite3.DatabaseError or isinstance(error, MemoryError)
+
+
+def _size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return 0

@@ -1,0 +1,211 @@
+"""What came and what became of it: plain numbers, kept in the reactor's thread.
+
+Whoever shows them (:mod:`~cafeteria_orch.metrics`, :mod:`~cafeteria_orch.status`) reads them
+when it is asked; to keep them costs an addition here and there.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from enum import IntEnum
+from itertools import accumulate
+
+from .opcodes import FailReason, Opcode
+from .tables import TABLES
+
+UNKNOWN = -1
+"""In place of an opcode: of a frame that has none, or one that nothing knows."""
+
+LIMITS = (
+    "max_connections",
+    "max_connections_per_host",
+    "max_frame_bytes",
+    "max_in_flight_bytes",
+    "idle_timeout",
+    "frame_timeout",
+    "processing_timeout",
+    "drain_timeout",
+)
+"""The limits that can be hit, by the names of their options."""
+
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""The upper bounds of a histogram's buckets. Beyond the last one there is one more."""
+
+
+class Outcome(IntEnum):
+    """What became of a message."""
+
+    PROCESSED = 0
+    """It was taken, by something else than a store: acknowledged, or answered otherwise."""
+    COMMITTED = 1
+    """It is in the store, and was acknowledged."""
+    DUPLICATE = 2
+    """It was in the store already, and was acknowledged again."""
+    REJECTED = 3
+    TRY_AGAIN = 4
+    MALFORMED = 5
+
+
+FAILED = (Outcome.REJECTED, Outcome.TRY_AGAIN, Outcome.MALFORMED)
+"""What a client was answered FAIL for."""
+
+_FAIL = bytes([Opcode.BATCH_RECV_FAIL])
+
+ANSWERED: Mapping[bytes, int] = {
+    # A FAIL says what it will for a reason: but for two of them it is a rejection.
+    _FAIL: int(Outcome.REJECTED),
+    **{_FAIL + bytes([reason]): int(Outcome.REJECTED) for reason in range(256)},
+    _FAIL + bytes([FailReason.TRY_AGAIN]): int(Outcome.TRY_AGAIN),
+    _FAIL + bytes([FailReason.MALFORMED]): int(Outcome.MALFORMED),
+}
+"""The outcome that an answer says, as a plain number, which is a faster index than an enum's;
+any other answer is :attr:`Outcome.PROCESSED`."""
+
+_CONTROL_NAMES: dict[int, str] = {
+    opcode: opcode.name.lower()
+    for opcode in (
+        Opcode.BATCH_RECV_SUCCESS,
+        Opcode.BATCH_RECV_FAIL,
+        Opcode.FINISHED,
+        Opcode.EOF,
+        Opcode.CLIENT_HELLO,
+    )
+}
+_TABLE_NAMES: dict[int, str] = {table.opcode: table.name for table in TABLES}
+_NAMES = {UNKNOWN: "unknown"} | _CONTROL_NAMES | _TABLE_NAMES
+
+
+class Tally:
+    """What became of the messages of one opcode.
+
+    :ivar received: that came: those that are in hand, and all that something became of.
+    :ivar outcomes: how many there were of each :class:`Outcome`.
+    :ivar rows: the rows of those.
+    :ivar is_batch: whether they are batches, and not of the wire's own few.
+    :ivar is_timed: whether it is worth while to take the time that they take.
+    """
+
+    __slots__ = ("is_batch", "is_timed", "outcomes", "received", "rows")
+
+    def __init__(self, *, is_batch: bool = True) -> None:
+        self.is_batch = is_batch
+        self.is_timed = False
+        self.received = 0
+        self.outcomes = [0] * len(Outcome)
+        self.rows = [0] * len(Outcome)
+
+    def __getitem__(self, outcome: Outcome) -> int:
+        return self.outcomes[outcome]
+
+    @property
+    def in_hand(self) -> int:
+        """How many are being processed: they came, and nothing has become of them yet."""
+        return self.received - sum(self.outcomes)
+
+    @property
+    def failed(self) -> int:
+        """How many were answered with FAIL."""
+        return sum(self.outcomes[outcome] for outcome in FAILED)
+
+    @property
+    def accepted(self) -> int:
+        """How many brought something new that was taken."""
+        return self.outcomes[Outcome.COMMITTED] + self.outcomes[Outcome.PROCESSED]
+
+    @property
+    def accepted_rows(self) -> int:
+        """The rows of those."""
+        return self.rows[Outcome.COMMITTED] + self.rows[Outcome.PROCESSED]
+
+    def add(self, other: Tally) -> None:
+        """Count what another one has, too."""
+        self.received += other.received
+        self.outcomes = [sum(pair) for pair in zip(self.outcomes, other.outcomes)]
+        self.rows = [sum(pair) for pair in zip(self.rows, other.rows)]
+
+
+class Histogram:
+    """How often something took how long.
+
+    :param bounds: the upper bounds of all buckets but the last, in seconds, ascending.
+    :ivar sum: of all that was observed, in seconds.
+    """
+
+    def __init__(self, bounds: Sequence[float] = SECONDS) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """It took so long; below 0, where the clock was set back, counts as 0."""
+        seconds = max(0.0, seconds)
+        self._counts[bisect_left(self._bounds, seconds)] += 1
+        self.sum += seconds
+
+    def cumulative(self) -> list[tuple[float, int]]:
+        """How often it took no longer than each bound, the last of which is infinite."""
+        return list(zip((*self._bounds, float("inf")), accumulate(self._counts)))
+
+
+class Counters:
+    """All that a factory counts.
+
+    :ivar tallies: of the messages, by opcode; :data:`UNKNOWN` is the last of them.
+    :ivar accepted_connections: how many there were, with those that are open.
+    :ivar received_bytes: that connections have read which are gone by now.
+    :ivar limit_hits: how often a limit was hit, by its name.
+    :ivar batch_seconds: from a batch's message to the end of its processing, where there is a
+        processor or a store.
+    :ivar commit_seconds: of the store's transactions.
+    """
+
+    def __init__(self) -> None:
+        self.tallies = [Tally(is_batch=opcode not in _CONTROL_NAMES) for opcode in range(257)]
+        self.accepted_connections = 0
+        self.received_bytes = 0
+        self.limit_hits: Counter[str] = Counter(dict.fromkeys(LIMITS, 0))
+        self.batch_seconds = Histogram()
+        self.commit_seconds = Histogram()
+
+    def limit_hit(self, limit: str) -> None:
+        """A limit was hit.
+
+        :param limit: the name of its option, with underscores; never what a client says.
+        """
+        self.limit_hits[limit] += 1
+
+    def take_times(self, opcode: int) -> None:
+        """From now on it is worth while to take the time that messages of an opcode take."""
+        tally = self.tallies[opcode]
+        tally.is_timed = tally.is_batch
+
+    def refused(self, opcode: int, outcome: Outcome) -> None:
+        """A message came and was refused before it was processed."""
+        tally = self.tallies[opcode]
+        tally.received += 1
+        tally.outcomes[outcome] += 1
+
+    def batches(self) -> Iterator[tuple[str, Tally]]:
+        """The batches by table, or by what stands for one: the wire's, and any that came."""
+        for opcode, tally in zip((*range(256), UNKNOWN), self.tallies):
+            if tally.is_batch and (tally.received or opcode in _TABLE_NAMES):
+                yield label_of(opcode), tally
+
+    def control_messages(self) -> Iterator[tuple[str, Tally]]:
+        """The messages that are no batches, by their names."""
+        for opcode, name in _CONTROL_NAMES.items():
+            yield name, self.tallies[opcode]
+
+    def total(self) -> Tally:
+        """All batches together."""
+        total = Tally()
+        for _, tally in self.batches():
+            total.add(tally)
+        return total
+
+
+def label_of(opcode: int) -> str:
+    """What stands for a table: its name, ``opcode_40`` or ``unknown``; a client cannot choose."""
+    return _NAMES.get(opcode) or f"opcode_{opcode}"

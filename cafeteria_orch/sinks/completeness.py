@@ -1,0 +1,124 @@
+"""Which tables are complete in the store: asked in a thread, for the status page."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from cafeteria_orch.tables import TABLES
+
+INTERVAL = 30.0
+"""How long, in seconds, an answer of the store is good enough."""
+
+PATIENCE = 2.0
+"""How long, in seconds, the store may take for it; a reader keeps its WAL from being cut back."""
+
+# So many steps of SQLite's machine lie between two looks at the time.
+_STEPS = 20_000
+
+# A sender is a client, or a session of one that has not said who it is.
+_QUERY = """
+WITH part AS (
+    SELECT coalesce(client_id, id) AS sender, opcode, count(*) AS batches, sum(amount) AS rows,
+        max(batch_id) AS last_batch_id
+    FROM (
+        SELECT session.client_id, session.id, opcode, amount, batch.id AS batch_id
+        FROM batch JOIN session ON session.id = session_id
+    )
+    GROUP BY 1, 2
+),
+ending AS (
+    SELECT coalesce(client_id, id) AS sender, table_name, max(last_batch_id) AS last_batch_id
+    FROM table_eof JOIN session ON session.id = session_id
+    GROUP BY 1, 2
+)
+SELECT opcode, sum(batches), sum(rows), count(*),
+    count(CASE WHEN ending.last_batch_id >= part.last_batch_id THEN 1 END)
+FROM part LEFT JOIN ending ON ending.sender = part.sender AND table_name = {table_name}
+GROUP BY opcode
+"""
+
+
+class TableTotals(NamedTuple):
+    """What the store has of a table.
+
+    :ivar batches: that it holds.
+    :ivar rows: that are in those.
+    :ivar senders: that sent some: clients, or connections of those who do not say who they are.
+    :ivar complete: those of them that have said that no more come, and sent none since.
+    """
+
+    batches: int
+    rows: int
+    senders: int
+    complete: int
+
+
+class Answer(NamedTuple):
+    """What the store said.
+
+    :ivar asked_at: when, in seconds since the epoch.
+    :ivar tables: by name; ``None`` if it took too long, or could not be read.
+    """
+
+    asked_at: float
+    tables: dict[str, TableTotals] | None
+
+
+class Completeness:
+    """Asks a store now and then, if somebody wants to know.
+
+    :param reactor: for time, and to come back from the thread.
+    :param path: of the store.
+    :ivar latest: its last answer.
+    """
+
+    def __init__(self, reactor: Any, path: str) -> None:
+        self._reactor = reactor
+        self._path = path
+        self._is_asking = False
+        self.latest: Answer | None = None
+
+    def refresh(self) -> None:
+        """Ask, if the last answer is old and none is under way; not waited for."""
+        now = self._reactor.seconds()
+        is_old = self.latest is None or now - self.latest.asked_at >= INTERVAL
+        if is_old and not self._is_asking:
+            self._is_asking = True
+            # A daemon: a disk that hangs must not keep the process from ending.
+            threading.Thread(
+                target=self._ask, args=(now,), name="cafeorch-completeness", daemon=True
+            ).start()
+
+    def _ask(self, now: float) -> None:
+        tables = None
+        try:
+            tables = read_totals(self._path, lambda: self._reactor.seconds() - now > PATIENCE)
+        finally:
+            self._reactor.callFromThread(self._answered, Answer(now, tables))
+
+    def _answered(self, answer: Answer) -> None:
+        self._is_asking = False
+        self.latest = answer
+
+
+def read_totals(path: str, is_too_late: Callable[[], bool]) -> dict[str, TableTotals] | None:
+    """Read what a store has of each table.
+
+    :param is_too_late: asked now and then; ends it.
+    :return: ``None`` if it was ended, or the store cannot be read.
+    """
+    cases = " ".join(f"WHEN {table.opcode} THEN '{table.name}'" for table in TABLES)
+    names = {table.opcode: table.name for table in TABLES}
+    try:
+        with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as store:
+            store.set_progress_handler(is_too_late, _STEPS)
+            query = _QUERY.replace("{table_name}", f"CASE opcode {cases} END")
+            found = store.execute(query)
+            return {names[opcode]: TableTotals(*totals) for opcode, *totals in found}
+    except sqlite3.Error:
+        return None

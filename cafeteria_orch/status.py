@@ -1,0 +1,164 @@
+"""What the status page shows: the server at this moment, and its last minutes."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from heapq import nlargest
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from twisted.internet.task import LoopingCall
+
+from .counters import Outcome, Tally
+from .factory import OrchestratorFactory
+from .health import Health
+from .logs import RecentProblems
+from .protocol import OrchestratorProtocol
+from .sinks.completeness import Completeness
+
+SAMPLE_INTERVAL = 5.0
+"""Seconds between two points of the lines."""
+
+SAMPLES = 120
+"""How many points there are at most: ten minutes."""
+
+MOST_CONNECTIONS = 200
+"""So many connections are listed, those that sent most; all are counted."""
+
+
+class _Sample(NamedTuple):
+    time: float
+    rows: int
+    batches: int
+    received_bytes: int
+
+
+class Status:
+    """Gathers what an operator wants to see.
+
+    :param reactor: for time.
+    :param factory: whose connections and counters they are.
+    :param health: of the server.
+    :param version: of this package.
+    :param problems: the last ones.
+    :param completeness: of the tables in the store, if there is one.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        factory: OrchestratorFactory,
+        health: Health,
+        version: str,
+        *,
+        problems: RecentProblems,
+        completeness: Completeness | None = None,
+    ) -> None:
+        self._reactor = reactor
+        self._factory = factory
+        self._health = health
+        self._problems = problems
+        self._completeness = completeness
+        self._version = version
+        self._started_at: float = reactor.seconds()
+        self._samples: deque[_Sample] = deque(maxlen=SAMPLES + 1)
+        self._sampling = LoopingCall(self._take_sample)
+        self._sampling.clock = reactor
+
+    def start(self) -> None:
+        """The server starts: take samples from now on."""
+        self._started_at = self._reactor.seconds()
+        self._sampling.start(SAMPLE_INTERVAL)
+
+    def stop(self) -> None:
+        """Take no more samples."""
+        if self._sampling.running:
+            self._sampling.stop()
+
+    def render(self) -> bytes:
+        """All of it, as JSON."""
+        return json.dumps(self._gather(), separators=(",", ":"), allow_nan=False).encode()
+
+    def _take_sample(self) -> None:
+        total = self._factory.counters.total()
+        self._samples.append(
+            _Sample(
+                self._reactor.seconds(),
+                total.accepted_rows,
+                total.accepted,
+                self._factory.received_bytes,
+            )
+        )
+
+    def _gather(self) -> dict[str, Any]:
+        factory, health = self._factory, self._health
+        sink = health.sink
+        if self._completeness is not None and health.state != "draining":
+            self._completeness.refresh()
+        connections = factory.connections
+        shown = nlargest(MOST_CONNECTIONS, connections, key=lambda each: each.received_bytes)
+        return {
+            "version": self._version,
+            "time": self._reactor.seconds(),
+            "started_at": self._started_at,
+            "state": health.state,
+            "reason": health.refusal,
+            "rates": self._rates(),
+            "received_bytes": factory.received_bytes,
+            "in_flight_bytes": factory.in_flight.bytes,
+            "store": None if sink is None else sink.sizes()._asdict(),
+            "connections": {
+                "open": len(connections),
+                "accepted": factory.counters.accepted_connections,
+                "shown": [self._connection(connection) for connection in shown],
+            },
+            "tables": [self._table(label, tally) for label, tally in factory.counters.batches()],
+            "completeness": self._complete_tables(),
+            "limits": {limit: hits for limit, hits in factory.counters.limit_hits.items() if hits},
+            "problems": self._problems.latest(),
+        }
+
+    def _rates(self) -> dict[str, Any]:
+        samples = list(self._samples)
+        points = []
+        for before, after in pairwise(samples):
+            seconds = after.time - before.time
+            # Where the clock was set back there is nothing to be said.
+            if seconds > 0:
+                gains = [(now - then) / seconds for then, now in zip(before[1:], after[1:])]
+                points.append([after.time, *(round(gain, 2) for gain in gains)])
+        return {"columns": ["time", "rows", "batches", "bytes"], "points": points}
+
+    def _connection(self, connection: OrchestratorProtocol) -> dict[str, Any]:
+        session = connection.session
+        return {
+            "ip": session.ip,
+            "agency": session.agency_id,
+            "client": None if session.client_id is None else str(session.client_id),
+            "table": connection.table,
+            "batches": connection.batches,
+            "rows": connection.rows,
+            "bytes": connection.received_bytes,
+            "in_hand": connection.in_hand,
+            "connected_at": session.connected_at,
+        }
+
+    def _table(self, label: str, tally: Tally) -> dict[str, Any]:
+        return {
+            "table": label,
+            "received": tally.received,
+            "in_hand": tally.in_hand,
+            "rows": tally.accepted_rows,
+            **{outcome.name.lower(): tally[outcome] for outcome in Outcome},
+        }
+
+    def _complete_tables(self) -> dict[str, Any] | None:
+        if self._completeness is None or self._completeness.latest is None:
+            return None
+        answer = self._completeness.latest
+        tables = answer.tables
+        return {
+            "asked_at": answer.asked_at,
+            "tables": tables and {name: totals._asdict() for name, totals in tables.items()},
+        }

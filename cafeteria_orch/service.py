@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 from twisted.application.service import Service
@@ -18,6 +15,7 @@ from twisted.python.failure import Failure
 from .codec import CODEC
 from .factory import OrchestratorFactory
 from .logs import BufferedLogObserver
+from .signals import SignalHandlers
 from .sinks import ISink
 from .systemd import SystemdNotifier
 
@@ -66,8 +64,12 @@ class OrchestratorService(Service):
         self._draining: Deferred[None] | None = None
         self._waiting: list[Deferred[None]] = []
         self._drained = False
-        self._signalled = False
-        self._previous_handlers: dict[int, Any] = {}
+        self._signals = SignalHandlers(
+            reactor,
+            is_stopping=lambda: self._draining is not None,
+            hurry=self._hurry,
+            reload=self._reload,
+        )
 
     def setServiceParent(self, parent: Any) -> None:
         """Become part of an application, which is to log as this service logs."""
@@ -153,7 +155,7 @@ class OrchestratorService(Service):
         self._factory.stop_threads()
         if self._notifier is not None:
             self._notifier.stopped()
-        self._restore_signals()
+        self._signals.restore()
         if self._log_observer is not None:
             self._log_observer.stop()
         for waiting in self._waiting:
@@ -175,33 +177,9 @@ class OrchestratorService(Service):
         _log.info("action: listen | result: success | address: {address}", address=host)
 
     def _running(self) -> None:
-        self._handle_signals()
+        self._signals.install()
         if self._notifier is not None:
             self._notifier.ready(self._reactor)
 
-    def _handle_signals(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            handler = signal.getsignal(number)
-            # What a parent has chosen to ignore (nohup, a shell's background) stays ignored, and
-            # where Twisted has no handler to be chained to, a stop is not ours to catch.
-            if callable(handler) or (number == signal.SIGHUP and handler == signal.SIG_DFL):
-                self._previous_handlers[number] = handler
-                signal.signal(number, self._on_signal)
-
-    def _restore_signals(self) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        self._previous_handlers.clear()
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            self._reactor.callFromThread(
-                _log.info, "action: reload | result: ignored | error: there is nothing to reload"
-            )
-        elif self._signalled or self._draining is not None:
-            self._reactor.callFromThread(self._hurry)
-        else:
-            self._signalled = True
-            self._previous_handlers[number](number, frame)
+    def _reload(self) -> None:
+        _log.info("action: reload | result: ignored | error: there is nothing to reload")

@@ -32,6 +32,7 @@ ORDER = (
     "sinks",
     "logs",
     "systemd",
+    "signals",
     "service",
     "options",
     "tap",

@@ -16,7 +16,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from .closing import ClosingReceiver
-from .errors import FrameTooLong, ProtocolError
+from .errors import FrameTooLong, ProcessorHung, ProtocolError
 from .handler import MessageHandler
 from .messages import ClientHello, Finished, decode
 from .responses import Exchange, Session, handle_processing_error, send_failure
@@ -196,7 +196,7 @@ class OrchestratorProtocol(ClosingReceiver):
         self._window.start(exchange)
         try:
             result = self.handler.handle_message(message, exchange)
-        except Exception as error:
+        except (Exception, ProcessorHung) as error:
             result = handle_processing_error(message, exchange, error)
         if iscoroutine(result):
             result = Deferred.fromCoroutine(result)

@@ -40,6 +40,7 @@ class OrchestratorService(Service):
         was not committed by then was not acknowledged.
     :param log_observer: what ``twistd`` is to log with; ``None`` leaves it its own.
     :param notifier: tells systemd; ``None`` if it has not started this process.
+    :param pid_file: of ``twistd``; ``None`` if there is none.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class OrchestratorService(Service):
         drain_timeout: float = DEFAULT_DRAIN_TIMEOUT,
         log_observer: BufferedLogObserver | None = None,
         notifier: SystemdNotifier | None = None,
+        pid_file: str | None = None,
     ) -> None:
         self._reactor = reactor
         self._factory = factory
@@ -66,9 +68,12 @@ class OrchestratorService(Service):
         self._drained = False
         self._signals = SignalHandlers(
             reactor,
+            drain_timeout,
             is_stopping=lambda: self._draining is not None,
+            stop=factory.drain,
             hurry=self._hurry,
             reload=self._reload,
+            pid_file=pid_file,
         )
 
     def setServiceParent(self, parent: Any) -> None:

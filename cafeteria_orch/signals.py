@@ -1,37 +1,66 @@
-"""Signals: the first stop is Twisted's, the second ends the drain, SIGHUP kills nobody."""
+"""Signals: the first stop is Twisted's, the second ends the drain, SIGHUP kills nobody.
+
+And a stop that the reactor does not hear of, since a processor hangs in its thread, comes all
+the same.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path, PurePath
 from types import FrameType
 from typing import Any
+
+from twisted.logger import Logger
+
+from .errors import ProcessorHung
+
+BEAT = 0.25
+"""How often, in seconds, a reactor that is to end is asked whether it still comes round."""
+
+_GRACE = 2
+"""So many beats a reactor that hung has, to acknowledge what was committed meanwhile."""
+
+_log = Logger()
 
 
 class SignalHandlers:
     """Stands before Twisted's handlers, so that the exit status stays the one it gives.
 
-    :param reactor: what is called is called in its thread.
-    :param is_stopping: whether a stop is on its way already, for whatever reason. It is asked
-        in the handler itself.
+    :param reactor: what is called is called in its thread, if nothing else is said.
+    :param drain_timeout: seconds after the first stop in which all has to be over.
+    :param is_stopping: whether a stop is on its way already, for whatever reason. Called in
+        the handler itself.
+    :param stop: has no further message processed, since one of them hangs. Called in the
+        handler itself, amid what hangs.
     :param hurry: ends the drain at once; called for every stop but the first.
     :param reload: called for SIGHUP.
+    :param pid_file: to be removed by who ends the process in another way than twistd would.
     """
 
     def __init__(
         self,
         reactor: Any,
+        drain_timeout: float,
         *,
         is_stopping: Callable[[], bool],
+        stop: Callable[[], object],
         hurry: Callable[[], None],
         reload: Callable[[], None],
+        pid_file: str | None = None,
     ) -> None:
         self._reactor = reactor
+        self._drain_timeout = drain_timeout
         self._is_stopping = is_stopping
         self._hurry = hurry
         self._reload = reload
+        self._guard = _HangGuard(reactor, stop, hurry, pid_file)
         self._signalled = False
+        self._hurried = False
         self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
@@ -48,18 +77,129 @@ class SignalHandlers:
             if callable(handler) or (number == signal.SIGHUP and handler == signal.SIG_DFL):
                 self._previous[number] = handler
                 signal.signal(number, self._on_signal)
+        # Not before: the reactor waits for the threads of its own pool after the drain.
+        self._reactor.addSystemEventTrigger("after", "shutdown", self._guard.disarm)
 
     def restore(self) -> None:
         """Put back the handlers there were."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+        if not self._signalled:
+            # It is the service that has stopped, and not the reactor.
+            self._guard.disarm()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             self._reactor.callFromThread(self._reload)
         elif self._signalled or self._is_stopping():
             self._reactor.callFromThread(self._hurry)
+            # Whoever goes on pressing Ctrl-C is not to put it off by that.
+            if not self._hurried:
+                self._hurried = True
+                self._guard.arm_at_once(number)
         else:
             self._signalled = True
             self._previous[number](number, frame)
+            self._guard.arm(number, self._drain_timeout)
+
+
+class _HangGuard:
+    """Gets the reactor's thread out of what hangs in it, when the process has to end.
+
+    While a processor that is not a blocking one hangs, the reactor does not come round: no
+    drain begins, and no timeout ends it. Signal handlers run all the same, and what they raise
+    comes out of whatever hangs. So: a timer whose every beat asks the reactor for a sign of
+    life. If there is none when the time is up, what hangs is interrupted; if that does not help,
+    as with a processor that catches everything, the process is ended as the signal would have.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        stop: Callable[[], object],
+        hurry: Callable[[], None],
+        pid_file: str | None,
+    ) -> None:
+        self._reactor = reactor
+        self._stop = stop
+        self._hurry = hurry
+        self._pid_file = pid_file
+        self._number = 0
+        # Counted from the beat before the time is up.
+        self._beat = 0
+        self._interrupted = 0
+        self._alive = True
+        self._previous: Any = None
+
+    def arm(self, number: int, seconds: float) -> None:
+        """Have it over in so many seconds."""
+        self._number = number
+        self._start(max(seconds - BEAT, 0.001))
+
+    def arm_at_once(self, number: int) -> None:
+        """Have it over now, with one beat for a sign of life."""
+        self._number = number
+        self._beat = max(self._beat, 1)
+        self._ask()
+        self._start(BEAT)
+
+    def disarm(self) -> None:
+        """It is over."""
+        if self._number:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._previous)
+            self._number = 0
+
+    def _start(self, seconds: float) -> None:
+        if self._previous is None:
+            self._previous = signal.signal(signal.SIGALRM, self._on_alarm)
+        signal.setitimer(signal.ITIMER_REAL, seconds, BEAT)
+
+    def _ask(self) -> None:
+        self._alive = False
+        self._reactor.callFromThread(self._live)
+
+    def _live(self) -> None:
+        self._alive = True
+
+    def _on_alarm(self, _: int, frame: FrameType | None) -> None:
+        beat = self._beat
+        self._beat += 1
+        if self._interrupted and beat < self._interrupted + _GRACE:
+            return
+        if self._alive:
+            self._interrupted = 0
+            self._ask()
+            if beat:
+                self._reactor.callFromThread(self._hurry)
+        elif self._interrupted:
+            self._end_process(_place_of(frame))
+        else:
+            self._interrupted = beat
+            self._stop()
+            raise ProcessorHung(f"{_place_of(frame)} does not return: interrupted")
+
+    def _end_process(self, place: str) -> None:
+        _log.error(
+            "action: drain | result: fail | error: {place} does not return and cannot be"
+            " interrupted: the process is ended",
+            place=place,
+        )
+        if self._pid_file:
+            with suppress(OSError):
+                Path(self._pid_file).unlink()
+        signal.signal(self._number, signal.SIG_DFL)
+        os.kill(os.getpid(), self._number)
+
+
+def _place_of(frame: FrameType | None) -> str:
+    """Where that stands which Twisted or this package has called, and which does not return."""
+    place = ""
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "").partition(".")[0]
+        if place and module in {"twisted", __package__}:
+            break
+        place = f"{PurePath(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return place

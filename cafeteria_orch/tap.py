@@ -78,6 +78,7 @@ def makeService(options: Options) -> IService:
         drain_timeout=options["drain-timeout"],
         log_observer=_log_observer(reactor, options),
         notifier=SystemdNotifier.from_environment(os.environ),
+        pid_file=None if options.parent is None else options.parent.get("pidfile"),
     )
 
 

@@ -139,7 +139,7 @@ class _HangGuard:
 
     def arm_at_once(self, number: int) -> None:
         """Have it over now, with one beat for a sign of life."""
-        self._number = number
+        self._number = self._number or number
         self._beat = max(self._beat, 1)
         self._ask()
         self._start(BEAT)

@@ -1,0 +1,240 @@
+"""What hangs in the reactor's thread when the server has to end: it is interrupted, or killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from twisted.internet.task import Clock
+from twisted.logger import LogLevel, capturedLogs
+from twisted.trial.unittest import SynchronousTestCase
+
+from cafeteria_orch.errors import ProcessorHung
+from cafeteria_orch.factory import OrchestratorFactory
+from cafeteria_orch.opcodes import FailReason
+from cafeteria_orch.responses import send_success
+from cafeteria_orch.signals import BEAT
+
+from .builders import ECHO, FAIL, SUCCESS, connect, numbered, texts
+from .services import SignalTestCase
+
+
+class Guard(SignalTestCase):
+    """Every beat of a timer asks the reactor for a sign of life."""
+
+    def beat(self, times: int = 1, *, comes_round: bool = True) -> None:
+        """The timer goes off, and the reactor comes round after it or does not."""
+        for _ in range(times):
+            self.deliver(signal.SIGALRM)
+            if comes_round:
+                self.reactor.advance(0)
+
+    def hang(self) -> None:
+        """The last beat before the time is up, and the one at that time."""
+        self.beat(comes_round=False)
+        self.assertRaises(ProcessorHung, self.beat)
+
+    def test_first_stop(self) -> None:
+        """From the first signal on, it beats from shortly before the drain timeout."""
+        self.running(drain_timeout=60)
+        self.assertEqual(self.timers, [])
+        self.deliver(signal.SIGTERM)
+        self.assertEqual(self.timers, [(60 - BEAT, BEAT)])
+
+    def test_second_stop(self) -> None:
+        """From the second on at once; one that comes after it does not put that off."""
+        self.running(drain_timeout=60)
+        self.deliver(signal.SIGTERM)
+        self.timers.clear()
+        for _ in range(3):
+            self.deliver(signal.SIGTERM)
+        self.assertEqual(self.timers, [(BEAT, BEAT)])
+
+    def test_no_drain_timeout(self) -> None:
+        """A drain timeout of 0 does not leave the timer off."""
+        self.running(drain_timeout=0)
+        self.deliver(signal.SIGTERM)
+        self.assertGreater(self.timers[0][0], 0)
+
+    def test_comes_round(self) -> None:
+        """A reactor that comes round is left alone."""
+        self.running(drain_timeout=60)
+        _, transport = connect(self.factory)
+        self.deliver(signal.SIGTERM)
+        self.beat(10)
+        self.assertFalse(transport.half_closed)
+
+    def test_late_drain(self) -> None:
+        """A drain that began late, since something hung for a while, has what is left of time."""
+        service = self.running(drain_timeout=60)
+        self.busy_client()
+        self.deliver(signal.SIGTERM)
+        drained = service.stopService()
+        self.beat()
+        self.assertNoResult(drained)
+        self.beat()
+        self.successResultOf(drained)
+
+    def test_interrupts(self) -> None:
+        """What hangs is interrupted, and named; from then on no message is processed."""
+        self.running(drain_timeout=60)
+        _, idle = connect(self.factory)
+        self.deliver(signal.SIGTERM)
+        self.beat(comes_round=False)
+        error = self.assertRaises(ProcessorHung, self.beat)
+        self.assertRegex(str(error), r"^[a-z_]+\.py:\d+ does not return: interrupted$")
+        self.assertTrue(idle.half_closed)
+
+    def test_names_ones_own(self) -> None:
+        """Where it is no processor that hangs, the place is the innermost there is."""
+        self.running(drain_timeout=60)
+        self.deliver(signal.SIGTERM)
+        self.beat(comes_round=False)
+        code = SimpleNamespace(co_filename="/twisted/tcp.py")
+        names = {"__name__": "twisted.internet.tcp"}
+        frame = SimpleNamespace(f_globals=names, f_code=code, f_lineno=7, f_back=None)
+        handler: Any = signal.getsignal(signal.SIGALRM)
+        error = self.assertRaises(ProcessorHung, handler, signal.SIGALRM, frame)
+        self.assertEqual(str(error), "tcp.py:7 does not return: interrupted")
+
+    def test_interrupts_after_the_second_stop(self) -> None:
+        """After a second signal, the next beat interrupts it."""
+        self.running(drain_timeout=60)
+        self.deliver(signal.SIGTERM)
+        self.deliver(signal.SIGTERM)
+        self.assertRaises(ProcessorHung, self.beat)
+
+    def test_grace(self) -> None:
+        """What hung has two beats to acknowledge what was committed; then the drain ends."""
+        service = self.running(drain_timeout=60)
+        self.busy_client()
+        self.deliver(signal.SIGTERM)
+        self.hang()
+        drained = service.stopService()
+        self.reactor.advance(0)
+        self.beat()
+        self.assertNoResult(drained)
+        self.beat()
+        self.successResultOf(drained)
+
+    def test_again(self) -> None:
+        """What hangs next, once the reactor has come round, is interrupted too."""
+        self.running(drain_timeout=60)
+        self.deliver(signal.SIGTERM)
+        self.hang()
+        self.reactor.advance(0)
+        self.beat()
+        self.beat(comes_round=False)
+        self.assertRaises(ProcessorHung, self.beat)
+
+    def check_killed(self, *further: signal.Signals, **options: Any) -> None:
+        """What swallows the interruption, and has had its grace, dies of the first signal."""
+        killed: list[tuple[int, int]] = []
+        self.patch(os, "kill", lambda *args: killed.append(args))
+        self.running(drain_timeout=60, **options)
+        self.deliver(signal.SIGINT)
+        for number in further:
+            self.deliver(number)
+        self.assertRaises(ProcessorHung, self.beat, 2, comes_round=False)
+        self.beat(comes_round=False)
+        self.assertEqual(killed, [])
+        with capturedLogs() as events:
+            self.beat(comes_round=False)
+        self.assertEqual(killed, [(os.getpid(), signal.SIGINT)])
+        self.assertEqual(signal.getsignal(signal.SIGINT), signal.SIG_DFL)
+        (line,) = texts(events, LogLevel.error)
+        self.assertRegex(line, r"action: drain \| result: fail \| error: \w+\.py:\d+ does not")
+
+    def test_killed(self) -> None:
+        """What cannot be interrupted ends the process, with the status of the signal."""
+        self.check_killed()
+
+    def test_killed_by_the_first(self) -> None:
+        """After a second signal it still dies of the first, as twistd would have it."""
+        self.check_killed(signal.SIGTERM)
+
+    def test_pid_file(self) -> None:
+        """The pidfile, which twistd will not remove, is gone before that."""
+        path = Path(self.mktemp())
+        path.touch()
+        self.check_killed(pid_file=str(path))
+        self.assertFalse(path.exists())
+
+    def test_no_pid_file(self) -> None:
+        """Where somebody has removed it already, that is no reason not to end."""
+        self.check_killed(pid_file=self.mktemp())
+
+    def test_disarmed(self) -> None:
+        """It beats until all triggers of the shutdown are through: the last may hang as well."""
+        service = self.running(drain_timeout=60)
+        self.deliver(signal.SIGTERM)
+        self.successResultOf(service.stopService())
+        self.assertEqual(len(self.timers), 1)
+        ((disarm, args, kwargs),) = self.reactor.triggers["after"]["shutdown"]
+        disarm(*args, **kwargs)
+        self.assertEqual(self.timers[1:], [(0, 0)])
+        self.assertEqual(signal.getsignal(signal.SIGALRM), self.previous)
+
+    def test_only_the_service_stops(self) -> None:
+        """Where a drain is on its way and the reactor runs on, it ends with the drain."""
+        service = self.running(drain_timeout=60)
+        self.busy_client()
+        drained = service.stopService()
+        self.deliver(signal.SIGTERM)
+        self.reactor.advance(0)
+        self.successResultOf(drained)
+        self.assertEqual(self.timers, [(BEAT, BEAT), (0, 0)])
+
+    def test_never_armed(self) -> None:
+        """Without a signal nothing is touched."""
+        self.successResultOf(self.running().stopService())
+        self.assertEqual(self.timers, [])
+        self.assertEqual(signal.getsignal(signal.SIGALRM), self.previous)
+
+
+class Interrupted(SynchronousTestCase):
+    """What becomes of the message whose processor was interrupted."""
+
+    def answer_of(self, processor: Any) -> bytes:
+        """What the client gets, and a line in the log."""
+        factory = OrchestratorFactory(Clock())
+        factory.register_processor(ECHO, processor)
+        protocol, transport = connect(factory)
+        with capturedLogs() as events:
+            protocol.dataReceived(numbered(1))
+        line = texts(events, LogLevel.error)[0]
+        self.assertTrue(line.endswith(" | error: cafe.py:7 does not return"), line)
+        answer: bytes = transport.value()
+        return answer
+
+    def test_plain(self) -> None:
+        """It may be sent again: FAIL, reason 1."""
+
+        def processor(message: object, client: object) -> None:
+            raise ProcessorHung("cafe.py:7 does not return")
+
+        self.assertEqual(self.answer_of(processor), FAIL + bytes([FailReason.TRY_AGAIN]))
+
+    def test_coroutine(self) -> None:
+        """That of a coroutine likewise."""
+
+        async def processor(message: object, client: object) -> None:
+            raise ProcessorHung("cafe.py:7 does not return")
+
+        self.assertEqual(self.answer_of(processor), FAIL + bytes([FailReason.TRY_AGAIN]))
+
+    def test_answered(self) -> None:
+        """One that has answered before it hung is not answered a second time."""
+
+        def processor(message: object, client: Any) -> None:
+            send_success(client)
+            raise ProcessorHung("cafe.py:7 does not return")
+
+        self.assertEqual(self.answer_of(processor), SUCCESS)
+
+    def test_not_swallowed(self) -> None:
+        """A processor that catches every ``Exception`` does not catch it."""
+        self.assertFalse(issubclass(ProcessorHung, Exception))

@@ -35,7 +35,10 @@ class ConnectionLimits:
         :param host: the peer's address; ``None`` for a local socket, which has none.
         """
         if self._most is not None and self._open.total() >= self._most:
-            self._refuse(host, f"{self._most} are open, the limit of --max-connections")
+            self._refuse(
+                host,
+                f"{self._most} are open, the limit of --max-connections, or of descriptors",
+            )
             return False
         most_of_it = None if host is None else self._most_per_host
         if most_of_it is not None and self._open[host or ""] >= most_of_it:

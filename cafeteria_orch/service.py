@@ -13,6 +13,7 @@ from twisted.logger import ILogObserver, Logger
 from twisted.python.failure import Failure
 
 from .codec import CODEC
+from .descriptors import DescriptorReporter
 from .factory import OrchestratorFactory
 from .logs import BufferedLogObserver
 from .signals import SignalHandlers
@@ -80,7 +81,7 @@ class OrchestratorService(Service):
         """Become part of an application, which is to log as this service logs."""
         super().setServiceParent(parent)
         if self._log_observer is not None:
-            parent.setComponent(ILogObserver, self._log_observer)
+            parent.setComponent(ILogObserver, DescriptorReporter(self._log_observer))
 
     def privilegedStartService(self) -> None:
         """Listen, while low ports are still allowed."""

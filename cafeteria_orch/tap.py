@@ -26,6 +26,7 @@ from twisted.internet.interfaces import IStreamServerEndpoint
 from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
 
+from .descriptors import allow_connections
 from .factory import OrchestratorFactory
 from .logs import BufferedLogObserver
 from .options import Options, refusal
@@ -53,7 +54,7 @@ def makeService(options: Options) -> IService:
             reactor,
             max_frame_bytes=options["max-frame-bytes"],
             framing=options["framing"],
-            max_connections=options["max-connections"],
+            max_connections=allow_connections(options["max-connections"]),
             max_connections_per_host=options["max-connections-per-host"],
             log_level=options["log-level"],
         )

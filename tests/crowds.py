@@ -103,28 +103,26 @@ class Member:
 class Crowd:
     """Clients of a server that are served, and serve themselves, in turn.
 
+    :ivar members: all of them.
     :ivar idle: those that say nothing more after their CLIENT_HELLO.
     :ivar half: those with half a frame.
     :ivar busy: those that send batches all the time.
     """
 
     def __init__(self, port: int, *, idle: int = 0, half: int = 0, busy: int = 0) -> None:
+        self.port = port
+        self.members: list[Member] = []
         self._selector = selectors.DefaultSelector()
         small, large = (batch_frame(rows=user_rows(amount)) for amount in (600, 8_000))
-        self.idle = [self._join(Member(port)) for _ in range(idle)]
-        self.half = [self._join(Member(port, tail=small[: len(small) // 2])) for _ in range(half)]
+        self.idle = [self.join(Member(port)) for _ in range(idle)]
+        self.half = [self.join(Member(port, tail=small[: len(small) // 2])) for _ in range(half)]
         # Short frames and such as have to wait for their turn to be decoded.
         kinds = [small, large] * busy
-        self.busy = [self._join(Member(port, batch=kinds[number])) for number in range(busy)]
+        self.busy = [self.join(Member(port, batch=kinds[number])) for number in range(busy)]
 
     def __str__(self) -> str:
         sent = sum(member.sent for member in self.busy)
         return f"sent: {sent}, acknowledged: {len(self.acknowledged)}"
-
-    @property
-    def members(self) -> list[Member]:
-        """All of them."""
-        return [*self.idle, *self.half, *self.busy]
 
     @property
     def acknowledged(self) -> set[Batch]:
@@ -191,7 +189,9 @@ class Crowd:
             with suppress(OSError):
                 member.socket.close()
 
-    def _join(self, member: Member) -> Member:
+    def join(self, member: Member) -> Member:
+        """One more, who takes part in what all of them do."""
+        self.members.append(member)
         self._selector.register(member.socket, selectors.EVENT_READ, member)
         return member
 

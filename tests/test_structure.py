@@ -31,6 +31,7 @@ ORDER = (
     "factory",
     "sinks",
     "logs",
+    "descriptors",
     "systemd",
     "signals",
     "service",

@@ -6,6 +6,7 @@ the same.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -97,7 +98,7 @@ class SignalHandlers:
             # Whoever goes on pressing Ctrl-C is not to put it off by that.
             if not self._hurried:
                 self._hurried = True
-                self._guard.arm_at_once(number)
+                self._guard.arm(number, 0)
         else:
             self._signalled = True
             self._previous[number](number, frame)
@@ -112,6 +113,9 @@ class _HangGuard:
     comes out of whatever hangs. So: a timer whose every beat asks the reactor for a sign of
     life. If there is none when the time is up, what hangs is interrupted; if that does not help,
     as with a processor that catches everything, the process is ended as the signal would have.
+
+    It beats from the start: a second signal that comes just as this thread begins to wait for
+    something is not noticed before the wait is interrupted once more.
     """
 
     def __init__(
@@ -126,23 +130,21 @@ class _HangGuard:
         self._hurry = hurry
         self._pid_file = pid_file
         self._number = 0
-        # Counted from the beat before the time is up.
-        self._beat = 0
-        self._interrupted = 0
+        # The time is up at that with the number 1.
+        self._beat: float = -math.inf
+        self._interrupted: float = 0
         self._alive = True
         self._previous: Any = None
 
     def arm(self, number: int, seconds: float) -> None:
-        """Have it over in so many seconds."""
-        self._number = number
-        self._start(max(seconds - BEAT, 0.001))
-
-    def arm_at_once(self, number: int) -> None:
-        """Have it over now, with one beat for a sign of life."""
+        """Have it over in so many seconds; one beat for a sign of life is the least."""
         self._number = self._number or number
-        self._beat = max(self._beat, 1)
-        self._ask()
-        self._start(BEAT)
+        self._beat = max(self._beat, min(2 - math.ceil(seconds / BEAT), 1))
+        if self._beat >= 1:
+            self._ask()
+        if self._previous is None:
+            self._previous = signal.signal(signal.SIGALRM, self._on_alarm)
+        signal.setitimer(signal.ITIMER_REAL, BEAT, BEAT)
 
     def disarm(self) -> None:
         """It is over."""
@@ -150,11 +152,6 @@ class _HangGuard:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._previous)
             self._number = 0
-
-    def _start(self, seconds: float) -> None:
-        if self._previous is None:
-            self._previous = signal.signal(signal.SIGALRM, self._on_alarm)
-        signal.setitimer(signal.ITIMER_REAL, seconds, BEAT)
 
     def _ask(self) -> None:
         self._alive = False
@@ -166,7 +163,7 @@ class _HangGuard:
     def _on_alarm(self, _: int, frame: FrameType | None) -> None:
         beat = self._beat
         self._beat += 1
-        if self._interrupted and beat < self._interrupted + _GRACE:
+        if beat < 0 or (self._interrupted and beat < self._interrupted + _GRACE):
             return
         if self._alive:
             self._interrupted = 0

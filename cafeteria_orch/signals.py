@@ -23,8 +23,10 @@ from .errors import ProcessorHung
 BEAT = 0.25
 """How often, in seconds, a reactor that is to end is asked whether it still comes round."""
 
-_GRACE = 2
-"""So many beats a reactor that hung has, to acknowledge what was committed meanwhile."""
+_LAST_BEAT = 4
+"""At this one the process is ended in any case; at that with the number 1 the time is up."""
+
+_KNOWN = ("twisted", __package__)
 
 _log = Logger()
 
@@ -106,13 +108,14 @@ class SignalHandlers:
 
 
 class _HangGuard:
-    """Gets the reactor's thread out of what hangs in it, when the process has to end.
+    """Sees to it that the process ends in time, whatever hangs in the reactor's thread.
 
     While a processor that is not a blocking one hangs, the reactor does not come round: no
     drain begins, and no timeout ends it. Signal handlers run all the same, and what they raise
     comes out of whatever hangs. So: a timer whose every beat asks the reactor for a sign of
     life. If there is none when the time is up, what hangs is interrupted; if that does not help,
-    as with a processor that catches everything, the process is ended as the signal would have.
+    as with a processor that catches everything, or if it is something else that takes too long,
+    the process is ended as the signal would have.
 
     It beats from the start: a second signal that comes just as this thread begins to wait for
     something is not noticed before the wait is interrupted once more.
@@ -130,7 +133,6 @@ class _HangGuard:
         self._hurry = hurry
         self._pid_file = pid_file
         self._number = 0
-        # The time is up at that with the number 1.
         self._beat: float = -math.inf
         self._interrupted: float = 0
         self._alive = True
@@ -139,8 +141,8 @@ class _HangGuard:
     def arm(self, number: int, seconds: float) -> None:
         """Have it over in so many seconds; one beat for a sign of life is the least."""
         self._number = self._number or number
-        self._beat = max(self._beat, min(2 - math.ceil(seconds / BEAT), 1))
-        if self._beat >= 1:
+        self._beat = max(self._beat, 2 - math.ceil(seconds / BEAT))
+        if self._beat > 0:
             self._ask()
         if self._previous is None:
             self._previous = signal.signal(signal.SIGALRM, self._on_alarm)
@@ -163,24 +165,24 @@ class _HangGuard:
     def _on_alarm(self, _: int, frame: FrameType | None) -> None:
         beat = self._beat
         self._beat += 1
-        if beat < 0 or (self._interrupted and beat < self._interrupted + _GRACE):
-            return
-        if self._alive:
-            self._interrupted = 0
+        if beat >= _LAST_BEAT:
+            self._end_process(_place_of(frame))
+        elif beat < 0 or (self._interrupted and beat == self._interrupted + 1):
+            # After an interruption, a beat for the acknowledgements of what is committed.
+            pass
+        elif self._alive:
             self._ask()
             if beat:
                 self._reactor.callFromThread(self._hurry)
-        elif self._interrupted:
-            self._end_process(_place_of(frame))
-        else:
+        elif not _is_known(frame):
             self._interrupted = beat
             self._stop()
             raise ProcessorHung(f"{_place_of(frame)} does not return: interrupted")
 
     def _end_process(self, place: str) -> None:
         _log.error(
-            "action: drain | result: fail | error: {place} does not return and cannot be"
-            " interrupted: the process is ended",
+            "action: drain | result: fail | error: not over in time, the process is ended at"
+            " {place}",
             place=place,
         )
         if self._pid_file:
@@ -190,13 +192,15 @@ class _HangGuard:
         os.kill(os.getpid(), self._number)
 
 
+def _is_known(frame: FrameType | None) -> bool:
+    """Whether it is Twisted or this package: they may be slow, but return if they are left to."""
+    return frame is None or frame.f_globals.get("__name__", "").partition(".")[0] in _KNOWN
+
+
 def _place_of(frame: FrameType | None) -> str:
-    """Where that stands which Twisted or this package has called, and which does not return."""
+    """Where that stands which was called by what is known, and does not return."""
     place = ""
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "").partition(".")[0]
-        if place and module in {"twisted", __package__}:
-            break
+    while frame is not None and not (place and _is_known(frame)):
         place = f"{PurePath(frame.f_code.co_filename).name}:{frame.f_lineno}"
         frame = frame.f_back
     return place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -57,6 +58,17 @@ class Guard(SignalTestCase):
             self.deliver(signal.SIGTERM)
         self.assertEqual(self.timers, [(BEAT, BEAT)] * 2)
 
+    def test_late_second_stop(self) -> None:
+        """A second signal after the time is up puts nothing off."""
+        killed: list[int] = []
+        self.patch(os, "kill", lambda process, number: killed.append(number))
+        self.running(drain_timeout=TIMEOUT)
+        self.deliver(signal.SIGTERM)
+        self.beat(4)
+        self.deliver(signal.SIGINT)
+        self.beat()
+        self.assertEqual(killed, [signal.SIGTERM])
+
     def test_no_drain_timeout(self) -> None:
         """With a drain timeout of 0 there is one beat for a sign of life."""
         self.running(drain_timeout=0)
@@ -68,7 +80,7 @@ class Guard(SignalTestCase):
         self.running(drain_timeout=TIMEOUT)
         _, transport = connect(self.factory)
         self.deliver(signal.SIGTERM)
-        self.beat(10)
+        self.beat(4)
         self.assertFalse(transport.half_closed)
 
     def test_late_drain(self) -> None:
@@ -92,17 +104,38 @@ class Guard(SignalTestCase):
         self.assertRegex(str(error), r"^[a-z_]+\.py:\d+ does not return: interrupted$")
         self.assertTrue(idle.half_closed)
 
-    def test_names_ones_own(self) -> None:
-        """Where it is no processor that hangs, the place is the innermost there is."""
+    def frame(self, module: str, file: str, back: Any = None) -> Any:
+        """Where the reactor's thread may be."""
+        code = SimpleNamespace(co_filename=f"/some/{file}")
+        return SimpleNamespace(
+            f_globals={"__name__": module}, f_code=code, f_lineno=7, f_back=back
+        )
+
+    def test_own_code(self) -> None:
+        """Twisted and this package are not interrupted: they may be slow, but they return."""
+        own = self.frame("twisted.internet.tcp", "tcp.py")
+        own = self.frame("cafeteria_orch.protocol", "protocol.py", own)
         self.running(drain_timeout=TIMEOUT)
         self.deliver(signal.SIGTERM)
         self.beat(comes_round=False)
-        code = SimpleNamespace(co_filename="/twisted/tcp.py")
-        names = {"__name__": "twisted.internet.tcp"}
-        frame = SimpleNamespace(f_globals=names, f_code=code, f_lineno=7, f_back=None)
         handler: Any = signal.getsignal(signal.SIGALRM)
-        error = self.assertRaises(ProcessorHung, handler, signal.SIGALRM, frame)
-        self.assertEqual(str(error), "tcp.py:7 does not return: interrupted")
+        handler(signal.SIGALRM, own)
+        # What they have called is.
+        called = self.frame("threading", "threading.py", self.frame("cafe", "cafe.py", own))
+        error = self.assertRaises(ProcessorHung, handler, signal.SIGALRM, called)
+        self.assertEqual(str(error), "cafe.py:7 does not return: interrupted")
+
+    def test_own_code_that_is_killed(self) -> None:
+        """If they do not, the place in the log is the innermost there is."""
+        self.patch(os, "kill", lambda *_: None)
+        self.running(drain_timeout=TIMEOUT)
+        self.deliver(signal.SIGTERM)
+        self.beat(4)
+        handler: Any = signal.getsignal(signal.SIGALRM)
+        with capturedLogs() as events:
+            handler(signal.SIGALRM, self.frame("twisted.internet.tcp", "tcp.py"))
+        (line,) = texts(events, LogLevel.error)
+        self.assertTrue(line.endswith("ended at tcp.py:7"), line)
 
     def test_interrupts_after_the_second_stop(self) -> None:
         """After a second signal, the next beat interrupts it."""
@@ -112,7 +145,7 @@ class Guard(SignalTestCase):
         self.assertRaises(ProcessorHung, self.beat)
 
     def test_grace(self) -> None:
-        """What hung has two beats to acknowledge what was committed; then the drain ends."""
+        """What hung has a beat to acknowledge what was committed; at the next the drain ends."""
         service = self.running(drain_timeout=TIMEOUT)
         self.busy_client()
         self.deliver(signal.SIGTERM)
@@ -125,61 +158,70 @@ class Guard(SignalTestCase):
         self.successResultOf(drained)
 
     def test_again(self) -> None:
-        """What hangs next, once the reactor has come round, is interrupted too."""
+        """What hangs after that is interrupted too."""
         self.running(drain_timeout=TIMEOUT)
         self.deliver(signal.SIGTERM)
         self.hang()
-        self.reactor.advance(0)
-        self.beat()
         self.beat(comes_round=False)
         self.assertRaises(ProcessorHung, self.beat)
 
-    def check_killed(self, *further: signal.Signals, **options: Any) -> None:
-        """What swallows the interruption, and has had its grace, dies of the first signal."""
+    def check_killed(self, beats: int, *further: signal.Signals, **options: Any) -> None:
+        """At the last of so many beats it dies of the first signal, whatever it does."""
         killed: list[tuple[int, int]] = []
         self.patch(os, "kill", lambda *args: killed.append(args))
         self.running(drain_timeout=TIMEOUT, **options)
-        self.deliver(signal.SIGINT)
-        for number in further:
+        for number in (signal.SIGINT, *further):
             self.deliver(number)
-        self.assertRaises(ProcessorHung, self.beat, 2, comes_round=False)
-        self.beat(comes_round=False)
-        self.assertEqual(killed, [])
         with capturedLogs() as events:
-            self.beat(comes_round=False)
+            for _ in range(beats):
+                self.assertEqual(killed, [])
+                with contextlib.suppress(ProcessorHung):
+                    self.beat(comes_round=False)
         self.assertEqual(killed, [(os.getpid(), signal.SIGINT)])
         self.assertEqual(signal.getsignal(signal.SIGINT), signal.SIG_DFL)
         (line,) = texts(events, LogLevel.error)
-        self.assertRegex(line, r"action: drain \| result: fail \| error: \w+\.py:\d+ does not")
+        self.assertRegex(line, r"result: fail \| error: not over in time.* at \w+\.py:\d+$")
 
     def test_killed(self) -> None:
-        """What cannot be interrupted ends the process, with the status of the signal."""
-        self.check_killed()
+        """Three beats after the time is up the process is ended, with the status of the signal."""
+        self.check_killed(5)
 
     def test_killed_by_the_first(self) -> None:
-        """After a second signal it still dies of the first, as twistd would have it."""
-        self.check_killed(signal.SIGTERM)
+        """After a second signal it is in three beats; it still dies of the first."""
+        self.check_killed(3, signal.SIGTERM)
+
+    def test_killed_alive(self) -> None:
+        """It is so too where the reactor comes round, and what is to end does not."""
+        killed: list[int] = []
+        self.patch(os, "kill", lambda process, number: killed.append(number))
+        self.running(drain_timeout=TIMEOUT)
+        self.deliver(signal.SIGTERM)
+        self.beat(4)
+        self.assertEqual(killed, [])
+        self.beat()
+        self.assertEqual(killed, [signal.SIGTERM])
 
     def test_pid_file(self) -> None:
         """The pidfile, which twistd will not remove, is gone before that."""
         path = Path(self.mktemp())
         path.touch()
-        self.check_killed(pid_file=str(path))
+        self.check_killed(5, pid_file=str(path))
         self.assertFalse(path.exists())
 
     def test_no_pid_file(self) -> None:
         """Where somebody has removed it already, that is no reason not to end."""
-        self.check_killed(pid_file=self.mktemp())
+        self.check_killed(5, pid_file=self.mktemp())
 
     def test_disarmed(self) -> None:
         """It beats until all triggers of the shutdown are through: the last may hang as well."""
         service = self.running(drain_timeout=TIMEOUT)
         self.deliver(signal.SIGTERM)
+        self.deliver(signal.SIGTERM)
         self.successResultOf(service.stopService())
-        self.assertEqual(len(self.timers), 1)
+        self.assertEqual(len(self.timers), 2)
         ((disarm, args, kwargs),) = self.reactor.triggers["after"]["shutdown"]
         disarm(*args, **kwargs)
-        self.assertEqual(self.timers[1:], [(0, 0)])
+        self.assertEqual(self.timers[2:], [(0, 0)])
         self.assertEqual(signal.getsignal(signal.SIGALRM), self.previous)
 
     def test_only_the_service_stops(self) -> None:

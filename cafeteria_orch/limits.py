@@ -42,7 +42,10 @@ class ConnectionLimits:
         """
         if self._most is not None and self._open.total() >= self._most:
             self._counters.limit_hit("max_connections")
-            self._refuse(host, f"{self._most} are open, the limit of --max-connections")
+            self._refuse(
+                host,
+                f"{self._most} are open, the limit of --max-connections, or of descriptors",
+            )
             return False
         most_of_it = None if host is None else self._most_per_host
         if most_of_it is not None and self._open[host or ""] >= most_of_it:

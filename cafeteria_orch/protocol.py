@@ -14,7 +14,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from .counters import ANSWERED, UNKNOWN, Outcome, label_of
-from .errors import FrameTooLong, ProtocolError
+from .errors import FrameTooLong, ProcessorHung, ProtocolError
 from .flow import FlowReceiver, Hold
 from .handler import MessageHandler
 from .messages import ClientHello, Finished, TableBatch, decode
@@ -201,7 +201,7 @@ class OrchestratorProtocol(FlowReceiver):
         self._window.start(exchange)
         try:
             result = self.handler.handle_message(message, exchange)
-        except Exception as error:
+        except (Exception, ProcessorHung) as error:
             result = handle_processing_error(message, exchange, error)
         if iscoroutine(result):
             result = Deferred.fromCoroutine(result)

@@ -13,7 +13,7 @@ from twisted.internet.interfaces import IReactorFromThreads
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from .errors import OrchestratorError
+from .errors import OrchestratorError, ProcessorHung
 from .opcodes import FailReason, Opcode
 
 _log = Logger()
@@ -171,7 +171,7 @@ def handle_processing_error(message: Any, client: Exchange, error: BaseException
     """
     if not client.settled:
         reason = FailReason.REJECTED
-        if isinstance(error, OrchestratorError):
+        if isinstance(error, (OrchestratorError, ProcessorHung)):
             reason = error.reason
         send_failure(client, reason)
     _log.error(
@@ -193,7 +193,7 @@ def describe(error: BaseException) -> str:
     The texts of this package's errors hold no data. Of any other error this is the kind and
     the place it came from; its text and traceback are logged at debug.
     """
-    if isinstance(error, OrchestratorError):
+    if isinstance(error, (OrchestratorError, ProcessorHung)):
         return " ".join(str(error).split())
     place = ""
     for frame, line in walk_tb(error.__traceback__):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any, Protocol
 
 from twisted.application.service import Service
@@ -16,8 +13,10 @@ from twisted.logger import ILogObserver, Logger
 from twisted.python.failure import Failure
 
 from .codec import CODEC
+from .descriptors import DescriptorReporter
 from .factory import OrchestratorFactory
 from .logs import BufferedLogObserver
+from .signals import SignalHandlers
 from .sinks import ISink
 from .systemd import SystemdNotifier
 
@@ -59,6 +58,7 @@ class OrchestratorService(Service):
     :param log_observer: what ``twistd`` is to log with; ``None`` leaves it its own.
     :param notifier: tells systemd; ``None`` if it has not started this process.
     :param monitor: shows operators what goes on, until the very end; ``None`` for nothing.
+    :param pid_file: of ``twistd``; ``None`` if there is none.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class OrchestratorService(Service):
         log_observer: BufferedLogObserver | None = None,
         notifier: SystemdNotifier | None = None,
         monitor: ServiceMonitor | None = None,
+        pid_file: str | None = None,
     ) -> None:
         self._reactor = reactor
         self._factory = factory
@@ -85,14 +86,21 @@ class OrchestratorService(Service):
         self._draining: Deferred[None] | None = None
         self._waiting: list[Deferred[None]] = []
         self._drained = False
-        self._signalled = False
-        self._previous_handlers: dict[int, Any] = {}
+        self._signals = SignalHandlers(
+            reactor,
+            drain_timeout,
+            is_stopping=lambda: self._draining is not None,
+            stop=factory.drain,
+            hurry=self._hurry,
+            reload=self._reload,
+            pid_file=pid_file,
+        )
 
     def setServiceParent(self, parent: Any) -> None:
         """Become part of an application, which is to log as this service logs."""
         super().setServiceParent(parent)
         if self._log_observer is not None:
-            parent.setComponent(ILogObserver, self._log_observer)
+            parent.setComponent(ILogObserver, DescriptorReporter(self._log_observer))
 
     def privilegedStartService(self) -> None:
         """Listen, while low ports are still allowed."""
@@ -179,7 +187,7 @@ class OrchestratorService(Service):
             self._monitor.stop()
         if self._notifier is not None:
             self._notifier.stopped()
-        self._restore_signals()
+        self._signals.restore()
         if self._log_observer is not None:
             self._log_observer.stop()
         for waiting in self._waiting:
@@ -203,33 +211,9 @@ class OrchestratorService(Service):
         _log.info("action: listen | result: success | address: {address}", address=host)
 
     def _running(self) -> None:
-        self._handle_signals()
+        self._signals.install()
         if self._notifier is not None:
             self._notifier.ready(self._reactor)
 
-    def _handle_signals(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            handler = signal.getsignal(number)
-            # What a parent has chosen to ignore (nohup, a shell's background) stays ignored, and
-            # where Twisted has no handler to be chained to, a stop is not ours to catch.
-            if callable(handler) or (number == signal.SIGHUP and handler == signal.SIG_DFL):
-                self._previous_handlers[number] = handler
-                signal.signal(number, self._on_signal)
-
-    def _restore_signals(self) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        self._previous_handlers.clear()
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            self._reactor.callFromThread(
-                _log.info, "action: reload | result: ignored | error: there is nothing to reload"
-            )
-        elif self._signalled or self._draining is not None:
-            self._reactor.callFromThread(self._hurry)
-        else:
-            self._signalled = True
-            self._previous_handlers[number](number, frame)
+    def _reload(self) -> None:
+        _log.info("action: reload | result: ignored | error: there is nothing to reload")

@@ -27,6 +27,7 @@ from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
 
 from . import __version__
+from .descriptors import allow_connections
 from .factory import OrchestratorFactory
 from .logs import BufferedLogObserver
 from .options import Options, refusal
@@ -56,7 +57,7 @@ def makeService(options: Options) -> IService:
             reactor,
             max_frame_bytes=options["max-frame-bytes"],
             framing=options["framing"],
-            max_connections=options["max-connections"],
+            max_connections=allow_connections(options["max-connections"]),
             max_connections_per_host=options["max-connections-per-host"],
             max_in_flight_bytes=options["max-in-flight-bytes"],
             timeouts=Timeouts(
@@ -86,6 +87,7 @@ def makeService(options: Options) -> IService:
         log_observer=_log_observer(reactor, options),
         notifier=SystemdNotifier.from_environment(os.environ),
         monitor=_monitor(reactor, factory, sink, options),
+        pid_file=None if options.parent is None else options.parent.get("pidfile"),
     )
 
 

@@ -202,6 +202,14 @@ class Client:
             data += received
         return data
 
+    def read_to_the_end(self) -> bytes:
+        """Read until the server closes the connection, or resets it."""
+        data = b""
+        with suppress(ConnectionResetError):
+            while received := self._socket.recv(65536):
+                data += received
+        return data
+
 
 class ProcessTestCase(SynchronousTestCase):
     """Starts servers in a working directory of the test's own."""

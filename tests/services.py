@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -131,3 +133,43 @@ class ServiceTestCase(SynchronousTestCase):
         """All clients are gone."""
         for connection in list(self.factory.connections):
             lose(connection)
+
+
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+class SignalTestCase(ServiceTestCase):
+    """Signals are handed to their handlers by the test, and no timer goes off by itself.
+
+    :ivar received: what came through to the handlers of before, which are Twisted's.
+    :ivar timers: what the kernel's timer was set to: seconds, and the interval after them.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.received: list[int] = []
+        self.timers: list[tuple[float, float]] = []
+        for number in (*STOPS, signal.SIGHUP, signal.SIGALRM):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+            signal.signal(number, self.previous)
+        self.patch(signal, "setitimer", self.set_timer)
+
+    def previous(self, number: int, frame: object) -> None:
+        """What Twisted has installed."""
+        self.received.append(number)
+
+    def set_timer(self, which: int, seconds: float, interval: float = 0.0) -> None:
+        """What the kernel is told."""
+        self.assertEqual(which, signal.ITIMER_REAL)
+        self.timers.append((seconds, interval))
+
+    def running(self, **options: Any) -> OrchestratorService:
+        """A service whose reactor runs."""
+        service = self.started(**options)
+        self.reactor.start()
+        return service
+
+    def deliver(self, number: signal.Signals) -> None:
+        """Get a signal, as the interpreter hands it to its handler: amid the caller."""
+        handler: Any = signal.getsignal(number)
+        handler(number, sys._getframe(1))

@@ -98,7 +98,7 @@ class LimitTests(SynchronousTestCase):
         self.assertEqual(
             first,
             "action: accept_connections | result: refused | ip: 10.0.0.1 | refused: 1"
-            " | error: 1 are open, the limit of --max-connections",
+            " | error: 1 are open, the limit of --max-connections, or of descriptors",
         )
         self.assertIn("ip: 10.0.0.2 | refused: 100 |", second)
 

@@ -92,7 +92,7 @@ class Logging(SynchronousTestCase):
             reactor, OrchestratorFactory(reactor), [], log_observer=observer
         )
         service.setServiceParent(application)
-        return application.getComponent(ILogObserver, None)
+        return getattr(application.getComponent(ILogObserver, None), "observer", None)
 
     def test_observer(self) -> None:
         """The service's observer becomes the application's."""

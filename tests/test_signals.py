@@ -4,41 +4,21 @@ from __future__ import annotations
 
 import signal
 import threading
-from typing import Any
 
 from twisted.logger import LogLevel, capturedLogs
 
-from cafeteria_orch.service import OrchestratorService
-
 from .builders import connect, texts
-from .services import ServiceTestCase
+from .services import STOPS, SignalTestCase
 
 
-class Signals(ServiceTestCase):
+class Signals(SignalTestCase):
     """The first signal is Twisted's; the second ends the drain at once."""
 
-    def setUp(self) -> None:
-        super().setUp()
-        self.received: list[int] = []
-        self.numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        for number in self.numbers:
-            self.addCleanup(signal.signal, number, signal.getsignal(number))
-            signal.signal(number, self.previous)
-
-    def previous(self, number: int, frame: object) -> None:
-        """What Twisted has installed."""
-        self.received.append(number)
-
-    def running(self, **options: Any) -> OrchestratorService:
-        """A service whose reactor runs."""
-        service = self.started(**options)
-        self.reactor.start()
-        return service
+    numbers = (*STOPS, signal.SIGHUP)
 
     def deliver(self, number: signal.Signals) -> None:
-        """Get a signal, as the interpreter hands it to its handler."""
-        handler: Any = signal.getsignal(number)
-        handler(number, None)
+        """Get a signal while the reactor comes round."""
+        super().deliver(number)
         self.reactor.advance(0)
 
     def check_first(self, number: signal.Signals) -> None:

@@ -24,6 +24,7 @@ from twisted.scripts._twistd_unix import ServerOptions
 from twisted.trial.unittest import SkipTest, TestCase
 
 from cafeteria_orch import tap
+from cafeteria_orch.descriptors import DescriptorReporter
 from cafeteria_orch.logs import BufferedLogObserver
 from cafeteria_orch.service import OrchestratorService
 from cafeteria_orch.tap import Options, makeService
@@ -337,8 +338,10 @@ class Logging(TapTestCase):
         application = Application("cafeorch")
         service.setServiceParent(application)
         observer = application.getComponent(ILogObserver, None)
-        if isinstance(observer, BufferedLogObserver) and isinstance(observer._file, LogFile):
-            self.addCleanup(observer._file.close)
+        if isinstance(observer, DescriptorReporter):
+            buffered: Any = observer.observer
+            if isinstance(buffered._file, LogFile):
+                self.addCleanup(buffered._file.close)
         return observer
 
     def log(self, observer: BufferedLogObserver, level: Any = LogLevel.info) -> None:

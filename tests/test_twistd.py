@@ -31,28 +31,11 @@ STORED = "action: data_message_received | opcode: 8 | amount: 1 | status: Contin
 DRAINED = "action: drain | result: success"
 
 PROCESSORS = f"""
-import time
-from pathlib import Path
-from twisted.internet.defer import Deferred
 from cafeteria_orch import responses
 
 def echo(factory):
     factory.register_processor({ECHO}, lambda body, client: responses.send(client, {ECHO}, body),
                                decoder=bytes)
-
-def hang(message, client):
-    Path("in-hand").touch()
-    return Deferred()
-
-def sleep(message, client):
-    Path("in-hand").touch()
-    time.sleep(3600)
-
-def hanging(factory):
-    factory.register_processor({ECHO}, hang)
-
-def blocking(factory):
-    factory.register_processor({ECHO}, sleep, blocking=True)
 """
 
 JSON_LOGGER = """
@@ -267,51 +250,12 @@ class Logging(ProcessTestCase):
 class Stopping(ProcessTestCase):
     """What may not keep a server from ending, and what is left of it."""
 
-    def setUp(self) -> None:
-        super().setUp()
-        (self.folder / "cafe.py").write_text(PROCESSORS)
-
     def test_idle_client(self) -> None:
         """A client that stays, and does not close, does not keep it."""
         server = self.start("--store=none")
         client = self.client(server)
         client.send(HELLO)
         client.read(5)
-        server.signal(signal.SIGTERM)
-        server.wait_until_gone()
-        self.assertEqual(server.status(), -signal.SIGTERM)
-
-    def check_second_signal(self, function: str) -> None:
-        """A second SIGTERM ends it at once, though a message is in hand for ever."""
-        server = self.start("--drain-timeout=60", f"--processors=cafe:{function}")
-        client = self.client(server)
-        client.send(batch_frame() + frame(bytes([ECHO])))
-        self.assertEqual(client.read(5), SUCCESS)
-        wait_until((self.folder / "in-hand").exists, "the message is in hand")
-        server.signal(signal.SIGTERM)
-        wait_until(lambda: not server.accepts(), "the drain has begun")
-        self.assertFalse(server.gone())
-        server.signal(signal.SIGTERM)
-        server.wait_until_gone()
-        self.assertEqual(server.status(), -signal.SIGTERM)
-        self.assertFalse(server.pid_file.exists())
-        self.assertIn("error: closed before they were done", server.log)
-        self.assertEqual(users(self.folder / "cafeorch.sqlite3"), 1)
-
-    def test_hung_deferred(self) -> None:
-        """A second SIGTERM ends a server whose processor's Deferred never fires."""
-        self.check_second_signal("hanging")
-
-    def test_hung_thread(self) -> None:
-        """Or whose blocking processor never returns."""
-        self.check_second_signal("blocking")
-
-    def test_drain_timeout(self) -> None:
-        """One SIGTERM and the drain timeout do as well."""
-        server = self.start("--drain-timeout=0.2", "--processors=cafe:blocking")
-        client = self.client(server)
-        client.send(frame(bytes([ECHO])))
-        wait_until((self.folder / "in-hand").exists, "the message is in hand")
         server.signal(signal.SIGTERM)
         server.wait_until_gone()
         self.assertEqual(server.status(), -signal.SIGTERM)

@@ -246,6 +246,9 @@ class Database:
         # NORMAL may lose a committed transaction at power loss; it was acknowledged by then.
         self._pragma("synchronous = FULL")
         self._pragma(f"journal_size_limit = {WAL_SIZE_LIMIT}")
+        # A batch is not to fail for want of a descriptor, or of room in a folder for temporary
+        # files, where the store itself has what it needs.
+        self._pragma("temp_store = MEMORY")
         with suppress(_Rehearsed), self.transaction():
             # Asked again, now that nobody else can be about to do the same.
             for statement in statements(self._pragma("user_version")):

@@ -48,7 +48,8 @@ class OrchestratorClient(FrameReceiver):
 
     Messages may be sent without waiting for the answers of those before; how many are on
     their way at once is the caller's to limit. A Deferred of an answer fails with
-    ``ConnectionLost`` if the connection ends before it, and with a
+    ``ConnectionLost`` if the connection ends before it (its ``__cause__`` is what the
+    transport said of that, such as an ``OpenSSL.SSL.Error``), and with a
     :class:`~cafeteria_orch.errors.ProtocolError` if the server sends what is no answer.
 
     :param framing: how to frame the messages; a server tells it by the first one.
@@ -134,6 +135,7 @@ class OrchestratorClient(FrameReceiver):
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         """The connection is gone: nothing more is answered."""
+        self.connected = 0
         if self._lost is None:
             clean = reason.check(ConnectionDone) is not None and not self._waiting
             self._lost = reason if clean else Failure(_lost_with(len(self._waiting), reason))
@@ -146,6 +148,12 @@ class OrchestratorClient(FrameReceiver):
             else:
                 finished.errback(self._lost)
 
+    def abortConnection(self) -> None:
+        """Close at once, unless that is over."""
+        # A TLS transport does not bear to be told when it is.
+        if self.connected:
+            super().abortConnection()
+
     def _decode_answer(self, payload: bytes) -> Answer:
         if not self._waiting:
             raise ProtocolError("an answer to no message")
@@ -156,4 +164,6 @@ class OrchestratorClient(FrameReceiver):
 
 
 def _lost_with(unanswered: int, reason: Failure) -> ConnectionLost:
-    return ConnectionLost(f"{reason.getErrorMessage()} ({unanswered} messages unanswered)")
+    lost = ConnectionLost(f"{reason.getErrorMessage()} ({unanswered} messages unanswered)")
+    lost.__cause__ = reason.value
+    return lost

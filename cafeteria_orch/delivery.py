@@ -81,6 +81,8 @@ class Delivery:
     :param retry_for: how long, in seconds, to go on while nothing is acknowledged.
     :param acknowledged: called with the number of rows of each batch that was acknowledged.
     :param say: called with a line for the user.
+    :param explain: called with the error that ended a connection, for what to say of it; it
+        raises if trying again does not help.
     :ivar totals: what was acknowledged, by table.
     :ivar problems: what was not, and is not sent again by itself; a line each.
     """
@@ -96,6 +98,7 @@ class Delivery:
         retry_for: float,
         acknowledged: Callable[[int], object],
         say: Callable[[str], object],
+        explain: Callable[[Exception], str] = str,
     ) -> None:
         self.totals: dict[Table, Totals] = {}
         self.problems: list[str] = []
@@ -106,6 +109,7 @@ class Delivery:
         self._retry_for = retry_for
         self._acknowledged = acknowledged
         self._say = say
+        self._explain = explain
         self._refused: set[tuple[str, int]] = set()
         self._postponed = 0
         self._progressed_at = reactor.seconds()
@@ -120,6 +124,7 @@ class Delivery:
         :raises GaveUp: if nothing was acknowledged for too long.
         :raises ProtocolError: if the server answers with what is no answer.
         :raises JournalError: if an acknowledgement cannot be noted.
+        :raises Exception: what ``explain`` raises.
         """
         for exports in tables:
             earlier = sum(len(plan.acknowledged) for _, plan in exports.files)
@@ -156,7 +161,7 @@ class Delivery:
             self._postponed += 1
             reason = "The server does not take everything now."
         except (ConnectError, ConnectionClosed, DNSLookupError) as error:
-            reason = str(error)
+            reason = self._explain(error)
         patience = self._progressed_at + self._retry_for - self._reactor.seconds()
         if patience <= 0:
             raise GaveUp(reason)

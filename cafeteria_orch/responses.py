@@ -27,12 +27,14 @@ class Session:
     :ivar connected_at: when it connected, in seconds since the epoch.
     :ivar client_id: the UUID of its CLIENT_HELLO.
     :ivar agency_id: the number in its FINISHED.
+    :ivar common_name: of its certificate, where one is required (TLS)
     """
 
     ip: str
     connected_at: float
     client_id: UUID | None = None
     agency_id: int | None = None
+    common_name: str | None = None
 
 
 class Connection(Protocol):

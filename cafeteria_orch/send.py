@@ -16,6 +16,7 @@ from twisted.internet.defer import CancelledError
 from twisted.internet.endpoints import clientFromString
 
 from . import __version__
+from .client_tls import ClientTLS, TLSError, host_of
 from .commands import DEFAULT_CONNECT, endpoint, number, run
 from .delivery import Delivery, GaveUp, TableExports, Totals
 from .errors import ProtocolError
@@ -50,16 +51,7 @@ async def send_directory(reactor: Any, options: argparse.Namespace) -> int:
                 print(f"All had been acknowledged before. To send all anew, remove {state}.")
             elif tables:
                 with _progress(rows) as acknowledged:
-                    delivery = Delivery(
-                        reactor,
-                        clientFromString(reactor, options.connect),
-                        journal,
-                        framing=FRAMINGS[options.framing],
-                        window=options.window,
-                        retry_for=options.retry_for,
-                        acknowledged=acknowledged,
-                        say=_say,
-                    )
+                    delivery = _delivery(reactor, journal, options, acknowledged)
                     problems = await _deliver(delivery, tables, options)
                 _report(delivery.totals, reactor.seconds() - started)
     except JournalError as error:
@@ -70,6 +62,27 @@ async def send_directory(reactor: Any, options: argparse.Namespace) -> int:
     for problem in (*errors, *problems):
         _say(str(problem))
     return 1 if errors or problems else 0
+
+
+def _delivery(
+    reactor: Any,
+    journal: Journal,
+    options: argparse.Namespace,
+    acknowledged: Callable[[int], object],
+) -> Delivery:
+    server = clientFromString(reactor, options.connect)
+    tls: ClientTLS | None = getattr(options, "tls", None)
+    return Delivery(
+        reactor,
+        tls.wrap(server) if tls else server,
+        journal,
+        framing=FRAMINGS[options.framing],
+        window=options.window,
+        retry_for=options.retry_for,
+        acknowledged=acknowledged,
+        say=_say,
+        explain=tls.explain if tls else str,
+    )
 
 
 async def _deliver(
@@ -84,7 +97,7 @@ async def _deliver(
         end = [f"{error} Gave up. Run it again when the server at {options.connect} is well."]
     except ProtocolError as error:
         end = [f"the server does not speak this protocol: {error}"]
-    except JournalError as error:
+    except (JournalError, TLSError) as error:
         end = [str(error)]
     return [*delivery.problems, *end]
 
@@ -260,8 +273,28 @@ def _parser() -> argparse.ArgumentParser:
         default=60.0,
         help="seconds to go on while the server is away or takes nothing",
     )
+    for name, what in (
+        ("ca", "connect by TLS; the CAs that may have signed the server's certificate"),
+        ("cert", "this client's certificate, where the server wants one"),
+        ("key", "its private key (default: in the file of --tls-cert)"),
+    ):
+        add(f"--tls-{name}", metavar="FILE", type=Path, default=argparse.SUPPRESS, help=what)
     add("--version", action="version", version=f"cafeteria_orch {__version__}")
     return parser
+
+
+def _tls(options: argparse.Namespace) -> ClientTLS | None:
+    ca, cert, key = (getattr(options, f"tls_{name}", None) for name in ("ca", "cert", "key"))
+    if cert is None and key is not None:
+        raise TLSError("--tls-key is the key of a certificate: name that with --tls-cert")
+    if ca is None:
+        if cert is not None:
+            raise TLSError("--tls-cert is for TLS: name the CA of the server with --tls-ca")
+        return None
+    hostname = host_of(options.connect)
+    if hostname is None:
+        raise TLSError(f"--tls-ca wants --connect tcp:HOST:PORT, not {options.connect}")
+    return ClientTLS(hostname, ca, cert, key)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -269,6 +302,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     :raises SystemExit: with its status.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.tls = _tls(options)
+    except TLSError as error:
+        parser.error(str(error))
     csv.field_size_limit(options.max_frame_bytes)
     run(send_directory, options)

@@ -134,6 +134,7 @@ class Status:
         session = connection.session
         return {
             "ip": session.ip,
+            "name": session.common_name,
             "agency": session.agency_id,
             "client": None if session.client_id is None else str(session.client_id),
             "table": connection.table,

@@ -256,13 +256,19 @@ class Sessions(StoreCase):
         """It is written with the first batch, and once."""
         self.session.client_id = CLIENT
         self.store()
-        row = (1, str(CLIENT), PEER, NOW_TEXT, None, None)
+        row = (1, str(CLIENT), PEER, NOW_TEXT, None, None, None)
         self.assertEqual(self.sessions(), [row])
         self.store(batch_number=2)
         with self.database.transaction():
             self.database.end_table("users", self.session, NOW)
         self.assertEqual(self.sessions(), [row])
         self.assertEqual(self.query("SELECT DISTINCT session_id FROM batch"), [(1,)])
+
+    def test_common_name(self) -> None:
+        """A session whose certificate was verified has its common name."""
+        self.session.common_name = "agency-ñ"
+        self.store()
+        self.assertEqual(self.query("SELECT common_name FROM session"), [("agency-ñ",)])
 
     def test_equal_sessions(self) -> None:
         """Two connections of one client have a row each."""
@@ -291,7 +297,7 @@ class Sessions(StoreCase):
         with self.database.transaction():
             self.database.finish_session(self.session, NOW + 1)
         finished_at = NOW_TEXT.replace(":20.", ":21.")
-        self.assertEqual(self.sessions(), [(1, None, PEER, NOW_TEXT, finished_at, 3)])
+        self.assertEqual(self.sessions(), [(1, None, PEER, NOW_TEXT, finished_at, 3, None)])
 
     def test_finish_one_of_two(self) -> None:
         """The end of one session is not that of another, and an agency need not be told."""

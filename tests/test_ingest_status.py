@@ -71,6 +71,7 @@ class IngestStatusTests(SynchronousTestCase):
                 "session_id",
                 "client_id",
                 "agency_id",
+                "common_name",
                 "table_name",
                 "batches",
                 "rows",
@@ -147,6 +148,14 @@ class IngestStatusTests(SynchronousTestCase):
         self.assertEqual(self.status("agency_id"), [None])
         self.finish(session, 3)
         self.assertEqual(self.status("agency_id"), [3])
+
+    def test_common_name(self) -> None:
+        """Whose certificate it was stands there too, of each session by itself."""
+        session = self.session(CLIENT)
+        session.common_name = "agency-7"
+        self.store(session)
+        self.store(self.session(CLIENT))
+        self.assertEqual(self.status("common_name"), ["agency-7", None])
 
     def test_agency_of_another_session(self) -> None:
         """A connection that was cut has the agency that the client named over another."""

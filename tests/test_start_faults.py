@@ -12,7 +12,8 @@ from pathlib import Path
 
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.sinks.database import SCHEMA_VERSION, Database
+from cafeteria_orch.sinks.database import Database
+from cafeteria_orch.sinks.schema import SCHEMA_VERSION
 
 from .disks import (
     DEADLINE,
@@ -24,6 +25,7 @@ from .disks import (
     make_folder,
     mount_small_disk,
 )
+from .version_1 import make_version_1
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -166,6 +168,12 @@ class LockedTests(StartTestCase):
         with holding(self.store, "BEGIN IMMEDIATE"):
             self.assert_refused("database is locked")
 
+    def test_locked_older_store(self) -> None:
+        """The same of a store of an older program, which cannot be upgraded meanwhile."""
+        make_version_1(self.store)
+        with holding(self.store, "BEGIN IMMEDIATE"):
+            self.assert_refused("database is locked")
+
     def test_locked_for_good(self) -> None:
         """A store that another process keeps from all others."""
         self.make_store()
@@ -217,6 +225,12 @@ class DiskTests(StartTestCase):
     def test_read_only(self) -> None:
         """There is a store on a disk that may not be written."""
         self.make_store()
+        self.make_read_only()
+        self.assert_refused("cannot be opened")
+
+    def test_read_only_older_store(self) -> None:
+        """There is a store of an older program there, which cannot be upgraded."""
+        make_version_1(self.store)
         self.make_read_only()
         self.assert_refused("cannot be opened")
 

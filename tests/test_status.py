@@ -68,6 +68,7 @@ class Figures(StatusTestCase):
         """Who is connected, for how long, with what."""
         self.clock.advance(100)
         protocol, _ = connect(self.factory)
+        protocol.session.common_name = "agency 7"
         self.clock.advance(5)
         protocol.dataReceived(frame(encode(ClientHello(UUID(int=7)))))
         protocol.dataReceived(batch_frame(rows=[USER_ROW] * 3))
@@ -76,6 +77,7 @@ class Figures(StatusTestCase):
             shown,
             {
                 "ip": "192.0.2.7",
+                "name": "agency 7",
                 "agency": None,
                 "client": str(UUID(int=7)),
                 "table": "users",

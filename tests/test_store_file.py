@@ -11,7 +11,8 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.responses import Session
-from cafeteria_orch.sinks.database import SCHEMA_VERSION, Database, StoreError, check_store
+from cafeteria_orch.sinks.database import Database, StoreError, check_store
+from cafeteria_orch.sinks.schema import SCHEMA_VERSION
 from cafeteria_orch.tables import (
     MENU_ITEMS,
     STORES,
@@ -33,6 +34,7 @@ SCHEMA = {
         ("connected_at", "TEXT", 1),
         ("finished_at", "TEXT", 0),
         ("agency_id", "INTEGER", 0),
+        ("common_name", "TEXT", 0),
     ],
     "batch": [
         ("id", "INTEGER", 0),

@@ -1,4 +1,4 @@
-"""The store's file: its schema, and how batches are written to it.
+"""The store's file, and how batches are written to it.
 
 Plain blocking code on the standard library's ``sqlite3``. A :class:`Database` belongs to one
 thread at a time.
@@ -20,12 +20,9 @@ from weakref import WeakKeyDictionary
 from cafeteria_orch.messages import TableBatch
 from cafeteria_orch.responses import Session
 from cafeteria_orch.rows import Row
-from cafeteria_orch.tables import TABLES, Table
+from cafeteria_orch.tables import Table
 
-SCHEMA_VERSION = 1
-
-APPLICATION_ID = 0x63616665
-"""Tells a store from the databases of other programs: ``PRAGMA application_id``."""
+from .schema import APPLICATION_ID, SCHEMA_VERSION, statements
 
 BUSY_TIMEOUT = 0.5
 """How long, in seconds, a transaction waits for another process's lock."""
@@ -40,99 +37,25 @@ WAL_SIZE_LIMIT = 64 * 1024 * 1024
 # statement, and a busy reactor can keep it for milliseconds: few and large ones win.
 _ROWS_PER_STATEMENT = 1024
 
-_NUMERIC_COLUMNS = {
-    "quantity": "INTEGER",
-    **dict.fromkeys(
-        (
-            "price",
-            "latitude",
-            "longitude",
-            "unit_price",
-            "subtotal",
-            "original_amount",
-            "discount_applied",
-            "final_amount",
-        ),
-        "REAL",
-    ),
-}
-
-_SCHEMA = """
-CREATE TABLE session (
-    id INTEGER PRIMARY KEY,
-    client_id TEXT,
-    ip TEXT NOT NULL,
-    connected_at TEXT NOT NULL,
-    finished_at TEXT,
-    agency_id INTEGER
-);
-CREATE TABLE batch (
-    id INTEGER PRIMARY KEY,
-    session_id INTEGER NOT NULL REFERENCES session,
-    client_id TEXT,
-    opcode INTEGER NOT NULL,
-    batch_number INTEGER NOT NULL,
-    status INTEGER NOT NULL,
-    amount INTEGER NOT NULL,
-    digest BLOB NOT NULL,
-    received_at TEXT NOT NULL,
-    UNIQUE (client_id, opcode, batch_number, digest)
-);
-CREATE TABLE table_eof (
-    session_id INTEGER NOT NULL REFERENCES session,
-    table_name TEXT NOT NULL,
-    received_at TEXT NOT NULL,
-    last_batch_id INTEGER NOT NULL,
-    PRIMARY KEY (session_id, table_name)
-);
-CREATE VIEW ingest_status AS
-WITH part AS (
-    SELECT
-        session_id,
-        {table_name} AS table_name,
-        count(*) AS batches,
-        sum(amount) AS rows,
-        min(received_at) AS first_received_at,
-        max(received_at) AS last_received_at,
-        max(id) AS last_batch_id
-    FROM batch
-    GROUP BY session_id, opcode
-)
-SELECT
-    session_id,
-    client_id,
-    -- A connection that was cut never said its agency, another of the same client did.
-    coalesce(agency_id, (
-        SELECT max(agency_id) FROM session AS other WHERE other.client_id = session.client_id
-    )) AS agency_id,
-    table_name,
-    batches,
-    rows,
-    first_received_at,
-    last_received_at,
-    EXISTS (
-        SELECT 1
-        FROM table_eof JOIN session AS other ON other.id = table_eof.session_id
-        WHERE table_eof.table_name = part.table_name
-        AND (other.id = session.id OR other.client_id = session.client_id)
-        AND table_eof.last_batch_id >= part.last_batch_id
-    ) AS complete
-FROM part JOIN session ON session.id = session_id;
-"""
-
 
 class StoreError(Exception):
     """A file that cannot be the store. Its text says why, for the operator."""
 
 
+class _Rehearsed(Exception):
+    """An upgrade would succeed; to be undone."""
+
+
 class Database:
     """An open store.
 
-    :param path: the file; it is made if there is none.
+    :param path: the file; it is made if there is none, and upgraded if it is of an older
+        program.
+    :param keep_version: leave an older one as it is, having made sure that it can be upgraded.
     :raises StoreError: if it cannot be opened, or is something else.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, keep_version: bool = False) -> None:
         self._path = path
         # SQLite puts it beside the file itself, whatever link leads there.
         self._wal = Path(f"{os.path.realpath(path)}-wal")
@@ -151,7 +74,7 @@ class Database:
         self._session_ids: WeakKeyDictionary[Session, int] = WeakKeyDictionary()
         self._new_sessions: list[Session] = []
         try:
-            self._prepare()
+            self._prepare(keep_version)
         except sqlite3.Error as error:
             self.close()
             raise StoreError(f"the store {path} cannot be opened: {error}") from error
@@ -275,8 +198,14 @@ class Database:
         session_id = self._session_ids.get(session)
         if session_id is None:
             inserted = self._connection.execute(
-                "INSERT INTO session (client_id, ip, connected_at) VALUES (?, ?, ?)",
-                (_client_id(session), session.ip, _timestamp(session.connected_at)),
+                "INSERT INTO session (client_id, ip, connected_at, common_name)"
+                " VALUES (?, ?, ?, ?)",
+                (
+                    _client_id(session),
+                    session.ip,
+                    _timestamp(session.connected_at),
+                    session.common_name,
+                ),
             )
             session_id = self._session_ids[session] = inserted.lastrowid or 0
             self._new_sessions.append(session)
@@ -304,7 +233,7 @@ class Database:
     def _files(self) -> tuple[object, ...]:
         return _identity(Path(self._path)), _identity(self._wal)
 
-    def _prepare(self) -> None:
+    def _prepare(self, keep_version: bool) -> None:
         if self._pragma("application_id") != APPLICATION_ID and self._has_tables():
             raise StoreError(f"{self._path} is a database of something else: name another --store")
         version = self._pragma("user_version")
@@ -317,12 +246,12 @@ class Database:
         # NORMAL may lose a committed transaction at power loss; it was acknowledged by then.
         self._pragma("synchronous = FULL")
         self._pragma(f"journal_size_limit = {WAL_SIZE_LIMIT}")
-        with self.transaction():
-            if version == 0:
-                for statement in _schema():
-                    self._connection.execute(statement)
-                self._pragma(f"application_id = {APPLICATION_ID}")
-                self._pragma(f"user_version = {SCHEMA_VERSION}")
+        with suppress(_Rehearsed), self.transaction():
+            # Asked again, now that nobody else can be about to do the same.
+            for statement in statements(self._pragma("user_version")):
+                self._connection.execute(statement)
+            if keep_version and version:
+                raise _Rehearsed
         self._opened_files = self._files()
 
     def _has_tables(self) -> bool:
@@ -354,7 +283,7 @@ def check_store(path: str) -> None:
     except OSError as error:
         raise StoreError(f"the store {path} cannot be opened: {error.strerror}") from error
     try:
-        Database(path).close()
+        Database(path, keep_version=True).close()
     finally:
         # Privileges may be shed before the store is opened to stay.
         with suppress(OSError):
@@ -362,19 +291,6 @@ def check_store(path: str) -> None:
                 file.unlink()
             elif is_empty:
                 os.truncate(file, 0)
-
-
-def _schema() -> Iterator[str]:
-    cases = " ".join(f"WHEN {table.opcode} THEN '{table.name}'" for table in TABLES)
-    schema = _SCHEMA.replace("{table_name}", f"CASE batch.opcode {cases} END")
-    yield from filter(str.strip, schema.split(";"))
-    for table in TABLES:
-        columns = ", ".join(
-            f"{name} {_NUMERIC_COLUMNS.get(name, 'TEXT')}" for name in table.columns
-        )
-        yield (
-            f"CREATE TABLE {table.name} (batch_id INTEGER NOT NULL REFERENCES batch, {columns})"
-        )
 
 
 @cache

@@ -1,0 +1,130 @@
+"""The store's schema, and how a store of an older one is brought up to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cafeteria_orch.tables import TABLES
+
+SCHEMA_VERSION = 2
+
+APPLICATION_ID = 0x63616665
+"""Tells a store from the databases of other programs: ``PRAGMA application_id``."""
+
+_NUMERIC_COLUMNS = {
+    "quantity": "INTEGER",
+    **dict.fromkeys(
+        (
+            "price",
+            "latitude",
+            "longitude",
+            "unit_price",
+            "subtotal",
+            "original_amount",
+            "discount_applied",
+            "final_amount",
+        ),
+        "REAL",
+    ),
+}
+
+_TABLES = """
+CREATE TABLE session (
+    id INTEGER PRIMARY KEY,
+    client_id TEXT,
+    ip TEXT NOT NULL,
+    connected_at TEXT NOT NULL,
+    finished_at TEXT,
+    agency_id INTEGER,
+    common_name TEXT
+);
+CREATE TABLE batch (
+    id INTEGER PRIMARY KEY,
+    session_id INTEGER NOT NULL REFERENCES session,
+    client_id TEXT,
+    opcode INTEGER NOT NULL,
+    batch_number INTEGER NOT NULL,
+    status INTEGER NOT NULL,
+    amount INTEGER NOT NULL,
+    digest BLOB NOT NULL,
+    received_at TEXT NOT NULL,
+    UNIQUE (client_id, opcode, batch_number, digest)
+);
+CREATE TABLE table_eof (
+    session_id INTEGER NOT NULL REFERENCES session,
+    table_name TEXT NOT NULL,
+    received_at TEXT NOT NULL,
+    last_batch_id INTEGER NOT NULL,
+    PRIMARY KEY (session_id, table_name)
+);
+"""
+
+_VIEW = """
+CREATE VIEW ingest_status AS
+WITH part AS (
+    SELECT
+        session_id,
+        {table_name} AS table_name,
+        count(*) AS batches,
+        sum(amount) AS rows,
+        min(received_at) AS first_received_at,
+        max(received_at) AS last_received_at,
+        max(id) AS last_batch_id
+    FROM batch
+    GROUP BY session_id, opcode
+)
+SELECT
+    session_id,
+    client_id,
+    -- A connection that was cut never said its agency, another of the same client did.
+    coalesce(agency_id, (
+        SELECT max(agency_id) FROM session AS other WHERE other.client_id = session.client_id
+    )) AS agency_id,
+    common_name,
+    table_name,
+    batches,
+    rows,
+    first_received_at,
+    last_received_at,
+    EXISTS (
+        SELECT 1
+        FROM table_eof JOIN session AS other ON other.id = table_eof.session_id
+        WHERE table_eof.table_name = part.table_name
+        AND (other.id = session.id OR other.client_id = session.client_id)
+        AND table_eof.last_batch_id >= part.last_batch_id
+    ) AS complete
+FROM part JOIN session ON session.id = session_id
+"""
+
+
+def statements(version: int) -> Iterator[str]:
+    """What makes a store of an older version one of :data:`SCHEMA_VERSION`.
+
+    They are to be executed in one transaction, the version among them: a store that is
+    interrupted in the middle is still the older one.
+
+    :param version: of the store; 0 if there is nothing in it yet.
+    """
+    if version == SCHEMA_VERSION:
+        return
+    if version == 0:
+        yield from _creation()
+    else:
+        # What is added stands at the end of its table, here as in a new store.
+        yield "ALTER TABLE session ADD COLUMN common_name TEXT"
+        yield "DROP VIEW IF EXISTS ingest_status"
+    cases = " ".join(f"WHEN {table.opcode} THEN '{table.name}'" for table in TABLES)
+    yield _VIEW.replace("{table_name}", f"CASE batch.opcode {cases} END")
+    yield f"PRAGMA user_version = {SCHEMA_VERSION}"
+
+
+def _creation() -> Iterator[str]:
+    yield from filter(str.strip, _TABLES.split(";"))
+    for table in TABLES:
+        columns = ", ".join(
+            f"{name} {_NUMERIC_COLUMNS.get(name, 'TEXT')}" for name in table.columns
+        )
+        yield (
+            f"CREATE TABLE {table.name} (batch_id INTEGER NOT NULL REFERENCES batch, {columns})"
+        )
+    yield f"PRAGMA application_id = {APPLICATION_ID}"

@@ -150,6 +150,7 @@ class Status:
             "table": label,
             "received": tally.received,
             "in_hand": tally.in_hand,
+            "failed": tally.failed,
             "rows": tally.accepted_rows,
             **{outcome.name.lower(): tally[outcome] for outcome in Outcome},
         }

@@ -116,7 +116,7 @@ class Figures(StatusTestCase):
         self.assertEqual(len(tables), 6)
         users = tables["users"]
         self.assertEqual((users["received"], users["processed"], users["rows"]), (1, 1, 1))
-        self.assertEqual(tables["unknown"]["malformed"], 1)
+        self.assertEqual((tables["unknown"]["malformed"], tables["unknown"]["failed"]), (1, 1))
 
     def test_store(self) -> None:
         """The store's sizes; none without one."""

@@ -120,9 +120,13 @@ def connection(number: int) -> dict[str, Any]:
 
 def table(name: str) -> dict[str, Any]:
     outcomes = ("processed", "committed", "duplicate", "rejected", "try_again", "malformed")
-    return {"table": name, "received": 10**8, "in_hand": 8, "rows": 10**11} | dict.fromkeys(
-        outcomes, 10**7
-    )
+    return {
+        "table": name,
+        "received": 10**8,
+        "in_hand": 8,
+        "failed": 3 * 10**7,
+        "rows": 10**11,
+    } | dict.fromkeys(outcomes, 10**7)
 
 
 STATUS: Mapping[str, Any] = {
@@ -294,6 +298,7 @@ class AnyPage(SynchronousTestCase):
         self.assertIn("10000 of 100000", text)
         self.assertIn("top: 1M/s", text)
         self.assertIn("10 min ago", text)
+        self.assertRegex(text, r"batches failed\s+60M")
 
     def test_idle(self) -> None:
         """A server that nobody is connected to, and that has no store."""

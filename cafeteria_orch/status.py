@@ -134,6 +134,7 @@ class Status:
         session = connection.session
         return {
             "ip": session.ip,
+            "name": session.common_name,
             "agency": session.agency_id,
             "client": None if session.client_id is None else str(session.client_id),
             "table": connection.table,
@@ -149,6 +150,7 @@ class Status:
             "table": label,
             "received": tally.received,
             "in_hand": tally.in_hand,
+            "failed": tally.failed,
             "rows": tally.accepted_rows,
             **{outcome.name.lower(): tally[outcome] for outcome in Outcome},
         }

@@ -22,7 +22,7 @@ from cafeteria_orch import __version__
 from cafeteria_orch.monitor import MOST_CONNECTIONS, REQUEST_TIMEOUT, Monitor
 from cafeteria_orch.service import OrchestratorService
 
-from .builders import TCPTransport, batch_frame, texts
+from .builders import TCPTransport, batch_frame, lose, texts
 from .processes import ProcessTestCase, Server, wait_until
 from .services import RecordingEndpoint, RecordingSink, ServiceTestCase
 from .test_tap import TapTestCase, taken_port
@@ -191,6 +191,18 @@ class Hostile(MonitorTestCase):
         self.assertEqual(sum(transport.aborted for transport in opened), 2)
         self.assertTrue(opened[0].aborted and opened[1].aborted)
         self.assertEqual(self.ask("/livez")[0], 200)
+
+    def test_gone(self) -> None:
+        """Who is gone makes room, and leaves no timer behind."""
+        for _ in range(2 * MOST_CONNECTIONS):
+            protocol, transport = self.open()
+            lose(protocol)
+            self.assertFalse(transport.aborted)
+        _, last = self.open()
+        for _ in range(MOST_CONNECTIONS - 1):
+            self.open()
+        self.assertFalse(last.aborted)
+        self.assertEqual(len(self.reactor.getDelayedCalls()), MOST_CONNECTIONS)
 
     def test_not_logged(self) -> None:
         """A scrape leaves no line in the log."""

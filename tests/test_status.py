@@ -68,6 +68,7 @@ class Figures(StatusTestCase):
         """Who is connected, for how long, with what."""
         self.clock.advance(100)
         protocol, _ = connect(self.factory)
+        protocol.session.common_name = "agency 7"
         self.clock.advance(5)
         protocol.dataReceived(frame(encode(ClientHello(UUID(int=7)))))
         protocol.dataReceived(batch_frame(rows=[USER_ROW] * 3))
@@ -76,6 +77,7 @@ class Figures(StatusTestCase):
             shown,
             {
                 "ip": "192.0.2.7",
+                "name": "agency 7",
                 "agency": None,
                 "client": str(UUID(int=7)),
                 "table": "users",
@@ -114,7 +116,7 @@ class Figures(StatusTestCase):
         self.assertEqual(len(tables), 6)
         users = tables["users"]
         self.assertEqual((users["received"], users["processed"], users["rows"]), (1, 1, 1))
-        self.assertEqual(tables["unknown"]["malformed"], 1)
+        self.assertEqual((tables["unknown"]["malformed"], tables["unknown"]["failed"]), (1, 1))
 
     def test_store(self) -> None:
         """The store's sizes; none without one."""

@@ -87,7 +87,9 @@ class RealPage(ProcessTestCase):
         self.assertIn('id="state" class="good" role="status">ready<', document)
         self.assertIn('<p id="banner" class="warn" role="alert" hidden="">', document)
         (connection,) = table_of(document, "connections")
-        self.assertRegex(connection, r"^127\.0\.0\.1 \u2013 00010203 stores 3 4 \d+ B 0 \d+ s$")
+        self.assertRegex(
+            connection, r"^127\.0\.0\.1 \u2013 \u2013 00010203 stores 3 4 \d+ B 0 \d+ s$"
+        )
         tables = table_of(document, "tables")
         self.assertIn("users 2 2 0 0 0 0 0 0 4", tables)
         self.assertIn("menu_items 1 0 0 0 0 0 1 0 0", tables)
@@ -104,6 +106,7 @@ HOSTILE = "<script>top.hit = 1</script><img src=x onerror='top.hit = 1'>\"'&amp;
 def connection(number: int) -> dict[str, Any]:
     return {
         "ip": HOSTILE if number == 0 else f"2001:db8:85a3:8d3:1319:8a2e:370:{number:04x}",
+        "name": None if number % 2 else HOSTILE,
         "agency": None if number % 2 else 2**31 - 1,
         "client": None if number % 3 else "<i>00010203-0405-0607-0809-0a0b0c0d0e0f",
         "table": "transaction_items",
@@ -117,9 +120,13 @@ def connection(number: int) -> dict[str, Any]:
 
 def table(name: str) -> dict[str, Any]:
     outcomes = ("processed", "committed", "duplicate", "rejected", "try_again", "malformed")
-    return {"table": name, "received": 10**8, "in_hand": 8, "rows": 10**11} | dict.fromkeys(
-        outcomes, 10**7
-    )
+    return {
+        "table": name,
+        "received": 10**8,
+        "in_hand": 8,
+        "failed": 3 * 10**7,
+        "rows": 10**11,
+    } | dict.fromkeys(outcomes, 10**7)
 
 
 STATUS: Mapping[str, Any] = {
@@ -291,6 +298,7 @@ class AnyPage(SynchronousTestCase):
         self.assertIn("10000 of 100000", text)
         self.assertIn("top: 1M/s", text)
         self.assertIn("10 min ago", text)
+        self.assertRegex(text, r"batches failed\s+60M")
 
     def test_idle(self) -> None:
         """A server that nobody is connected to, and that has no store."""

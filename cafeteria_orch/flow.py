@@ -57,6 +57,7 @@ class FlowReceiver(ClosingReceiver):
 
     _awaited: Awaited | None = None
     _admitted = False
+    _admitted_between_frames = False
     # What this connection has in the sums of in_flight.
     _held = 0
     _held_in_hand = 0
@@ -88,6 +89,8 @@ class FlowReceiver(ClosingReceiver):
             self._awaited = None
             if self._admitted:
                 self._stop_waiting()
+        elif self._admitted_between_frames and self.missing:
+            self._stop_waiting()
         self.account()
         if self._held and not (self.paused or self._admitted) and self._in_flight.is_short:
             self.hold(Hold.MEMORY)
@@ -114,8 +117,9 @@ class FlowReceiver(ClosingReceiver):
         self.proceed()
 
     def admit(self) -> None:
-        """Read on until a frame is whole: its memory is set aside."""
+        """Read on until the frame that has begun is whole, or the next one has begun."""
         self._admitted = True
+        self._admitted_between_frames = not self.missing
         self.account()
         self.release(Hold.MEMORY)
 
@@ -137,7 +141,8 @@ class FlowReceiver(ClosingReceiver):
         held = self.buffered + in_hand
         if self._admitted:
             held += self.missing
-        if held != self._held:
+        # A frame that was set aside for and is in hand now takes as much as before.
+        if held != self._held or in_hand != self._held_in_hand:
             change = held - self._held
             self._held = held
             self._in_flight.in_hand += in_hand - self._held_in_hand
@@ -183,7 +188,7 @@ class FlowReceiver(ClosingReceiver):
         return None if self.in_hand else Awaited.FRAME
 
     def _stop_waiting(self) -> None:
-        self._admitted = False
+        self._admitted = self._admitted_between_frames = False
         self.account()
         self._in_flight.leave(self)
 

@@ -11,8 +11,15 @@ DEFAULT_MAX_IN_FLIGHT_BYTES = 256 * 1024 * 1024
 class Waiter(Protocol):
     """A connection that may not read on for now."""
 
+    @property
+    def missing(self) -> int:
+        """How many bytes are still to come of a frame that has begun; 0 between frames."""
+
     def admit(self) -> None:
-        """Read on until a frame is whole: its memory is set aside, by :meth:`InFlight.change`."""
+        """Read on until the frame that has begun is whole, or the next one has begun.
+
+        What is missing of it is to be set aside, by :meth:`InFlight.change`.
+        """
 
 
 class InFlight:
@@ -70,7 +77,9 @@ class InFlight:
             while self._waiting and self._has_room():
                 waiter = next(iter(self._waiting))
                 del self._waiting[waiter]
-                self._admitted[waiter] = None
+                # One between frames may have nothing more to send: nobody is to wait for it.
+                if waiter.missing:
+                    self._admitted[waiter] = None
                 waiter.admit()
         finally:
             self._admitting = False

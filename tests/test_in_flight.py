@@ -144,6 +144,26 @@ class InFlightTests(SynchronousTestCase):
         late.dataReceived(self.rest())
         self.assertEqual(len(transport.value()), 4 + LONGEST)
 
+    def test_nobody_waits_for_the_idle(self) -> None:
+        """A client that waited between two frames and sends nothing more holds nobody up."""
+        many = 3 * LIMIT // LONGEST
+        waiting = [self.connect(self.half_frame()) for _ in range(many)]
+        idle, transport = self.connect(frame(bytes([SHARED])))
+        self.assertTrue(self.is_held(transport))
+        waiting += [self.connect(self.half_frame()) for _ in range(many)]
+        self.pending.finish()
+        for _ in waiting:
+            protocol, _ = next(
+                client for client in waiting if not (client[1].value() or self.is_held(client[1]))
+            )
+            protocol.dataReceived(self.rest())
+        self.assertFalse(self.is_held(transport))
+        # It has waited for no more than that: when it begins a frame, it waits like others.
+        for _ in range(many):
+            self.connect(self.half_frame())
+        idle.dataReceived(self.half_frame())
+        self.assertTrue(self.is_held(transport))
+
     def test_who_leaves_makes_room(self) -> None:
         """A connection that is lost, closed or aborted gives back all that it had."""
         clients = [self.connect(self.half_frame()) for _ in range(5 * LIMIT // LONGEST)]
@@ -257,7 +277,9 @@ class InFlightMachine(RuleBasedStateMachine):
     def bounded(self) -> None:
         """A chunk of each connection beyond the limit at most; nothing is counted twice."""
         most = LIMIT // 2 + len(self.factory.connections) * (CHUNK + 4)
-        assert 0 <= self.factory.in_flight.in_hand <= self.factory.in_flight.bytes <= most
+        in_hand = sum(client.size for _, client, _ in self.pending.in_hand)
+        in_flight = self.factory.in_flight
+        assert in_hand <= in_flight.in_hand <= in_flight.bytes <= most
 
     def teardown(self) -> None:
         """Nobody starves: if processors end and clients send, everything arrives."""
@@ -274,7 +296,7 @@ class InFlightMachine(RuleBasedStateMachine):
                 count += 1
                 answers = answers[4 + int.from_bytes(answers[:4], "big") :]
             assert count == client.expected
-        assert self.factory.in_flight.bytes == 0
+        assert self.factory.in_flight.bytes == self.factory.in_flight.in_hand == 0
 
 
 class InFlightModelTests(SynchronousTestCase):

@@ -116,7 +116,11 @@ class ClosingReceiver(FrameReceiver):
     def abort(self) -> None:
         """Close at once, whatever is on its way."""
         self._closing = True
-        self.abortConnection()
+        if self._lost:
+            # TLS does not bear to be told.
+            self.stopDelivery()
+        else:
+            self.abortConnection()
 
 
 def _is_plain_tcp(transport: object) -> bool:

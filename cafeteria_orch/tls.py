@@ -16,7 +16,6 @@ from zope.interface import implementer
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
-    from OpenSSL.crypto import PKey
     from OpenSSL.SSL import Connection
     from twisted.internet.ssl import CertificateOptions
     from twisted.protocols.tls import TLSMemoryBIOProtocol
@@ -102,20 +101,21 @@ class ServerTLS:
                     for each in _read_certificates("--tls-client-ca", self._client_ca)
                 ]
             )
-        certificate, *between = map(crypto.X509.from_cryptography, chain)
+        # Twisted passes on what it is given, and pyOpenSSL wants these of cryptography's.
+        certificate: list[Any] = list(chain)
         options = ssl.CertificateOptions(
             privateKey=key,
-            certificate=certificate,
-            extraCertChain=between,
+            certificate=certificate[0],
+            extraCertChain=certificate[1:],
             trustRoot=trusted,
             raiseMinimumTo=ssl.TLSVersion.TLSv1_2,
         )
         try:
             context = options.getContext()
-        except SSL.Error as error:
+        except (SSL.Error, TypeError) as error:
             raise CertificateError(
-                f"{self._key_option} {self._key}: it is no key for the certificate in"
-                f" {self._cert} ({_reason_of(error)}): name the key that the certificate was"
+                f"{self._key_option} {self._key}: TLS does not take its key with the certificate"
+                f" in {self._cert} ({_reason_of(error)}): name the key that the certificate was"
                 " made with by --tls-key"
             ) from error
         if trusted is not None:
@@ -231,20 +231,18 @@ def _read_certificates(option: str, path: Path) -> list[Certificate]:
         ) from error
 
 
-def _read_key(option: str, path: Path) -> PKey:
+def _read_key(option: str, path: Path) -> Any:
     from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415
         load_pem_private_key,
     )
-    from OpenSSL import crypto  # noqa: PLC0415
 
     data = _read(option, path)
     try:
         # Not by OpenSSL's own function: that asks the terminal for a passphrase.
-        return crypto.PKey.from_cryptography_key(load_pem_private_key(data, None))  # type: ignore[arg-type]
+        return load_pem_private_key(data, None)
     except TypeError as error:
         raise CertificateError(
-            f"{option} {path}: the private key is encrypted, or of a kind that TLS does not"
-            " know: name one by --tls-key that is not"
+            f"{option} {path}: the private key is encrypted: name one by --tls-key that is not"
         ) from error
     except ValueError as error:
         raise CertificateError(

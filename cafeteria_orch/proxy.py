@@ -143,7 +143,10 @@ def parse_networks(text: str) -> tuple[Network, ...]:
 
     :raises ValueError: naming the one that is none.
     """
-    return tuple(ip_network(part.strip()) for part in text.split(","))
+    try:
+        return tuple(ip_network(part.strip()) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no list of networks: {error}") from error
 
 
 def is_within(host: str, networks: tuple[Network, ...]) -> bool:

@@ -489,6 +489,18 @@ class TLSTests(GatesTestCase):
             wire.lose()
         self.assertIn("the limit of --max-connections", self.one_warning(list(events)))
 
+    def test_abort_of_who_is_gone(self) -> None:
+        """A drain that is given up does not stumble over a client that left a message in hand."""
+        pending = Pending()
+        self.factory.register_processor(41, pending)
+        wire, client = self.secure(client_context())
+        client.handshake()
+        client.send(b"\x00\x00\x00\x01\x29")
+        wire.lose(ConnectionLost())
+        self.factory.abort()
+        pending.finish()
+        self.assertEqual(self.factory.connections, set())
+
     def test_reloaded(self) -> None:
         """New connections get the new certificate; one in the middle of its handshake, the old."""
         wire, client = self.secure(client_context())

@@ -185,7 +185,9 @@ class ReloadTests(TLSTestCase):
     def test_nothing_is_left(self) -> None:
         """What was read before is let go of."""
         tls = self.load(client_ca=self.files.client_ca)
-        before = [weakref.ref(tls._options), weakref.ref(tls._options.getContext())]
+        held: list[Any] = [tls._options, tls._options.getContext()]
+        before = [weakref.ref(each) for each in held]
+        held.clear()
         for _ in range(20):
             tls.reload()
         gc.collect()

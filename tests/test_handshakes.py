@@ -489,6 +489,17 @@ class TLSTests(GatesTestCase):
             wire.lose()
         self.assertIn("the limit of --max-connections", self.one_warning(list(events)))
 
+    def test_closed_without_a_word(self) -> None:
+        """A client that closes its connection, but not TLS, is worth a line only amid a frame."""
+        for said, lines in ((HELLO, 0), (HELLO[:-1], 1)):
+            wire, client = self.secure(client_context())
+            client.handshake()
+            client.send(said)
+            with capturedLogs() as events:
+                wire.lose()
+            self.assertEqual(len(texts(list(events), LogLevel.warn)), lines)
+        self.assertIn("connection closed, 1 bytes", texts(list(events), LogLevel.warn)[0])
+
     def test_abort_of_who_is_gone(self) -> None:
         """A drain that is given up does not stumble over a client that left a message in hand."""
         pending = Pending()

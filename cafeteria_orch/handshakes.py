@@ -122,8 +122,6 @@ class _Gate(Protocol):
         self._timeout = gates.reactor.callLater(timeout, self.refuse, problem)
 
     def dataReceived(self, data: bytes) -> None:
-        if self._is_over:
-            return
         self._data += data
         try:
             if self._awaits_header and not self._read_header():

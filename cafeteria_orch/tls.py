@@ -158,8 +158,7 @@ def common_name(connection: Connection) -> str | None:
     except ValueError:
         # OpenSSL bears with more than what makes a certificate of these bytes.
         return None
-    text = name if isinstance(name, str) else name.decode("ascii", "backslashreplace")
-    return "".join(map(_escaped, text)) or None
+    return "".join(map(_escaped, str(name))) or None
 
 
 def handshake_problem(failure: Failure, connection: Connection) -> str | None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ssl
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+from OpenSSL.SSL import Connection, Error
+from OpenSSL.SSL import X509VerificationCodes as Codes
 from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IAddress
@@ -20,10 +24,19 @@ from cafeteria_orch.handshakes import HANDSHAKE_TIMEOUT, Gates
 from cafeteria_orch.protocol import OrchestratorProtocol
 from cafeteria_orch.proxy import parse_networks
 from cafeteria_orch.throttle import REPORT_INTERVAL
-from cafeteria_orch.tls import ServerTLS
+from cafeteria_orch.tls import ServerTLS, _note_mistrust, handshake_problem
 
 from .builders import ECHO, SUCCESS, Pending, TCPTransport, batch_frame, echo, numbered, texts
-from .certificates import Files, MemoryClient, client_context, issue, old_context
+from .certificates import (
+    SERVER,
+    Files,
+    MemoryClient,
+    authority,
+    client_context,
+    issue,
+    old_context,
+    pem,
+)
 from .processes import HELLO
 from .test_proxy import V1, V2, version_2
 
@@ -183,7 +196,6 @@ class ProxyTests(GatesTestCase):
         with capturedLogs() as events:
             wire = self.connect(self.proxied())
             wire.protocol.dataReceived(HELLO)
-            wire.protocol.dataReceived(V1)
         self.assertTrue(wire.aborted)
         self.assertEqual(wire.value(), b"")
         self.assertEqual(self.factory.connections, set())
@@ -218,7 +230,6 @@ class ProxyTests(GatesTestCase):
         wire = self.connect(gates)
         wire.protocol.dataReceived(V1)
         with capturedLogs() as events:
-            wire.protocol.dataReceived(HELLO)
             self.clock.advance(HANDSHAKE_TIMEOUT)
         self.assertTrue(wire.aborted)
         self.assertEqual((list(events), gates.pending), ([], {}))
@@ -290,6 +301,7 @@ class PatienceTests(GatesTestCase):
         """Who goes away in the middle is worth a line, who never said anything is not."""
         with capturedLogs() as events:
             self.connect(self.gate).lose()
+            self.assertEqual(list(events), [])
             wire = self.connect(self.gate)
             wire.protocol.dataReceived(b"PRO")
             wire.lose(ConnectionLost())
@@ -363,6 +375,16 @@ class TLSTests(GatesTestCase):
         )
         wire.lose()
 
+    def test_chain(self) -> None:
+        """The client gets what is between the certificate and the CA that it trusts."""
+        between = authority("ours").create_child_ca()
+        self.files.write("server.pem", pem(between.issue_cert(SERVER)))
+        with capturedLogs():
+            self.tls.reload()
+        _, client = self.secure(client_context())
+        client.handshake()
+        self.assertEqual(len(self.factory.connections), 1)
+
     def test_client_after_the_handshake(self) -> None:
         """It is no client, and takes none of their room, before the handshake is done."""
         wire, client = self.secure(client_context())
@@ -416,6 +438,32 @@ class TLSTests(GatesTestCase):
             MemoryClient(wire, client_context(issue(name))).handshake()
             self.assertEqual(self.client().session.common_name, shown)
             wire.lose()
+
+    def test_no_common_name(self) -> None:
+        """A certificate that names nobody, or whose name is broken, is good enough."""
+        nameless = authority("ours").issue_cert(SERVER)
+        for certificate in (nameless, issue()):
+            wire = self.connect(self.gates(tls=self.mutual))
+            MemoryClient(wire, client_context(certificate)).handshake()
+            self.assertIsNone(self.client().session.common_name)
+            wire.lose()
+            self.patch(Connection, "get_peer_certificate", Mock(side_effect=ValueError))
+
+    def test_not_yet_valid(self) -> None:
+        """One whose certificate is not valid yet."""
+        start = datetime.now(timezone.utc) + timedelta(days=1)
+        certificate = authority("ours").issue_cert(SERVER, not_before=start)
+        problem = self.refused(client_context(certificate))
+        self.assertEqual(problem, "its certificate, or the CA's, is not valid yet")
+
+    def test_other_mistrust(self) -> None:
+        """Whatever else OpenSSL has against a certificate has its number."""
+        wire = self.connect(self.gates(tls=self.mutual))
+        MemoryClient(wire, client_context(issue())).handshake()
+        connection = wire.protocol.getHandle()
+        self.assertFalse(_note_mistrust(connection, None, Codes.ERR_INVALID_PURPOSE, 0, 0))
+        failure = Failure(Error([]))
+        self.assertIn("(verification error 26)", str(handshake_problem(failure, connection)))
 
     def test_no_certificate(self) -> None:
         """A client that shows none, where one is required."""

@@ -54,12 +54,14 @@ def makeService(options: Options) -> IService:
     # Importing it installs it, and which one it is is for twistd to say.
     from twisted.internet import reactor  # noqa: PLC0415
 
+    has_gates = options["tls-cert"] is not None or options["proxy-protocol"]
+    most = allow_connections(options["max-connections"], each=2 if has_gates else 1)
     try:
         factory = OrchestratorFactory(
             reactor,
             max_frame_bytes=options["max-frame-bytes"],
             framing=options["framing"],
-            max_connections=allow_connections(options["max-connections"]),
+            max_connections=most,
             max_connections_per_host=options["max-connections-per-host"],
             max_in_flight_bytes=options["max-in-flight-bytes"],
             timeouts=Timeouts(
@@ -80,6 +82,7 @@ def makeService(options: Options) -> IService:
     for name in options["processors"]:
         _load_processors(name, factory)
     tls = _server_tls(reactor, options)
+    gates = _gates(reactor, factory, tls, most, options) if has_gates else None
     _probe(_endpoints(_BindProbe(), options))
     return OrchestratorService(
         reactor,
@@ -91,7 +94,7 @@ def makeService(options: Options) -> IService:
         notifier=SystemdNotifier.from_environment(os.environ),
         monitor=_monitor(reactor, factory, sink, options),
         pid_file=None if options.parent is None else options.parent.get("pidfile"),
-        gates=_gates(reactor, factory, tls, options),
+        gates=gates,
         reload=None if tls is None else tls.reload,
     )
 
@@ -108,18 +111,20 @@ def _server_tls(reactor: Any, options: Options) -> ServerTLS | None:
 
 
 def _gates(
-    reactor: Any, factory: OrchestratorFactory, tls: ServerTLS | None, options: Options
-) -> Gates | None:
-    trusted = options["proxy-from"] if options["proxy-protocol"] else None
-    if tls is None and trusted is None:
-        return None
+    reactor: Any,
+    factory: OrchestratorFactory,
+    tls: ServerTLS | None,
+    most: int,
+    options: Options,
+) -> Gates:
     for description in options["listen"]:
         if description.startswith(("ssl:", "haproxy:")):
             raise refusal(
                 f"--listen {description}: --tls-cert and --proxy-protocol hold for all that is"
                 " listened to: leave them out, or name a tcp: endpoint"
             )
-    return Gates(reactor, factory, most=options["max-connections"], trusted=trusted, tls=tls)
+    trusted = options["proxy-from"] if options["proxy-protocol"] else None
+    return Gates(reactor, factory, most=most, trusted=trusted, tls=tls)
 
 
 def _monitor(

@@ -93,7 +93,8 @@ class Signals(SignalTestCase):
         """Where there is something to reload, SIGHUP has that done, in the reactor's thread."""
         reloads: list[None] = []
         self.running(reload=lambda: reloads.append(None))
-        handler: Any = signal.getsignal(signal.SIGHUP)
+        handler = signal.getsignal(signal.SIGHUP)
+        assert callable(handler)
         with capturedLogs() as events:
             handler(signal.SIGHUP, None)
             self.assertEqual(reloads, [])

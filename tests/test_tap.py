@@ -208,11 +208,20 @@ class Before(TapTestCase):
     def test_tls(self) -> None:
         """With a certificate there is TLS, and something to reload."""
         files = Files(self.folder)
+        allowed: list[tuple[int, int]] = []
+
+        def allow(connections: int, each: int) -> int:
+            allowed.append((connections, each))
+            return 6
+
+        self.patch(tap, "allow_connections", allow)
+        self.make("--store=none", "--max-connections=7")
         service = self.make("--store=none", "--tls-cert", files.cert, "--max-connections=7")
+        self.assertEqual(allowed, [(7, 1), (7, 2)])
         gates: Any = service._listener
         self.assertIsInstance(gates.tls, ServerTLS)
-        self.assertEqual((gates.trusted, gates.most), (None, 7))
-        self.assertEqual(service._reload, gates.tls.reload)
+        self.assertEqual((gates.trusted, gates.most), (None, 6))
+        self.assertEqual(service._signals._reload, gates.tls.reload)
 
     def test_proxy(self) -> None:
         """With the PROXY protocol the balancers are known, and nothing is to be reloaded."""

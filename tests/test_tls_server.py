@@ -10,7 +10,7 @@ import ssl
 from contextlib import ExitStack
 from pathlib import Path
 
-from .builders import FAIL, PEER, SUCCESS, batch_frame, frame, opcode_first
+from .builders import FAIL, PEER, SUCCESS, batch_frame, frame, opcode_first, query
 from .certificates import AGENCY, SERVER, Files, client_context, issue, pem
 from .processes import (
     DAEMON,
@@ -169,6 +169,14 @@ class CertificateTests(TLSServerTestCase):
         self.assertEqual(server.log.count("accept_connections"), 1)
         self.assert_served(self.talk(server, client_context(issue())))
         self.assert_quiet(server)
+
+    def test_store(self) -> None:
+        """The name of the client's certificate stands in the store."""
+        store = ("--store", "tables.db")
+        server = self.secure("--tls-client-ca", self.files.client_ca, *store)
+        self.assert_served(self.talk(server, client_context(issue())))
+        path = str(self.folder / "tables.db")
+        self.assertEqual(query(path, "SELECT common_name FROM session"), [(AGENCY,)])
 
     def test_reload(self) -> None:
         """After SIGHUP new connections get the new certificate, and old ones go on."""

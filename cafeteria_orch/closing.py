@@ -59,7 +59,9 @@ class ClosingReceiver(FrameReceiver):
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         """The connection is gone."""
         self._lost = self._input_over = True
-        self._was_reset = reason.check(ConnectionDone) is None
+        # Many a client closes TLS without saying so by TLS: that looks like a reset, and is none.
+        is_tls = ISSLTransport.providedBy(self.transport)
+        self._was_reset = reason.check(ConnectionDone) is None and not is_tls
         if self._abort_call is not None and self._abort_call.active():
             self._abort_call.cancel()
 
@@ -116,7 +118,11 @@ class ClosingReceiver(FrameReceiver):
     def abort(self) -> None:
         """Close at once, whatever is on its way."""
         self._closing = True
-        self.abortConnection()
+        if self._lost:
+            # A TLS transport does not bear to be told.
+            self.stopDelivery()
+        else:
+            self.abortConnection()
 
 
 def _is_plain_tcp(transport: object) -> bool:

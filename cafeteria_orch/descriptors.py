@@ -29,16 +29,18 @@ _OUT_OF_DESCRIPTORS = frozenset({"EMFILE", "ENFILE"})
 _log = Logger()
 
 
-def allow_connections(connections: int) -> int:
+def allow_connections(connections: int, each: int = 1) -> int:
     """Raise the limit of this process as far as needed, and allowed; warn if that is too low.
 
     Connections are not to take the descriptors that all else needs: a log file that is rotated,
     a word to systemd.
 
     :param connections: so many are to be possible at once.
+    :param each: so many descriptors for each: two, where as many again may be on their way to
+        become clients.
     :return: so many are.
     """
-    needed = connections + _OTHERS
+    needed = connections * each + _OTHERS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return connections
@@ -50,7 +52,7 @@ def allow_connections(connections: int) -> int:
         allowed = soft
     if allowed == needed:
         return connections
-    possible = max(allowed - _OTHERS, 1)
+    possible = max((allowed - _OTHERS) // each, 1)
     _log.warn(
         "action: start | result: limited | max_connections: {possible} | error: {allowed} file"
         " descriptors are too few for {connections} connections: raise LimitNOFILE (systemd) or"

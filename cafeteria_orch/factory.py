@@ -128,6 +128,7 @@ class OrchestratorFactory(ServerFactory):
             return None
         protocol = OrchestratorProtocol(self)
         protocol.factory = self
+        protocol.address = addr
         return protocol
 
     def register_processor(
@@ -273,10 +274,15 @@ class OrchestratorFactory(ServerFactory):
         self._limits.opened(connection.session.ip)
         if self._paused:
             self._hold(connection)
-        if self.log_info:
+        session = connection.session
+        if self.log_info and session.common_name is None:
+            _log.info("action: accept_connections | result: success | ip: {ip}", ip=session.ip)
+        elif self.log_info:
             _log.info(
-                "action: accept_connections | result: success | ip: {ip}",
-                ip=connection.session.ip,
+                "action: accept_connections | result: success | ip: {ip}"
+                " | common_name: {common_name}",
+                ip=session.ip,
+                common_name=session.common_name,
             )
 
     def connection_lost(self, connection: OrchestratorProtocol) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 from twisted.logger import Logger
 
 from .counters import Counters
-
-REPORT_INTERVAL = 60.0
-"""How often, in seconds, refused connections are reported while they go on coming."""
+from .throttle import Throttle
 
 _log = Logger()
 
@@ -27,13 +25,11 @@ class ConnectionLimits:
     def __init__(
         self, reactor: Any, counters: Counters, most: int | None, most_per_host: int | None
     ) -> None:
-        self._reactor = reactor
         self._counters = counters
         self._most = most
         self._most_per_host = most_per_host
         self._open: Counter[str] = Counter()
-        self._refused = 0
-        self._reported: float | None = None
+        self._reports = Throttle(reactor)
 
     def admits(self, host: str | None) -> bool:
         """Whether a connection may be made; if not, that is counted, and logged now and then.
@@ -65,15 +61,12 @@ class ConnectionLimits:
             del self._open[host]
 
     def _refuse(self, host: str | None, why: str) -> None:
-        self._refused += 1
-        now = self._reactor.seconds()
-        if self._reported is None or now - self._reported >= REPORT_INTERVAL:
-            self._reported = now
+        refused = self._reports.due("refused")
+        if refused:
             _log.warn(
                 "action: accept_connections | result: refused | ip: {ip} | refused: {refused}"
                 " | error: {error}",
                 ip=host or "unix",
-                refused=self._refused,
+                refused=refused,
                 error=why,
             )
-            self._refused = 0

@@ -15,6 +15,7 @@ from . import __version__
 from .framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 from .in_flight import DEFAULT_MAX_IN_FLIGHT_BYTES
 from .logs import Render, as_json, as_text
+from .proxy import parse_networks
 from .service import DEFAULT_DRAIN_TIMEOUT
 
 ENVIRONMENT_PREFIX = "CAFEORCH_"
@@ -53,8 +54,17 @@ def _log_format(text: str) -> Render:
     return formats[text]
 
 
-def _store(text: str) -> str | None:
-    return None if text == "none" else str(Path(text).absolute())
+def _path(text: str) -> str:
+    # A daemon goes elsewhere, and --rundir too.
+    return str(Path(text).absolute())
+
+
+def _flag(text: str) -> bool:
+    words = {"1": True, "yes": True, "true": True, "on": True}
+    words |= {"0": False, "no": False, "false": False, "off": False}
+    if text.lower() not in words:
+        raise ValueError(f"{text!r} is not one of {', '.join(words)}")
+    return words[text.lower()]
 
 
 def _framing(text: str) -> Framing | None:
@@ -69,7 +79,11 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "port": _number(int, 0, 65535),
     "interface": str,
     "backlog": _number(int, 1, 65535),
-    "store": _store,
+    "store": _or_none(_path),
+    "tls-cert": _or_none(_path),
+    "tls-key": _or_none(_path),
+    "tls-client-ca": _or_none(_path),
+    "proxy-from": parse_networks,
     "max-frame-bytes": _number(int, 1, 2**31 - 1),
     "framing": _framing,
     "max-connections": _number(int, 1, 10**6),
@@ -84,6 +98,9 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "log-format": _log_format,
 }
 _REPEATED = ("listen", "processors")
+_FLAGS = ("proxy-protocol",)
+_NEEDED = {"tls-key": "tls-cert", "tls-client-ca": "tls-cert", "proxy-from": "proxy-protocol"}
+"""What an option is nothing without."""
 _TCP_OPTIONS = {"port", "interface", "backlog"}
 
 
@@ -102,6 +119,20 @@ class Options(usage.Options):
         ["port", "p", "8080", "TCP port; 0 picks one, and the log says which"],
         ["interface", "i", "127.0.0.1", "address to bind; 0.0.0.0 or :: for all"],
         ["backlog", "b", "128", "pending connections"],
+        ["tls-cert", None, "none", "certificate and chain, PEM: TLS alone is spoken; or none"],
+        ["tls-key", None, "none", "its private key, PEM; none: it is in the certificate's file"],
+        [
+            "tls-client-ca",
+            None,
+            "none",
+            "CAs, PEM: clients have to show a certificate of theirs; or none",
+        ],
+        [
+            "proxy-from",
+            None,
+            "127.0.0.0/8,::1",
+            "load balancers, CIDR,...: who else connects, but by a local socket, is refused",
+        ],
         ["store", "s", "cafeorch.sqlite3", "the embedded store's file, or none"],
         ["max-frame-bytes", None, str(DEFAULT_MAX_FRAME_BYTES), "longest frame, in bytes"],
         [
@@ -144,17 +175,21 @@ class Options(usage.Options):
 
     def __init__(self) -> None:
         super().__init__()
-        self._repeated: dict[str, list[str]] = {}
+        self._collected: dict[str, Any] = {}
 
     def opt_listen(self, description: str) -> None:
         """Twisted endpoint (unix:, systemd:) in place of -p, -i and -b; may be repeated"""
-        self._repeated.setdefault("listen", []).append(description)
+        self._collected.setdefault("listen", []).append(description)
 
     opt_l = opt_listen
 
     def opt_processors(self, name: str) -> None:
         """module:function, called at start; looked for in . first; may be repeated"""
-        self._repeated.setdefault("processors", []).append(name)
+        self._collected.setdefault("processors", []).append(name)
+
+    def opt_proxy_protocol(self) -> None:
+        """A load balancer says who its client is: PROXY protocol, version 1 or 2, before TLS"""
+        self._collected["proxy-protocol"] = True
 
     def opt_version(self) -> None:
         """Display the version and exit."""
@@ -172,7 +207,7 @@ class Options(usage.Options):
         :raises SystemExit: with one line that names the mistake.
         """
         defaults = {name: parse(self.defaults[name]) for name, parse in _PARSERS.items()}
-        defaults |= {name: [] for name in _REPEATED}
+        defaults |= {name: [] for name in _REPEATED} | dict.fromkeys(_FLAGS, False)
         try:
             given = self._read(options, "--{}".format)
             environment = self._read(_environment_arguments(), _environment_name)
@@ -186,12 +221,17 @@ class Options(usage.Options):
         if given.keys() & _TCP_OPTIONS:
             environment.pop("listen", None)
         self.update(defaults | environment | given)
+        for options_of, label in ((given, "--{}".format), (environment, _environment_name)):
+            for name, needed in _NEEDED.items():
+                if options_of.get(name) and not self[needed]:
+                    what = f"{label(name)} is nothing without {label(needed)}"
+                    raise refusal(f"{what}: give that too, or leave this out")
 
     def _read(self, options: list[str] | None, label: Callable[[str], str]) -> dict[str, Any]:
         self.update(dict.fromkeys(_PARSERS))
-        self._repeated = {}
+        self._collected = {}
         super().parseOptions(options)
-        given: dict[str, Any] = dict(self._repeated)
+        given: dict[str, Any] = dict(self._collected)
         for name, parse in _PARSERS.items():
             if self[name] is not None:
                 try:
@@ -212,6 +252,12 @@ def _environment_name(option: str) -> str:
 
 def _environment_arguments() -> list[str]:
     arguments = []
+    for name in _FLAGS:
+        text = os.environ.get(_environment_name(name), "")
+        try:
+            arguments += [f"--{name}"] if text and _flag(text) else []
+        except ValueError as error:
+            raise usage.UsageError(f"{_environment_name(name)}: {error}") from error
     for name in (*_PARSERS, *_REPEATED):
         value = os.environ.get(_environment_name(name), "")
         values = value.split() if name in _REPEATED else filter(None, [value])

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import ITCPTransport
+from twisted.internet.interfaces import IAddress, ITCPTransport
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -46,11 +46,15 @@ class OrchestratorProtocol(FlowReceiver):
     :ivar thread: the identifier of the reactor's thread.
     :ivar batches: how many of its batches were processed.
     :ivar rows: how many rows were in those.
+    :ivar address: of the client; ``None`` if it is what the transport has for the peer.
+    :ivar common_name: in the client's certificate.
     """
 
     thread: int
     batches = 0
     rows = 0
+    address: IAddress | None = None
+    common_name: str | None = None
 
     _last_opcode: int | None = None
     _first = True
@@ -73,12 +77,12 @@ class OrchestratorProtocol(FlowReceiver):
         """A client has connected."""
         self.thread = threading.get_ident()
         peer = self.transport.getPeer()
-        ip = "unix"
-        if isinstance(peer, (IPv4Address, IPv6Address)):
-            ip = peer.host
-            if ITCPTransport.providedBy(self.transport):
-                self.transport.setTcpNoDelay(True)
-        self.session = Session(ip, self.reactor.seconds())
+        is_tcp = ITCPTransport.providedBy(self.transport)
+        if is_tcp and isinstance(peer, (IPv4Address, IPv6Address)):
+            self.transport.setTcpNoDelay(True)
+        ip = getattr(self.address or peer, "host", "unix")
+        now = self.reactor.seconds()
+        self.session = Session(ip, now, common_name=self.common_name)
         super().connectionMade()
         self.handler.connection_made(self)
 

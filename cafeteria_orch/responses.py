@@ -27,7 +27,8 @@ class Session:
     :ivar connected_at: when it connected, in seconds since the epoch.
     :ivar client_id: the UUID of its CLIENT_HELLO.
     :ivar agency_id: the number in its FINISHED.
-    :ivar common_name: of its certificate, where one is required (TLS)
+    :ivar common_name: in its certificate, what is not printable in it escaped; ``None``
+        without one.
     """
 
     ip: str

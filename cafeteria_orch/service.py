@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from twisted.application.service import Service
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred, succeed
-from twisted.internet.interfaces import IDelayedCall, IListeningPort, IStreamServerEndpoint
+from twisted.internet.interfaces import (
+    IDelayedCall,
+    IListeningPort,
+    IProtocolFactory,
+    IStreamServerEndpoint,
+)
 from twisted.logger import ILogObserver, Logger
 from twisted.python.failure import Failure
 
@@ -59,6 +64,9 @@ class OrchestratorService(Service):
     :param notifier: tells systemd; ``None`` if it has not started this process.
     :param monitor: shows operators what goes on, until the very end; ``None`` for nothing.
     :param pid_file: of ``twistd``; ``None`` if there is none.
+    :param gates: what connections pass before the factory has them; ``None`` for nothing.
+    :param reload: reads anew what may have changed, when SIGHUP asks for it, in the reactor's
+        thread; ``None`` if there is nothing to reload.
     """
 
     def __init__(
@@ -73,6 +81,8 @@ class OrchestratorService(Service):
         notifier: SystemdNotifier | None = None,
         monitor: ServiceMonitor | None = None,
         pid_file: str | None = None,
+        gates: IProtocolFactory | None = None,
+        reload: Callable[[], None] | None = None,
     ) -> None:
         self._reactor = reactor
         self._factory = factory
@@ -82,6 +92,7 @@ class OrchestratorService(Service):
         self._log_observer = log_observer
         self._notifier = notifier
         self._monitor = monitor
+        self._listener: IProtocolFactory = factory if gates is None else gates
         self._ports: list[IListeningPort] = []
         self._draining: Deferred[None] | None = None
         self._waiting: list[Deferred[None]] = []
@@ -92,7 +103,7 @@ class OrchestratorService(Service):
             is_stopping=lambda: self._draining is not None,
             stop=factory.drain,
             hurry=self._hurry,
-            reload=self._reload,
+            reload=_nothing_to_reload if reload is None else reload,
             pid_file=pid_file,
         )
 
@@ -199,7 +210,7 @@ class OrchestratorService(Service):
         for endpoint in self._endpoints:
             # All of Twisted's server endpoints say at once whether they listen.
             failures: list[Failure] = []
-            endpoint.listen(self._factory).addCallbacks(self._listening, failures.append)
+            endpoint.listen(self._listener).addCallbacks(self._listening, failures.append)
             for failure in failures:
                 failure.raiseException()
 
@@ -215,5 +226,6 @@ class OrchestratorService(Service):
         if self._notifier is not None:
             self._notifier.ready(self._reactor)
 
-    def _reload(self) -> None:
-        _log.info("action: reload | result: ignored | error: there is nothing to reload")
+
+def _nothing_to_reload() -> None:
+    _log.info("action: reload | result: ignored | error: there is nothing to reload")

@@ -29,6 +29,7 @@ from twisted.python.logfile import LogFile
 from . import __version__
 from .descriptors import allow_connections
 from .factory import OrchestratorFactory
+from .handshakes import Gates
 from .logs import BufferedLogObserver
 from .options import Options, refusal
 from .service import OrchestratorService, ServiceMonitor
@@ -37,6 +38,7 @@ from .sinks.database import StoreError, check_store
 from .sinks.sqlite import SqliteSink
 from .systemd import SystemdNotifier
 from .timeouts import Timeouts
+from .tls import CertificateError, ServerTLS
 
 __all__ = ("Options", "makeService")
 
@@ -52,12 +54,14 @@ def makeService(options: Options) -> IService:
     # Importing it installs it, and which one it is is for twistd to say.
     from twisted.internet import reactor  # noqa: PLC0415
 
+    has_gates = options["tls-cert"] is not None or options["proxy-protocol"]
+    most = allow_connections(options["max-connections"], each=2 if has_gates else 1)
     try:
         factory = OrchestratorFactory(
             reactor,
             max_frame_bytes=options["max-frame-bytes"],
             framing=options["framing"],
-            max_connections=allow_connections(options["max-connections"]),
+            max_connections=most,
             max_connections_per_host=options["max-connections-per-host"],
             max_in_flight_bytes=options["max-in-flight-bytes"],
             timeouts=Timeouts(
@@ -77,6 +81,8 @@ def makeService(options: Options) -> IService:
         sink.register(factory)
     for name in options["processors"]:
         _load_processors(name, factory)
+    tls = _server_tls(reactor, options)
+    gates = _gates(reactor, factory, tls, most, options) if has_gates else None
     _probe(_endpoints(_BindProbe(), options))
     return OrchestratorService(
         reactor,
@@ -88,7 +94,37 @@ def makeService(options: Options) -> IService:
         notifier=SystemdNotifier.from_environment(os.environ),
         monitor=_monitor(reactor, factory, sink, options),
         pid_file=None if options.parent is None else options.parent.get("pidfile"),
+        gates=gates,
+        reload=None if tls is None else tls.reload,
     )
+
+
+def _server_tls(reactor: Any, options: Options) -> ServerTLS | None:
+    if options["tls-cert"] is None:
+        return None
+    try:
+        return ServerTLS(
+            reactor, options["tls-cert"], options["tls-key"], options["tls-client-ca"]
+        )
+    except CertificateError as error:
+        raise refusal(str(error)) from error
+
+
+def _gates(
+    reactor: Any,
+    factory: OrchestratorFactory,
+    tls: ServerTLS | None,
+    most: int,
+    options: Options,
+) -> Gates:
+    for description in options["listen"]:
+        if description.startswith(("ssl:", "haproxy:")):
+            raise refusal(
+                f"--listen {description}: --tls-cert and --proxy-protocol hold for all that is"
+                " listened to: leave them out, or name a tcp: endpoint"
+            )
+    trusted = options["proxy-from"] if options["proxy-protocol"] else None
+    return Gates(reactor, factory, most=most, trusted=trusted, tls=tls)
 
 
 def _monitor(

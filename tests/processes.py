@@ -141,8 +141,8 @@ class Server:
         """Wait for some text to be in its log."""
         wait_until(lambda: text in self.log, f"{text!r} is logged")
 
-    def wait_until_served(self) -> None:
-        """Wait until its reactor runs: it answers, and has its signal handlers by then."""
+    def wait_until_listening(self) -> None:
+        """Wait until it listens, and its port is known."""
 
         def listening() -> re.Match[str] | None:
             if self.gone():
@@ -151,6 +151,10 @@ class Server:
 
         if not self.port:
             self.port = int(wait_until(listening, "it listens")[1])
+
+    def wait_until_served(self) -> None:
+        """Wait until its reactor runs: it answers, and has its signal handlers by then."""
+        self.wait_until_listening()
         wait_until(self.accepts, "it accepts connections")
         with closing(Client(self.port)) as client:
             client.send(HELLO)

@@ -26,13 +26,15 @@ UNLIMITED = resource.RLIM_INFINITY
 class Limit(SynchronousTestCase):
     """``allow_connections``: the soft limit is raised, and what the hard one forbids is said."""
 
-    def allow(self, soft: int, hard: int) -> tuple[int, list[tuple[int, int]], list[str]]:
+    def allow(
+        self, soft: int, hard: int, each: int = 1
+    ) -> tuple[int, list[tuple[int, int]], list[str]]:
         """Ask for 1000 connections: how many there may be, what was set, and the warnings."""
         changes: list[tuple[int, int]] = []
         self.patch(resource, "getrlimit", lambda kind: (soft, hard))
         self.patch(resource, "setrlimit", lambda kind, limits: changes.append(limits))
         with capturedLogs() as events:
-            possible = allow_connections(1000)
+            possible = allow_connections(1000, each)
         return possible, changes, texts(events, LogLevel.warn)
 
     def test_enough(self) -> None:
@@ -51,6 +53,13 @@ class Limit(SynchronousTestCase):
         self.assertEqual((possible, changes), (448, [(512, 512)]))
         self.assertIn(f"{LIMITED}448 | error: 512 file descriptors are too few for 1000 c", line)
         self.assertIn("ulimit -n to 1064, or lower --max-connections", line)
+
+    def test_two_each(self) -> None:
+        """Where as many again may be in their handshakes, each connection needs two."""
+        self.assertEqual(self.allow(1064, 4096, 2), (1000, [(2064, 4096)], []))
+        possible, changes, (line,) = self.allow(256, 1064, 2)
+        self.assertEqual((possible, changes), (500, [(1064, 1064)]))
+        self.assertIn("ulimit -n to 2064", line)
 
     def test_forbidden(self) -> None:
         """Where a sandbox forbids to raise it, the server starts with what there is."""

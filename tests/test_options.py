@@ -15,6 +15,7 @@ from cafeteria_orch import __version__
 from cafeteria_orch.framing import INT32, OPCODE_FIRST
 from cafeteria_orch.logs import as_json, as_text
 from cafeteria_orch.options import Options
+from cafeteria_orch.proxy import parse_networks
 
 DEFAULTS = {
     "port": 8080,
@@ -22,6 +23,11 @@ DEFAULTS = {
     "backlog": 128,
     "listen": [],
     "processors": [],
+    "tls-cert": None,
+    "tls-key": None,
+    "tls-client-ca": None,
+    "proxy-protocol": False,
+    "proxy-from": parse_networks("127.0.0.0/8,::1"),
     "max-frame-bytes": 1048576,
     "framing": None,
     "max-connections": 1000,
@@ -73,6 +79,11 @@ SINGLE = (
 
 REPEATED = ("listen", "processors")
 
+FLAGS = ("proxy-protocol",)
+"""They take no value on the command line."""
+
+PATHS = ("tls-cert", "tls-key", "tls-client-ca")
+
 SHORT = {"port": "p", "interface": "i", "backlog": "b", "store": "s", "listen": "l"}
 
 BAD = (
@@ -88,6 +99,7 @@ BAD = (
     ("log-format", ("x", "JSON")),
     ("framing", ("x", "INT32", "none", "opcode_first")),
     ("drain-timeout", ("x", "-1", "nan", "inf", "10s")),
+    ("proxy-from", ("x", "none", "10.0.0.0/33", "10.0.0.1/8", "10.0.0.1,,::1")),
     ("log-level", ("x", "INFO", "warning", "debug info")),
 )
 """Values that are refused, by option."""
@@ -153,6 +165,32 @@ class Values(OptionsTestCase):
     def test_command_line_wins_with_a_default(self) -> None:
         """Even if what it says is the default."""
         self.check(self.parse("--port=8080", CAFEORCH_PORT="9000"))
+
+    def test_certificates(self) -> None:
+        """Files are found from where ``twistd`` was started."""
+        files = {name: str(Path.cwd() / f"{name}.pem") for name in PATHS}
+        self.check(self.parse(*(f"--{name}={name}.pem" for name in PATHS)), **files)
+        self.check(self.parse(**{variable(name): f"{name}.pem" for name in PATHS}), **files)
+        self.check(self.parse(*(f"--{name}=none" for name in PATHS)))
+
+    def test_flags(self) -> None:
+        """A flag is given by its name alone; in the environment by a word for yes or no."""
+        for name in FLAGS:
+            self.check(self.parse(f"--{name}"), **{name: True})
+            for word in ("1", "yes", "true", "on", "YES", "True"):
+                self.check(self.parse(**{variable(name): word}), **{name: True})
+            for word in ("0", "no", "false", "off", "No"):
+                self.check(self.parse(**{variable(name): word}))
+                self.check(self.parse(f"--{name}", **{variable(name): word}), **{name: True})
+
+    def test_balancers(self) -> None:
+        """Where the load balancers are, wherever it is said that there are any."""
+        networks = parse_networks("10.0.0.0/8,192.0.2.7,2001:db8::/32")
+        changes = {"proxy-from": networks, "proxy-protocol": True}
+        text = "10.0.0.0/8, 192.0.2.7,2001:db8::/32"
+        self.check(self.parse("--proxy-protocol", "--proxy-from", text), **changes)
+        self.check(self.parse("--proxy-protocol", CAFEORCH_PROXY_FROM=text), **changes)
+        self.check(self.parse("--proxy-from", text, CAFEORCH_PROXY_PROTOCOL="1"), **changes)
 
     def test_short_forms(self) -> None:
         """Five options have a short form."""
@@ -230,7 +268,8 @@ class Mistakes(OptionsTestCase):
     def test_missing_value(self) -> None:
         """An option without its value."""
         for name in (*DEFAULTS, "store"):
-            self.assertIn(name, self.refusal(f"--{name}"))
+            if name not in FLAGS:
+                self.assertIn(name, self.refusal(f"--{name}"))
 
     def test_unknown_option(self) -> None:
         """An option that there is not."""
@@ -248,6 +287,26 @@ class Mistakes(OptionsTestCase):
             refusal = self.refusal("--listen=tcp:1", f"--{name}={text}")
             self.assertIn("--listen", refusal)
             self.assertIn(f"--{name}", refusal)
+
+    def test_nothing_without_another(self) -> None:
+        """Three options are nothing without another one, which is named."""
+        for name, text, needed in (
+            ("tls-key", "key.pem", "tls-cert"),
+            ("tls-client-ca", "ca.pem", "tls-cert"),
+            ("proxy-from", "10.0.0.0/8", "proxy-protocol"),
+            ("proxy-from", "127.0.0.0/8,::1", "proxy-protocol"),
+        ):
+            self.assertIn(
+                f"--{name} is nothing without --{needed}", self.refusal(f"--{name}={text}")
+            )
+            refusal = self.refusal(**{variable(name): text})
+            self.assertIn(f"{variable(name)} is nothing without {variable(needed)}", refusal)
+
+    def test_bad_flag_in_the_environment(self) -> None:
+        """A variable that is neither yes nor no is refused; on the command line a flag has no value."""
+        refusal = self.refusal(CAFEORCH_PROXY_PROTOCOL="maybe")
+        self.assertIn("CAFEORCH_PROXY_PROTOCOL: 'maybe' is not one of 1, yes, true, on", refusal)
+        self.assertIn("--proxy-protocol", self.refusal("--proxy-protocol=yes"))
 
     def test_environment_has_one_place_to_listen(self) -> None:
         """The same holds among the variables, which are named."""
@@ -273,7 +332,12 @@ class Help(OptionsTestCase):
         shown |= {"log-format": "text", "framing": "auto", "max-connections-per-host": "none"}
         shown |= {"idle-timeout": "none", "frame-timeout": "30", "processing-timeout": "60"}
         shown |= {"metrics": "none"}
-        for name, default in (DEFAULTS | shown).items():
+        shown |= dict.fromkeys(PATHS, "none") | {"proxy-from": "127.0.0.0/8,::1"}
+        for name in FLAGS:
+            self.assertRegex(text, rf"(?m)^ +--{name} ")
+        for name, default in ({**DEFAULTS, **shown}).items():
+            if name in FLAGS:
+                continue
             short = f"-{SHORT[name]}, " if name in SHORT else ""
             self.assertRegex(text, rf"(?m)^ +{short}--{name}=")
             if name not in REPEATED:

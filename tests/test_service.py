@@ -8,6 +8,7 @@ from twisted.application.service import Application
 from twisted.internet.defer import Deferred, fail
 from twisted.internet.endpoints import TCP4ServerEndpoint
 from twisted.internet.error import CannotListenError
+from twisted.internet.protocol import ServerFactory
 from twisted.internet.testing import RaisingMemoryReactor
 from twisted.logger import ILogObserver, LogLevel, capturedLogs, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
@@ -32,6 +33,14 @@ class Starting(ServiceTestCase):
 
     def listening(self) -> list[tuple[int, object]]:
         return [(port, factory) for port, factory, *_ in self.reactor.tcpServers]
+
+    def test_gates(self) -> None:
+        """What connections have to pass listens in the factory's place."""
+        endpoint, plain = RecordingEndpoint(), RecordingEndpoint()
+        gates = ServerFactory()
+        self.started(endpoint, gates=gates)
+        self.started(plain)
+        self.assertEqual((endpoint.factories, plain.factories), ([gates], [self.factory]))
 
     def test_all_endpoints(self) -> None:
         """It listens on each of its endpoints as soon as it may bind low ports."""

@@ -89,6 +89,18 @@ class Signals(SignalTestCase):
         self.assertFalse(transport.half_closed)
         self.assertEqual(self.received, [signal.SIGTERM])
 
+    def test_hangup_reloads(self) -> None:
+        """Where there is something to reload, SIGHUP has that done, in the reactor's thread."""
+        reloads: list[None] = []
+        self.running(reload=lambda: reloads.append(None))
+        handler = signal.getsignal(signal.SIGHUP)
+        assert callable(handler)
+        with capturedLogs() as events:
+            handler(signal.SIGHUP, None)
+            self.assertEqual(reloads, [])
+            self.reactor.advance(0)
+        self.assertEqual((reloads, list(events)), ([None], []))
+
     def test_ignored_stay_ignored(self) -> None:
         """What a parent has chosen to ignore, as nohup does, stays ignored."""
         for number in self.numbers:

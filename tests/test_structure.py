@@ -22,6 +22,7 @@ ORDER = (
     "_rows",
     "codec",
     "messages",
+    "proxy",
     "framing",
     "timeouts",
     "in_flight",
@@ -30,10 +31,13 @@ ORDER = (
     "flow",
     "window",
     "turns",
+    "throttle",
     "limits",
     "handler",
     "protocol",
     "factory",
+    "tls",
+    "handshakes",
     "sinks",
     "logs",
     "descriptors",
@@ -74,6 +78,7 @@ EXTRAS = {
     "metrics": {"prometheus_client"},
     "send": {"tqdm"},
     "client_tls": {"OpenSSL", "cryptography", "service_identity"},
+    "tls": {"OpenSSL", "cryptography"},
 }
 """What comes with an extra, and the modules that use it."""
 

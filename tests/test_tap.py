@@ -26,10 +26,13 @@ from twisted.trial.unittest import SkipTest, TestCase
 from cafeteria_orch import tap
 from cafeteria_orch.descriptors import DescriptorReporter
 from cafeteria_orch.logs import BufferedLogObserver
+from cafeteria_orch.proxy import parse_networks
 from cafeteria_orch.service import OrchestratorService
 from cafeteria_orch.tap import Options, makeService
+from cafeteria_orch.tls import ServerTLS
 
 from .builders import texts
+from .certificates import Files
 
 PROCESSORS = """
 from cafeteria_orch import Opcode, responses
@@ -192,6 +195,54 @@ class Listening(TapTestCase):
             self.assertIn("cafe.socket", self.refusal("--listen=unix:cafe.socket"))
         finally:
             await other.stopService()
+
+
+class Before(TapTestCase):
+    """What connections have to pass: TLS, and the PROXY header."""
+
+    def test_neither(self) -> None:
+        """Without either, the factory itself listens."""
+        service = self.make("--store=none")
+        self.assertIs(service._listener, service._factory)
+
+    def test_tls(self) -> None:
+        """With a certificate there is TLS, and something to reload."""
+        files = Files(self.folder)
+        allowed: list[tuple[int, int]] = []
+
+        def allow(connections: int, each: int) -> int:
+            allowed.append((connections, each))
+            return 6
+
+        self.patch(tap, "allow_connections", allow)
+        self.make("--store=none", "--max-connections=7")
+        service = self.make("--store=none", "--tls-cert", files.cert, "--max-connections=7")
+        self.assertEqual(allowed, [(7, 1), (7, 2)])
+        gates: Any = service._listener
+        self.assertIsInstance(gates.tls, ServerTLS)
+        self.assertEqual((gates.trusted, gates.most), (None, 6))
+        self.assertEqual(service._signals._reload, gates.tls.reload)
+
+    def test_proxy(self) -> None:
+        """With the PROXY protocol the balancers are known, and nothing is to be reloaded."""
+        gates: Any = self.make("--store=none", "--proxy-protocol")._listener
+        self.assertEqual(gates.trusted, parse_networks("127.0.0.0/8,::1"))
+        self.assertIsNone(gates.tls)
+
+    def test_bad_certificate(self) -> None:
+        """Whatever is wrong with the files is found before anything starts."""
+        files = Files(self.folder)
+        for name in ("--tls-key", "--tls-client-ca"):
+            refusal = self.refusal("--tls-cert", files.cert, name, "missing.pem")
+            self.assertIn(f"{name} {self.folder}/missing.pem: ", refusal)
+
+    def test_endpoints_with_layers_of_their_own(self) -> None:
+        """An endpoint that has TLS, or the PROXY protocol, of its own is refused."""
+        cert = Files(self.folder).cert
+        for arguments in (("--tls-cert", cert), ("--proxy-protocol",)):
+            for endpoint in (f"ssl:0:privateKey={cert}", "haproxy:tcp:0"):
+                refusal = self.refusal("--listen", endpoint, "--store=none", *arguments)
+                self.assertIn(f"--listen {endpoint}: ", refusal)
 
 
 class Store(TapTestCase):

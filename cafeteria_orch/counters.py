@@ -154,6 +154,7 @@ class Counters:
 
     :ivar tallies: of the messages, by opcode; :data:`UNKNOWN` is the last of them.
     :ivar accepted_connections: how many there were, with those that are open.
+    :ivar failed_handshakes: of connections that did not become clients.
     :ivar received_bytes: that connections have read which are gone by now.
     :ivar limit_hits: how often a limit was hit, by its name.
     :ivar batch_seconds: from a batch's message to the end of its processing, where there is a
@@ -164,6 +165,7 @@ class Counters:
     def __init__(self) -> None:
         self.tallies = [Tally(is_batch=opcode not in _CONTROL_NAMES) for opcode in range(257)]
         self.accepted_connections = 0
+        self.failed_handshakes = 0
         self.received_bytes = 0
         self.limit_hits: Counter[str] = Counter(dict.fromkeys(LIMITS, 0))
         self.batch_seconds = Histogram()

@@ -82,10 +82,11 @@ class Gates(ServerFactory):
             gate.abort()
 
     def report(self, address: IAddress | None, problem: str) -> None:
-        """Log that a connection has not passed, unless that was logged a short while ago.
+        """Count a connection that has not passed; log it, if not logged a short while ago.
 
         :param problem: one of a few texts.
         """
+        self.factory.counters.failed_handshakes += 1
         refused = self._reports.due(problem)
         if refused:
             _log.warn(

@@ -83,6 +83,11 @@ class Collector:
             "Connections that were accepted.",
             counters.accepted_connections,
         )
+        yield _counter(
+            "handshakes_failed",
+            "Connections that did not become clients.",
+            counters.failed_handshakes,
+        )
         yield _counter("received_bytes", "Bytes read from clients.", factory.received_bytes)
         yield _gauge(
             "in_flight_bytes", "Bytes of frames that are not done.", factory.in_flight.bytes

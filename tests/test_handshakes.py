@@ -181,6 +181,7 @@ class ProxyTests(GatesTestCase):
             "action: handshake | result: fail | ip: 10.0.1.1 | error: it is not in --proxy-from"
             " | refused: 1",
         )
+        self.assertEqual(self.factory.counters.failed_handshakes, 2)
 
     def test_local_socket(self) -> None:
         """A local socket is the machine's own: its headers are believed, and may say nothing."""

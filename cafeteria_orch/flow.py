@@ -115,6 +115,7 @@ class FlowReceiver(ClosingReceiver):
         """A reason to hold is gone."""
         self._holds.discard(reason)
         self.proceed()
+        self.watch()
 
     def admit(self) -> None:
         """Read on until the frame that has begun is whole, or the next one has begun."""
@@ -154,6 +155,9 @@ class FlowReceiver(ClosingReceiver):
         awaited = self._now_awaited()
         if awaited is None:
             self._patience.suspend()
+            if self._awaited is Awaited.READING:
+                # That is done: the next time it is a new one.
+                self._awaited = None
         elif awaited is self._awaited:
             self._patience.resume()
         else:

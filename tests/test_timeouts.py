@@ -226,6 +226,22 @@ class FrameTimeoutTests(TimeoutTests):
         self.assertEqual(self.transport.value(), numbered(1))
         self.assert_open()
 
+    def test_answers_are_read_while_held(self) -> None:
+        """One that has read them is not cut off for what the server holds it for."""
+        for hold in (self.factory.pauseProducing, self.hold_in_hand):
+            self.protocol, self.transport = connect(self.factory)
+            hold()
+            for _ in range(3):
+                self.producer().pauseProducing()
+                self.pass_time(29)
+                self.producer().resumeProducing()
+                self.pass_time(29)
+            self.assert_open()
+            self.factory.resumeProducing()
+
+    def hold_in_hand(self) -> None:
+        self.receive(frame(bytes([self.PENDING])))
+
     def test_answers_are_not_read_while_held(self) -> None:
         """That the server holds it for other reasons too is no excuse."""
         self.producer().pauseProducing()

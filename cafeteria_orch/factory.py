@@ -106,7 +106,7 @@ class OrchestratorFactory(ServerFactory):
         self.turns = Turns(reactor)
         self.counters = Counters()
         self.timeouts = timeouts
-        self.in_flight = InFlight(max_in_flight_bytes, max_frame_bytes)
+        self.in_flight = InFlight(reactor, max_in_flight_bytes, max_frame_bytes)
         self._limits = ConnectionLimits(
             reactor, self.counters, max_connections, max_connections_per_host
         )

@@ -58,6 +58,9 @@ class FlowReceiver(ClosingReceiver):
     _awaited: Awaited | None = None
     _admitted = False
     _admitted_between_frames = False
+    # When it was last looked at how fast a frame comes, and what was missing of it then.
+    _paced_at = 0.0
+    _missing_then = 0
     # What this connection has in the sums of in_flight.
     _held = 0
     _held_in_hand = 0
@@ -74,6 +77,13 @@ class FlowReceiver(ClosingReceiver):
         """A client has connected."""
         self.transport.registerProducer(_OutputGate(self), True)
         self.watch()
+
+    def readConnectionLost(self) -> None:
+        """The client sends no more: there is nothing to wait for with it."""
+        super().readConnectionLost()
+        if Hold.MEMORY in self._holds:
+            self._stop_waiting()
+            self.release(Hold.MEMORY)
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         """The connection is gone."""
@@ -92,7 +102,8 @@ class FlowReceiver(ClosingReceiver):
         elif self._admitted_between_frames and self.missing:
             self._stop_waiting()
         self.account()
-        if self._held and not (self.paused or self._admitted) and self._in_flight.is_short:
+        may_grow = not (self.paused or self._admitted or self._input_over)
+        if self._held and may_grow and self._in_flight.is_short:
             self.hold(Hold.MEMORY)
             self.limit_hit("max_in_flight_bytes")
             self._in_flight.wait(self)
@@ -121,8 +132,19 @@ class FlowReceiver(ClosingReceiver):
         """Read on until the frame that has begun is whole, or the next one has begun."""
         self._admitted = True
         self._admitted_between_frames = not self.missing
+        self._set_pace()
         self.account()
         self.release(Hold.MEMORY)
+
+    def keep_pace(self) -> None:
+        """Others wait: close, unless the frame comes fast enough to be whole in its time."""
+        limit = self._timeouts.frame
+        if limit is not None and not self.paused:
+            share = min(1.0, (self.reactor.seconds() - self._paced_at) / limit)
+            if self._missing_then - self.missing < self._missing_then * share:
+                self._close_slow()
+                return
+        self._set_pace()
 
     def close(self) -> None:
         """Close so that the last answer arrives; handle nothing more."""
@@ -190,6 +212,20 @@ class FlowReceiver(ClosingReceiver):
         if self.missing:
             return Awaited.REST
         return None if self.in_hand else Awaited.FRAME
+
+    def _set_pace(self) -> None:
+        self._paced_at = self.reactor.seconds()
+        self._missing_then = self.missing
+
+    def _close_slow(self) -> None:
+        self.limit_hit("frame_timeout")
+        _log.warn(
+            "action: receive_message | result: fail | ip: {ip} | error: a frame came too slowly"
+            " while others waited for memory, {missing} bytes were missing",
+            ip=self.session.ip,
+            missing=self.missing,
+        )
+        self.end()
 
     def _stop_waiting(self) -> None:
         self._admitted = self._admitted_between_frames = False

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
+
+from twisted.internet.interfaces import IDelayedCall
 
 DEFAULT_MAX_IN_FLIGHT_BYTES = 256 * 1024 * 1024
 """Bytes of frames, as they came."""
+
+PACE_INTERVAL = 2.0
+"""How often, in seconds, it is asked whether those that were admitted make use of it."""
 
 
 class Waiter(Protocol):
@@ -21,6 +26,9 @@ class Waiter(Protocol):
         What is missing of it is to be set aside, by :meth:`InFlight.change`.
         """
 
+    def keep_pace(self) -> None:
+        """Others wait: close, unless the frame comes as fast as it has to."""
+
 
 class InFlight:
     """Counts the bytes of all frames that have begun and are not done.
@@ -28,15 +36,18 @@ class InFlight:
     Up to half of the limit whoever sends is read. Beyond it connections go on in turn, each for
     one frame, whose memory is set aside before: so what has begun can be ended, and no number of
     half frames keeps the whole ones out. A connection that has to wait holds one chunk, which is
-    all that the limit may be exceeded by.
+    all that the limit may be exceeded by. Who was admitted and does not send keeps the others
+    waiting for a moment only.
 
+    :param reactor: for time.
     :param limit: bytes.
     :param longest: the longest frame, in bytes.
     :ivar bytes: that are held, or set aside.
     :ivar in_hand: those of them that processors have.
     """
 
-    def __init__(self, limit: int, longest: int) -> None:
+    def __init__(self, reactor: Any, limit: int, longest: int) -> None:
+        self._reactor = reactor
         self._limit = limit
         self._longest = longest
         self.bytes = 0
@@ -45,6 +56,7 @@ class InFlight:
         self._waiting: dict[Waiter, None] = {}
         self._admitted: dict[Waiter, None] = {}
         self._admitting = False
+        self._pace: IDelayedCall | None = None
 
     @property
     def is_short(self) -> bool:
@@ -83,6 +95,15 @@ class InFlight:
                 waiter.admit()
         finally:
             self._admitting = False
+        if self._waiting and self._admitted and self._pace is None:
+            self._pace = self._reactor.callLater(PACE_INTERVAL, self._check_pace)
+
+    def _check_pace(self) -> None:
+        self._pace = None
+        if self._waiting:
+            for waiter in list(self._admitted):
+                waiter.keep_pace()
+            self._admit()
 
     def _has_room(self) -> bool:
         if self.bytes + self._longest <= self._limit:

@@ -14,12 +14,15 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from twisted.internet.task import Clock
+from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.factory import OrchestratorFactory
+from cafeteria_orch.in_flight import PACE_INTERVAL
 from cafeteria_orch.protocol import OrchestratorProtocol
+from cafeteria_orch.timeouts import Timeouts
 
-from .builders import ECHO, PATIENT, Pending, TCPTransport, connect, echo, frame, lose
+from .builders import ECHO, PATIENT, Pending, TCPTransport, connect, echo, frame, lose, texts
 
 LONGEST = 100
 LIMIT = 10 * LONGEST
@@ -45,9 +48,12 @@ class ReadTransport(TCPTransport):
 class InFlightTests(SynchronousTestCase):
     """A factory whose connections have little memory together."""
 
+    timeouts = PATIENT
+
     def setUp(self) -> None:
+        self.clock = Clock()
         self.factory = OrchestratorFactory(
-            Clock(), max_frame_bytes=LONGEST, max_in_flight_bytes=LIMIT, timeouts=PATIENT
+            self.clock, max_frame_bytes=LONGEST, max_in_flight_bytes=LIMIT, timeouts=self.timeouts
         )
         self.pending = Pending()
         self.factory.register_processor(ECHO, echo)
@@ -73,6 +79,10 @@ class InFlightTests(SynchronousTestCase):
     def fill(self) -> list[tuple[OrchestratorProtocol, TCPTransport]]:
         """Half frames of many, up to half of the limit."""
         return [self.connect(self.half_frame()) for _ in range(LIMIT // LONGEST)]
+
+
+class SharingTests(InFlightTests):
+    """What is counted, and who goes on."""
 
     def test_what_is_counted(self) -> None:
         """The bytes of a frame count from its first one until it is processed."""
@@ -185,6 +195,19 @@ class InFlightTests(SynchronousTestCase):
             lose(protocol)
             self.assertEqual((self.in_flight.bytes, self.in_flight.in_hand), (0, 0))
 
+    def test_who_is_gone_does_not_wait(self) -> None:
+        """A connection whose input has ended needs no more memory: it ends at once."""
+        for _ in range(3 * LIMIT // LONGEST):
+            self.connect(self.half_frame())
+        for end in (lose, OrchestratorProtocol.readConnectionLost):
+            protocol, transport = self.connect(frame(bytes([SHARED])) + self.half_frame())
+            self.assertTrue(self.is_held(transport))
+            self.pending.finish()
+            end(protocol)
+            self.factory.pauseProducing()
+            self.factory.resumeProducing()
+            self.assertFalse(protocol._holds)
+
     def test_limit_below_a_frame(self) -> None:
         """However small the limit is, the longest frame gets through."""
         self.factory = OrchestratorFactory(
@@ -196,6 +219,66 @@ class InFlightTests(SynchronousTestCase):
             self.assertFalse(self.is_held(transport))
             protocol.dataReceived(self.rest())
             self.assertTrue(transport.value())
+
+
+class PaceTests(InFlightTests):
+    """Who was admitted, and does not send, while others wait."""
+
+    timeouts = Timeouts(frame=10 * PACE_INTERVAL)
+
+    def setUp(self) -> None:
+        super().setUp()
+        # One is admitted, the next one waits for it.
+        half = self.half_frame()
+        clients = [self.connect(half)[0] for _ in range(3 * LIMIT // LONGEST)]
+        self.waiting = [client for client in clients if client._holds]
+        self.admitted = [client for client in clients if client._admitted]
+
+    def pass_time(self) -> list[str]:
+        with capturedLogs() as events:
+            self.clock.advance(PACE_INTERVAL)
+        return texts(events, LogLevel.warn)
+
+    def test_silent(self) -> None:
+        """Silence for an interval costs its connection, and the next ones have their turn."""
+        (first, *_) = self.waiting
+        warnings = self.pass_time()
+        self.assertEqual(len(warnings), len(self.admitted))
+        self.assertIn("too slowly while others waited for memory, 50 bytes were", warnings[0])
+        for client in self.admitted:
+            self.assertTrue(client.transport.half_closed)
+        self.assertFalse(first._holds)
+        self.assertEqual(self.factory.counters.limit_hits["frame_timeout"], len(warnings))
+
+    def test_only_while_others_wait(self) -> None:
+        """While there is room for all, the frame timeout alone counts."""
+        for client in self.waiting:
+            lose(client)
+        for _ in range(3):
+            self.assertEqual(self.pass_time(), [])
+
+    def test_fast_enough(self) -> None:
+        """Who sends as fast as the frame timeout demands goes on, and is asked again."""
+        for _ in range(4):
+            for client in self.admitted:
+                client.dataReceived(bytes(5))
+            self.assertEqual(self.pass_time(), [])
+        # What came before an interval does not count in it.
+        self.assertEqual(len(self.pass_time()), len(self.admitted))
+
+    def test_too_slow(self) -> None:
+        """A byte now and then does not help."""
+        for client in self.admitted:
+            client.dataReceived(bytes(4))
+        self.assertEqual(len(self.pass_time()), len(self.admitted))
+
+    def test_not_while_held(self) -> None:
+        """That the server does not read it is not its fault."""
+        self.factory.pauseProducing()
+        for _ in range(3):
+            self.assertEqual(self.pass_time(), [])
+        self.factory.resumeProducing()
+        self.assertEqual(len(self.pass_time()), len(self.admitted))
 
 
 class Client:

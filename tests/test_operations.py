@@ -25,7 +25,7 @@ def templates() -> Iterator[str]:
             if not isinstance(node, ast.Call):
                 continue
             # Either logged here, or by callFromThread.
-            for function, *arguments in ([node.func, *node.args], node.args or [None]):
+            for function, *arguments in filter(None, ([node.func, *node.args], node.args)):
                 if (
                     isinstance(function, ast.Attribute)
                     and isinstance(function.value, ast.Name)

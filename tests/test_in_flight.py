@@ -18,7 +18,7 @@ from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.in_flight import PACE_INTERVAL
+from cafeteria_orch.in_flight import PACE_INTERVAL, InFlight
 from cafeteria_orch.protocol import OrchestratorProtocol
 from cafeteria_orch.timeouts import Timeouts
 
@@ -221,6 +221,38 @@ class SharingTests(InFlightTests):
             self.assertTrue(transport.value())
 
 
+class Hasty:
+    """A waiter that is done as soon as it is admitted."""
+
+    missing = 1
+
+    def __init__(self, in_flight: InFlight) -> None:
+        self.in_flight = in_flight
+
+    def admit(self) -> None:
+        self.in_flight.change(-1)
+        self.in_flight.leave(self)
+
+    def keep_pace(self) -> None:
+        """It never has the time."""
+
+
+class DepthTests(SynchronousTestCase):
+    """Very many at once."""
+
+    def test_not_one_inside_the_other(self) -> None:
+        """However many are done at once, they are admitted one after the other."""
+        in_flight = InFlight(Clock(), LIMIT, LONGEST)
+        many = 5000
+        in_flight.change(LIMIT + many)
+        in_flight.in_hand = LIMIT
+        for _ in range(many):
+            in_flight.wait(Hasty(in_flight))
+        in_flight.in_hand = 0
+        in_flight.change(-1)
+        self.assertEqual(in_flight.bytes, LIMIT - 1)
+
+
 class PaceTests(InFlightTests):
     """Who was admitted, and does not send, while others wait."""
 
@@ -259,9 +291,9 @@ class PaceTests(InFlightTests):
 
     def test_fast_enough(self) -> None:
         """Who sends as fast as the frame timeout demands goes on, and is asked again."""
-        for _ in range(4):
+        for size in (5, 5, 5, 20):
             for client in self.admitted:
-                client.dataReceived(bytes(5))
+                client.dataReceived(bytes(size))
             self.assertEqual(self.pass_time(), [])
         # What came before an interval does not count in it.
         self.assertEqual(len(self.pass_time()), len(self.admitted))

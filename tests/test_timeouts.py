@@ -194,6 +194,15 @@ class FrameTimeoutTests(TimeoutTests):
         self.assertEqual(self.transport.value(), frame(bytes([self.SHARED])))
         self.assertTrue(self.transport.half_closed)
 
+    def test_what_a_drain_drops(self) -> None:
+        """Half a frame that a drain has dropped is not waited for any more."""
+        self.receive(frame(bytes([self.SHARED])) + numbered(2)[:4])
+        self.protocol.drain()
+        with capturedLogs() as events:
+            self.pass_time(40)
+        self.assertEqual(texts(events, LogLevel.warn), [])
+        self.assert_open()
+
     def test_while_another_is_in_hand(self) -> None:
         """The beginning of a frame that waits behind a message in hand has its time later."""
         self.receive(frame(bytes([self.PENDING])) + numbered(2)[:4])

@@ -3,5 +3,7 @@
 from setuptools import Extension, setup
 
 setup(
-    ext_modules=[Extension("cafeteria_orch._rows", ["cafeteria_orch/_rows.pyx"], optional=True)],
+    ext_modules=[
+        Extension("cafeteria_orch.wire._rows", ["cafeteria_orch/wire/_rows.pyx"], optional=True)
+    ],
 )

@@ -7,9 +7,10 @@ A processor answers through :mod:`~cafeteria_orch.responses` and is registered w
 from __future__ import annotations
 
 from .client import OrchestratorClient
-from .errors import BatchRejected, ProtocolError, TryAgainLater
 from .factory import OrchestratorFactory
-from .messages import (
+from .responses import Exchange
+from .wire.errors import BatchRejected, ProtocolError, TryAgainLater
+from .wire.messages import (
     BatchRecvFail,
     BatchRecvSuccess,
     ClientHello,
@@ -17,9 +18,8 @@ from .messages import (
     RawMessage,
     TableBatch,
 )
-from .opcodes import BatchStatus, FailReason, Opcode
-from .responses import Exchange
-from .tables import TABLES, Table
+from .wire.opcodes import BatchStatus, FailReason, Opcode
+from .wire.tables import TABLES, Table
 
 __version__ = "0.1.0"
 

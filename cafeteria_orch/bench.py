@@ -18,12 +18,12 @@ from twisted.internet.task import deferLater
 
 from . import __version__
 from .commands import DEFAULT_CONNECT, endpoint, number, run
-from .framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 from .load import Ammunition, LoadRun, speaks
 from .local_server import StartError, cpu_seconds, local_server
 from .measurements import Result
 from .synthetic import SyntheticBatch, make_batch
-from .tables import TABLES
+from .wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
+from .wire.tables import TABLES
 
 POOL = 15
 """How many different batches there are, which are sent again and again: of each table 3."""

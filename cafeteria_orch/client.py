@@ -11,9 +11,9 @@ from twisted.internet.defer import Deferred, fail
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.python.failure import Failure
 
-from .errors import ProtocolError
-from .framing import INT32, FrameReceiver, Framing
-from .messages import (
+from .wire.errors import ProtocolError
+from .wire.framing import INT32, FrameReceiver, Framing
+from .wire.messages import (
     DECODERS,
     BatchRecvFail,
     BatchRecvSuccess,
@@ -27,9 +27,9 @@ from .messages import (
     encode,
     end_of_table,
 )
-from .opcodes import RESPONSES, BatchStatus
-from .rows import Row
-from .tables import Table
+from .wire.opcodes import RESPONSES, BatchStatus
+from .wire.rows import Row
+from .wire.tables import Table
 
 Answer = Union[BatchRecvSuccess, BatchRecvFail, RawMessage]
 """What a server answers; a :class:`RawMessage` is a response of its own."""
@@ -50,7 +50,7 @@ class OrchestratorClient(FrameReceiver):
     their way at once is the caller's to limit. A Deferred of an answer fails with
     ``ConnectionLost`` if the connection ends before it (its ``__cause__`` is what the
     transport said of that, such as an ``OpenSSL.SSL.Error``), and with a
-    :class:`~cafeteria_orch.errors.ProtocolError` if the server sends what is no answer.
+    :class:`~cafeteria_orch.wire.errors.ProtocolError` if the server sends what is no answer.
 
     :param framing: how to frame the messages; a server tells it by the first one.
     """
@@ -73,7 +73,7 @@ class OrchestratorClient(FrameReceiver):
 
         :param rows: tuples in the order of ``table.columns``.
         :param batch_number: 1 for the first of a table, and so on.
-        :param status: a :class:`~cafeteria_orch.opcodes.BatchStatus`.
+        :param status: a :class:`~cafeteria_orch.wire.opcodes.BatchStatus`.
         :raises ValueError: if a row does not fit the table; nothing is sent then.
         """
         return self.send_message(TableBatch(table, batch_number, status, tuple(rows)))

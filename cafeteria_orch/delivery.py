@@ -17,11 +17,11 @@ from twisted.python.failure import Failure
 
 from .client import Answer, OrchestratorClient
 from .exports import Batch, Export, ExportError
-from .framing import Framing
 from .journal import FilePlan, Journal
-from .messages import BatchRecvFail, BatchRecvSuccess
-from .opcodes import FailReason
-from .tables import Table
+from .wire.framing import Framing
+from .wire.messages import BatchRecvFail, BatchRecvSuccess
+from .wire.opcodes import FailReason
+from .wire.tables import Table
 
 ANSWER_TIMEOUT = 60.0
 """How long, in seconds, a server may take for its next answer before it is given up."""

@@ -9,11 +9,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
-from .codec import encode_row
-from .messages import BATCH_HEADER
-from .opcodes import BatchStatus
-from .rows import Row
-from .tables import MENU_ITEMS, TABLES, Table
+from .wire.codec import encode_row
+from .wire.messages import BATCH_HEADER
+from .wire.opcodes import BatchStatus
+from .wire.rows import Row
+from .wire.tables import MENU_ITEMS, TABLES, Table
 
 # Besides the aliases that the wire itself knows.
 _EXPORT_ALIASES = {MENU_ITEMS: {"item_name": "name"}}

@@ -21,15 +21,15 @@ from zope.interface import implementer
 from . import responses
 from .counters import Counters
 from .flow import Hold
-from .framing import DEFAULT_MAX_FRAME_BYTES, SNIFFABLE_BELOW, Framing
 from .in_flight import DEFAULT_MAX_IN_FLIGHT_BYTES, InFlight
 from .limits import ConnectionLimits
-from .messages import DECODERS, Decoder, RawMessage
-from .opcodes import RESPONSES, BatchStatus, Opcode
 from .protocol import OrchestratorProtocol
 from .responses import Exchange
 from .timeouts import DEFAULT_TIMEOUTS, Timeouts
 from .turns import Turns
+from .wire.framing import DEFAULT_MAX_FRAME_BYTES, SNIFFABLE_BELOW, Framing
+from .wire.messages import DECODERS, Decoder, RawMessage
+from .wire.opcodes import RESPONSES, BatchStatus, Opcode
 
 Processor = Callable[[Any, Exchange], Any]
 """``processor(message, client)``. It answers through :mod:`~cafeteria_orch.responses`, and
@@ -155,7 +155,7 @@ class OrchestratorFactory(ServerFactory):
             order; the answers leave in that of the messages.
         :param decoder: makes the message of the body's bytes, raising ``ValueError`` if
             they are malformed. Without it, a message of the wire is decoded as the wire
-            says, and any other is a :class:`~cafeteria_orch.messages.RawMessage`.
+            says, and any other is a :class:`~cafeteria_orch.wire.messages.RawMessage`.
         :param replace: take the place of the processor that the opcode has.
         :raises TypeError: if the processor or the decoder cannot be called, or a coroutine
             function is said to be blocking.

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from .counters import Counters
-from .framing import Framing
 from .in_flight import InFlight
-from .messages import Decoder
 from .responses import Exchange
 from .timeouts import Timeouts
 from .turns import Turns
+from .wire.framing import Framing
+from .wire.messages import Decoder
 
 
 class MessageHandler(Protocol):

@@ -17,11 +17,11 @@ from twisted.internet.interfaces import IStreamClientEndpoint, ITCPTransport
 from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
 
-from .framing import FrameReceiver, Framing
 from .measurements import Result
-from .messages import BatchRecvSuccess, Finished, encode
-from .opcodes import Opcode
 from .synthetic import SyntheticBatch
+from .wire.framing import FrameReceiver, Framing
+from .wire.messages import BatchRecvSuccess, Finished, encode
+from .wire.opcodes import Opcode
 
 ANSWER_TIMEOUT = 30.0
 """How long, in seconds, outstanding answers are waited for while none comes."""

@@ -13,10 +13,10 @@ from typing import Any
 
 from twisted import __version__ as twisted_version
 
-from .codec import CODEC
 from .counters import Histogram, Outcome
 from .factory import OrchestratorFactory
 from .health import Health
+from .wire.codec import CODEC
 
 _PREFIX = "cafeorch_"
 

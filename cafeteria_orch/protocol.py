@@ -14,14 +14,14 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from .counters import ANSWERED, UNKNOWN, Outcome, label_of
-from .errors import FrameTooLong, ProcessorHung, ProtocolError
 from .flow import FlowReceiver, Hold
 from .handler import MessageHandler
-from .messages import ClientHello, Finished, TableBatch, decode
-from .opcodes import FailReason
 from .responses import Exchange, Session, handle_processing_error, send_failure
 from .timeouts import Deadline
 from .window import Window
+from .wire.errors import FrameTooLong, ProcessorHung, ProtocolError
+from .wire.messages import ClientHello, Finished, TableBatch, decode
+from .wire.opcodes import FailReason
 
 LONG_PAYLOAD = 128 * 1024
 """Decoding more than this, in bytes, takes a turn: it may keep others waiting."""

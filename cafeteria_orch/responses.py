@@ -13,8 +13,8 @@ from twisted.internet.interfaces import IReactorFromThreads
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from .errors import OrchestratorError, ProcessorHung
-from .opcodes import FailReason, Opcode
+from .wire.errors import OrchestratorError, ProcessorHung
+from .wire.opcodes import FailReason, Opcode
 
 _log = Logger()
 
@@ -166,7 +166,7 @@ def handle_processing_error(message: Any, client: Exchange, error: BaseException
     """Answer FAIL for a processor that failed, unless it has answered before; and log it.
 
     In the reactor's thread. The reason is the error's own if it is of this package,
-    :attr:`~cafeteria_orch.opcodes.FailReason.REJECTED` otherwise.
+    :attr:`~cafeteria_orch.wire.opcodes.FailReason.REJECTED` otherwise.
 
     :return: ``True``: the connection stays.
     """

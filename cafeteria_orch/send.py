@@ -19,11 +19,11 @@ from . import __version__
 from .client_tls import ClientTLS, TLSError, host_of
 from .commands import DEFAULT_CONNECT, endpoint, number, run
 from .delivery import Delivery, GaveUp, TableExports, Totals
-from .errors import ProtocolError
 from .exports import Export, ExportError, find_exports
-from .framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, INT32
 from .journal import FilePlan, Journal, JournalError
-from .tables import Table
+from .wire.errors import ProtocolError
+from .wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, INT32
+from .wire.tables import Table
 
 STATE_NAME = ".cafeorch-send.state"
 """The state file's name, in the folder that is sent."""

@@ -17,13 +17,13 @@ from twisted.internet.interfaces import (
 from twisted.logger import ILogObserver, Logger
 from twisted.python.failure import Failure
 
-from .codec import CODEC
 from .descriptors import DescriptorReporter
 from .factory import OrchestratorFactory
 from .logs import BufferedLogObserver
 from .signals import SignalHandlers
 from .sinks import ISink
 from .systemd import SystemdNotifier
+from .wire.codec import CODEC
 
 DEFAULT_DRAIN_TIMEOUT = 10.0
 """Seconds."""

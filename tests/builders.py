@@ -23,12 +23,12 @@ from zope.interface import implementer
 
 from cafeteria_orch import responses
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.messages import RawMessage, TableBatch, decode, encode
 from cafeteria_orch.protocol import OrchestratorProtocol
 from cafeteria_orch.responses import Exchange
 from cafeteria_orch.sinks.database import Database
-from cafeteria_orch.tables import USERS, Table
 from cafeteria_orch.timeouts import Timeouts
+from cafeteria_orch.wire.messages import RawMessage, TableBatch, decode, encode
+from cafeteria_orch.wire.tables import USERS, Table
 
 PEER = "192.0.2.7"
 SUCCESS = b"\x00\x00\x00\x01\x01"

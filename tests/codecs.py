@@ -8,9 +8,9 @@ from types import ModuleType
 from typing import ClassVar
 from unittest import TestCase, skipUnless
 
-from cafeteria_orch import rows
+from cafeteria_orch.wire import rows
 
-COMPILED = "cafeteria_orch._rows"
+COMPILED = "cafeteria_orch.wire._rows"
 IS_BUILT = find_spec(COMPILED) is not None
 
 compiled_only = skipUnless(IS_BUILT, "the compiled row codec is not built")

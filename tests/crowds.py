@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from uuid import UUID, uuid4
 
-from cafeteria_orch.messages import ClientHello, encode
+from cafeteria_orch.wire.messages import ClientHello, encode
 
 from .builders import SUCCESS, batch_frame, frame
 from .processes import PATIENCE

@@ -18,7 +18,7 @@ from uuid import UUID
 
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.messages import ClientHello, encode
+from cafeteria_orch.wire.messages import ClientHello, encode
 
 from .builders import batch_frame, frame
 

@@ -29,9 +29,9 @@ from twisted.protocols.basic import Int32StringReceiver
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.messages import ClientHello, encode
-from cafeteria_orch.opcodes import Opcode
-from cafeteria_orch.tables import TABLES
+from cafeteria_orch.wire.messages import ClientHello, encode
+from cafeteria_orch.wire.opcodes import Opcode
+from cafeteria_orch.wire.tables import TABLES
 
 from .builders import frame
 

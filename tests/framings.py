@@ -11,7 +11,7 @@ from twisted.internet.testing import StringTransport
 from twisted.protocols.basic import Int32StringReceiver
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.framing import INT32, FrameReceiver
+from cafeteria_orch.wire.framing import INT32, FrameReceiver
 
 from .builders import frame
 

@@ -10,11 +10,11 @@ import struct
 import sys
 from random import Random
 
-from cafeteria_orch import _rows as compiled
-from cafeteria_orch import rows as pure
-from cafeteria_orch.errors import ProtocolError
-from cafeteria_orch.rows import Row
-from cafeteria_orch.tables import MENU_ITEMS, TRANSACTIONS, USERS, Table
+from cafeteria_orch.wire import _rows as compiled
+from cafeteria_orch.wire import rows as pure
+from cafeteria_orch.wire.errors import ProtocolError
+from cafeteria_orch.wire.rows import Row
+from cafeteria_orch.wire.tables import MENU_ITEMS, TRANSACTIONS, USERS, Table
 
 TABLES = (MENU_ITEMS, TRANSACTIONS, USERS)
 CELLS = ("", "1", "female", "2024-01-11 17:50:12", "ñandú", "🧉", "x" * 40)

@@ -19,11 +19,11 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
 from cafeteria_orch import send
-from cafeteria_orch.framing import INT32, Framing
-from cafeteria_orch.messages import TableBatch, decode
-from cafeteria_orch.opcodes import Opcode
 from cafeteria_orch.send import send_directory
-from cafeteria_orch.tables import TABLES
+from cafeteria_orch.wire.framing import INT32, Framing
+from cafeteria_orch.wire.messages import TableBatch, decode
+from cafeteria_orch.wire.opcodes import Opcode
+from cafeteria_orch.wire.tables import TABLES
 
 from .disks import make_folder
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from cafeteria_orch.messages import (
+from cafeteria_orch.wire.messages import (
     DECODERS,
     BatchRecvFail,
     BatchRecvSuccess,
@@ -25,8 +25,8 @@ from cafeteria_orch.messages import (
     TableBatch,
     end_of_table,
 )
-from cafeteria_orch.rows import Row
-from cafeteria_orch.tables import TABLES, Table
+from cafeteria_orch.wire.rows import Row
+from cafeteria_orch.wire.tables import TABLES, Table
 
 # A busy machine is no fault of the code: nothing here may fail because it was slow.
 # Nor that a subclass runs an inherited test: in another framing, it is another one.

@@ -17,10 +17,10 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__, bench
-from cafeteria_orch.framing import INT32, OPCODE_FIRST, Framing
 from cafeteria_orch.local_server import cpu_seconds
-from cafeteria_orch.messages import TableBatch, decode
-from cafeteria_orch.tables import TABLES
+from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST, Framing
+from cafeteria_orch.wire.messages import TableBatch, decode
+from cafeteria_orch.wire.tables import TABLES
 
 from .scripted import LATENCY, ScriptedServer, batches, run_until_done
 

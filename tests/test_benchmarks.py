@@ -12,9 +12,9 @@ from unittest.mock import patch
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch import codec as row_codec
-from cafeteria_orch.framing import OPCODE_FIRST
-from cafeteria_orch.messages import Finished, decode, encode
+from cafeteria_orch.wire import codec as row_codec
+from cafeteria_orch.wire.framing import OPCODE_FIRST
+from cafeteria_orch.wire.messages import Finished, decode, encode
 
 from .benchmarks import __main__ as command
 from .benchmarks import endtoend, micro, servers, workload

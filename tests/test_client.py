@@ -13,9 +13,9 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import responses
 from cafeteria_orch.client import OrchestratorClient
-from cafeteria_orch.errors import ProtocolError
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.messages import (
+from cafeteria_orch.wire.errors import ProtocolError
+from cafeteria_orch.wire.messages import (
     BatchRecvFail,
     BatchRecvSuccess,
     ClientHello,
@@ -24,7 +24,7 @@ from cafeteria_orch.messages import (
     encode,
     end_of_table,
 )
-from cafeteria_orch.tables import MENU_ITEMS, TRANSACTIONS, USERS
+from cafeteria_orch.wire.tables import MENU_ITEMS, TRANSACTIONS, USERS
 
 from .builders import FAIL, SUCCESS, USER_ROW, TCPTransport, batch, batch_frame, connect, frame
 

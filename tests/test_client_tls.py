@@ -31,10 +31,10 @@ from cafeteria_orch import delivery
 from cafeteria_orch.client import OrchestratorClient
 from cafeteria_orch.client_tls import ClientTLS, TLSError, host_of
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.messages import BatchRecvSuccess
-from cafeteria_orch.opcodes import Opcode
 from cafeteria_orch.responses import Exchange, send_success
 from cafeteria_orch.send import STATE_NAME, main, send_directory
+from cafeteria_orch.wire.messages import BatchRecvSuccess
+from cafeteria_orch.wire.opcodes import Opcode
 
 from .builders import DATA, Pending, send_options, until
 from .disks import make_folder

@@ -15,8 +15,8 @@ from zope.interface import alsoProvides
 
 from cafeteria_orch.closing import CLOSE_TIMEOUT
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.messages import Finished, encode
 from cafeteria_orch.protocol import OrchestratorProtocol
+from cafeteria_orch.wire.messages import Finished, encode
 
 from .builders import (
     ECHO,

@@ -15,14 +15,15 @@ from .codecs import IS_BUILT
 PACKAGE = Path(__file__).parent.parent / "cafeteria_orch"
 
 CODE = """
-from cafeteria_orch import codec, messages
+from cafeteria_orch.wire import codec
+from cafeteria_orch.wire import messages
 print(codec.CODEC)
 print(*{getattr(codec, name).__module__ for name in codec.__all__ if name != "CODEC"})
 print(messages.decode_rows is codec.decode_rows and messages.encode_rows is codec.encode_rows)
 """
 
-COMPILED = ["compiled", "cafeteria_orch._rows", "True"]
-PURE = ["pure", "cafeteria_orch.rows", "True"]
+COMPILED = ["compiled", "cafeteria_orch.wire._rows", "True"]
+PURE = ["pure", "cafeteria_orch.wire.rows", "True"]
 
 
 def taken(folder: Path, setting: str | None) -> list[str]:
@@ -55,6 +56,6 @@ class ChoiceTests(SynchronousTestCase):
         folder = Path(self.mktemp()).absolute()
         not_built = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
         shutil.copytree(PACKAGE, folder / "cafeteria_orch", ignore=not_built)
-        self.assertTrue((folder / "cafeteria_orch" / "_rows.pyx").is_file())
+        self.assertTrue((folder / "cafeteria_orch" / "wire" / "_rows.pyx").is_file())
         for setting in (None, "0", "1"):
             self.assertEqual(taken(folder, setting), PURE, setting)

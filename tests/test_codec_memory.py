@@ -66,7 +66,7 @@ class SanitizedTests(SynchronousTestCase):
         shutil.copytree(ROOT / "cafeteria_orch", folder / "cafeteria_orch", ignore=built)
         for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, folder)
-        source = folder / "cafeteria_orch" / "_rows.pyx"
+        source = folder / "cafeteria_orch" / "wire" / "_rows.pyx"
         if mistake:
             text = source.read_text()
             self.assertEqual(text.count(mistake[0]), 1, mistake)

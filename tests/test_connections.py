@@ -17,10 +17,10 @@ from twisted.trial.unittest import TestCase
 
 from cafeteria_orch import responses
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.messages import RawMessage
 from cafeteria_orch.protocol import OrchestratorProtocol
 from cafeteria_orch.responses import Exchange
 from cafeteria_orch.window import WINDOW
+from cafeteria_orch.wire.messages import RawMessage
 
 from .builders import (
     ECHO,

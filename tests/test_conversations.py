@@ -23,8 +23,8 @@ from twisted.logger import LogLevel
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.messages import RawMessage
 from cafeteria_orch.responses import Exchange
+from cafeteria_orch.wire.messages import RawMessage
 
 from .builders import FAIL, PATIENT, connect, echo, frame, lose
 from .strategies import chunkings

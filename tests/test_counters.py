@@ -10,13 +10,13 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import responses
 from cafeteria_orch.counters import UNKNOWN, Histogram, Outcome, label_of
-from cafeteria_orch.errors import BatchRejected, ProtocolError, TryAgainLater
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.messages import Finished, encode, end_of_table
-from cafeteria_orch.opcodes import Opcode
 from cafeteria_orch.responses import Exchange
-from cafeteria_orch.tables import STORES, USERS
 from cafeteria_orch.timeouts import Timeouts
+from cafeteria_orch.wire.errors import BatchRejected, ProtocolError, TryAgainLater
+from cafeteria_orch.wire.messages import Finished, encode, end_of_table
+from cafeteria_orch.wire.opcodes import Opcode
+from cafeteria_orch.wire.tables import STORES, USERS
 
 from .builders import (
     ECHO,

@@ -17,8 +17,8 @@ from twisted.trial.unittest import TestCase
 
 from cafeteria_orch import delivery, send
 from cafeteria_orch.client import OrchestratorClient
-from cafeteria_orch.messages import BatchRecvSuccess, TableBatch, encode
-from cafeteria_orch.tables import USERS
+from cafeteria_orch.wire.messages import BatchRecvSuccess, TableBatch, encode
+from cafeteria_orch.wire.tables import USERS
 
 from .faults import (
     LOOPBACK,

@@ -14,11 +14,11 @@ from uuid import UUID
 from hypothesis import given
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.messages import TableBatch, decode, encode
 from cafeteria_orch.responses import Session
 from cafeteria_orch.sinks import database as database_module
 from cafeteria_orch.sinks.database import Database
-from cafeteria_orch.tables import (
+from cafeteria_orch.wire.messages import TableBatch, decode, encode
+from cafeteria_orch.wire.tables import (
     STORES,
     TRANSACTIONS,
     USERS,

@@ -10,9 +10,9 @@ from functools import partial
 from itertools import count, pairwise
 
 from cafeteria_orch import delivery
-from cafeteria_orch.messages import decode
-from cafeteria_orch.opcodes import Opcode
 from cafeteria_orch.send import STATE_NAME
+from cafeteria_orch.wire.messages import decode
+from cafeteria_orch.wire.opcodes import Opcode
 
 from . import scripted
 from .disks import DEADLINE, ENVIRONMENT

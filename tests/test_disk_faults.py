@@ -15,7 +15,7 @@ from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from cafeteria_orch.sinks.sqlite import OUTAGE_INTERVAL
-from cafeteria_orch.tables import STORES
+from cafeteria_orch.wire.tables import STORES
 
 from .builders import SUCCESS, USER_ROW, batch_frame, connect
 from .disks import ServerProcess, fill_disk, holding, make_folder, mount_small_disk

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from unittest import TestCase
 
-from cafeteria_orch.errors import (
+from cafeteria_orch.wire.errors import (
     BatchRejected,
     FrameTooLong,
     OrchestratorError,

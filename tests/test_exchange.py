@@ -13,8 +13,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import responses
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.opcodes import Opcode
 from cafeteria_orch.responses import Exchange
+from cafeteria_orch.wire.opcodes import Opcode
 
 from .builders import (
     ECHO,

@@ -15,9 +15,9 @@ from hypothesis.strategies import DataObject
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.exports import Batch, Export, ExportError, find_exports
-from cafeteria_orch.messages import TableBatch, decode
-from cafeteria_orch.rows import Row
-from cafeteria_orch.tables import (
+from cafeteria_orch.wire.messages import TableBatch, decode
+from cafeteria_orch.wire.rows import Row
+from cafeteria_orch.wire.tables import (
     MENU_ITEMS,
     STORES,
     TABLES,

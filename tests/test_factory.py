@@ -13,9 +13,9 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import responses
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.messages import Finished, RawMessage, TableBatch, encode, end_of_table
-from cafeteria_orch.opcodes import Opcode
 from cafeteria_orch.responses import Exchange
+from cafeteria_orch.wire.messages import Finished, RawMessage, TableBatch, encode, end_of_table
+from cafeteria_orch.wire.opcodes import Opcode
 
 from .builders import (
     ECHO,

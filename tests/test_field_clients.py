@@ -20,9 +20,9 @@ from twisted.trial.unittest import TestCase
 
 from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.protocol import OrchestratorProtocol
-from cafeteria_orch.rows import Row
 from cafeteria_orch.sinks.sqlite import SqliteSink
-from cafeteria_orch.tables import MENU_ITEMS, STORES, TABLES, TRANSACTIONS, USERS, Table
+from cafeteria_orch.wire.rows import Row
+from cafeteria_orch.wire.tables import MENU_ITEMS, STORES, TABLES, TRANSACTIONS, USERS, Table
 
 from .builders import frame, opcode_first, query, texts, until
 from .strategies import wire_row

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.framing import DEFAULT_MAX_FRAME_BYTES, FrameReceiver
+from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FrameReceiver
 
 from .builders import frame
 from .framings import (

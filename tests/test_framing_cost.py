@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 from twisted.internet.testing import StringTransport
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.framing import INT32, FrameReceiver, Framing
+from cafeteria_orch.wire.framing import INT32, FrameReceiver, Framing
 
 from .builders import frame
 from .framings import (

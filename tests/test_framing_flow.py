@@ -8,7 +8,7 @@ from typing import ClassVar
 from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure
 
-from cafeteria_orch.framing import FrameReceiver
+from cafeteria_orch.wire.framing import FrameReceiver
 
 from .framings import (
     Action,

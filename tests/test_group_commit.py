@@ -9,10 +9,10 @@ from uuid import UUID
 
 from twisted.internet.testing import StringTransport
 
-from cafeteria_orch.errors import BatchRejected
-from cafeteria_orch.messages import ClientHello, Finished, encode, end_of_table
 from cafeteria_orch.sinks import sqlite
 from cafeteria_orch.sinks.database import Database
+from cafeteria_orch.wire.errors import BatchRejected
+from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
 
 from .builders import SUCCESS, USER_ROW, TCPTransport, batch_frame, connect, failing_at, frame
 from .stores import REJECTED, TRY_AGAIN, Fault, FaultyConnection, GroupTestCase

@@ -13,11 +13,11 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.errors import ProcessorHung
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.opcodes import FailReason
 from cafeteria_orch.responses import send_success
 from cafeteria_orch.signals import BEAT
+from cafeteria_orch.wire.errors import ProcessorHung
+from cafeteria_orch.wire.opcodes import FailReason
 
 from .builders import ECHO, FAIL, SUCCESS, connect, numbered, texts
 from .services import SignalTestCase

@@ -9,10 +9,10 @@ from uuid import UUID
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.messages import TableBatch, encode
 from cafeteria_orch.responses import Session
 from cafeteria_orch.sinks.database import Database
-from cafeteria_orch.tables import STORES, USERS, Table
+from cafeteria_orch.wire.messages import TableBatch, encode
+from cafeteria_orch.wire.tables import STORES, USERS, Table
 
 from .builders import PEER, USER_ROW, batch
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from cafeteria_orch.journal import FilePlan, Journal, JournalError
-from cafeteria_orch.tables import STORES, TABLES, USERS, Table
+from cafeteria_orch.wire.tables import STORES, TABLES, USERS, Table
 
 from .disks import ENVIRONMENT, mount_small_disk
 

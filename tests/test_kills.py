@@ -13,8 +13,8 @@ from uuid import UUID, uuid4
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.messages import TableBatch, encode
-from cafeteria_orch.tables import USERS
+from cafeteria_orch.wire.messages import TableBatch, encode
+from cafeteria_orch.wire.tables import USERS
 
 from .faults import PATIENCE, RawClient, Server, read_store, seeded, slow, wait_for
 

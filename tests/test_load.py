@@ -15,7 +15,6 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.framing import FRAMINGS, INT32, OPCODE_FIRST, Framing
 from cafeteria_orch.load import (
     ANSWER_TIMEOUT,
     PROBE_TIMEOUT,
@@ -25,10 +24,11 @@ from cafeteria_orch.load import (
     speaks,
 )
 from cafeteria_orch.measurements import Result
-from cafeteria_orch.messages import decode
-from cafeteria_orch.opcodes import Opcode
 from cafeteria_orch.synthetic import make_batch
-from cafeteria_orch.tables import TABLES
+from cafeteria_orch.wire.framing import FRAMINGS, INT32, OPCODE_FIRST, Framing
+from cafeteria_orch.wire.messages import decode
+from cafeteria_orch.wire.opcodes import Opcode
+from cafeteria_orch.wire.tables import TABLES
 
 from .builders import TCPTransport
 from .scripted import (

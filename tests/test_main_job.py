@@ -16,16 +16,16 @@ from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.trial.unittest import TestCase
 
 from cafeteria_orch.client import OrchestratorClient
-from cafeteria_orch.errors import TryAgainLater
 from cafeteria_orch.exports import find_exports
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.framing import FRAMINGS, Framing
-from cafeteria_orch.messages import BatchRecvSuccess, TableBatch
-from cafeteria_orch.opcodes import Opcode
 from cafeteria_orch.protocol import OrchestratorProtocol
 from cafeteria_orch.responses import Exchange
 from cafeteria_orch.send import send_directory
 from cafeteria_orch.sinks.sqlite import SqliteSink
+from cafeteria_orch.wire.errors import TryAgainLater
+from cafeteria_orch.wire.framing import FRAMINGS, Framing
+from cafeteria_orch.wire.messages import BatchRecvSuccess, TableBatch
+from cafeteria_orch.wire.opcodes import Opcode
 
 from .builders import DATA, NUMERIC_COLUMNS, query, send_options, until
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 
-from cafeteria_orch.errors import ProtocolError
-from cafeteria_orch.rows import Row, decode_rows
-from cafeteria_orch.tables import (
+from cafeteria_orch.wire.errors import ProtocolError
+from cafeteria_orch.wire.rows import Row, decode_rows
+from cafeteria_orch.wire.tables import (
     END_OF_TABLE,
     MENU_ITEMS,
     TRANSACTIONS,

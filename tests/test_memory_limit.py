@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from unittest import SkipTest
 
-from cafeteria_orch.tables import USERS
+from cafeteria_orch.wire.tables import USERS
 
 from .builders import SUCCESS, batch_frame
 from .processes import HELLO, Client, ProcessTestCase, Server, wait_until

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 
-from cafeteria_orch.errors import FrameTooLong, ProtocolError, UnknownOpcode
-from cafeteria_orch.messages import (
+from cafeteria_orch.wire.errors import FrameTooLong, ProtocolError, UnknownOpcode
+from cafeteria_orch.wire.messages import (
     DECODERS,
     BatchRecvFail,
     BatchRecvSuccess,
@@ -30,8 +30,8 @@ from cafeteria_orch.messages import (
     encode,
     end_of_table,
 )
-from cafeteria_orch.opcodes import Opcode
-from cafeteria_orch.tables import (
+from cafeteria_orch.wire.opcodes import Opcode
+from cafeteria_orch.wire.tables import (
     END_OF_TABLE,
     MENU_ITEMS,
     STORES,

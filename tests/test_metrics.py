@@ -18,13 +18,13 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__
 from cafeteria_orch.counters import Outcome
-from cafeteria_orch.errors import BatchRejected
 from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.health import Health
-from cafeteria_orch.messages import ClientHello, encode
 from cafeteria_orch.metrics import Collector, Exposition
 from cafeteria_orch.sinks.database import Database
-from cafeteria_orch.tables import STORES, TABLES, USERS
+from cafeteria_orch.wire.errors import BatchRejected
+from cafeteria_orch.wire.messages import ClientHello, encode
+from cafeteria_orch.wire.tables import STORES, TABLES, USERS
 
 from .builders import ECHO, Pending, batch_frame, connect, failing_at, frame, lose, numbered
 from .processes import HELLO

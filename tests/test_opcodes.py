@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from unittest import TestCase
 
-from cafeteria_orch.opcodes import RESPONSES, BatchStatus, FailReason, Opcode
+from cafeteria_orch.wire.opcodes import RESPONSES, BatchStatus, FailReason, Opcode
 
 
 def numbers(enum: type[IntEnum]) -> dict[str, int]:

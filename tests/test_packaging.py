@@ -23,8 +23,8 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 ROOT = Path(__file__).parent.parent
 SOURCES = ("cafeteria_orch", "twisted")
 PLUGIN = "twisted/plugins/cafeorch_plugin.py"
-CODEC_SOURCE = "cafeteria_orch/_rows.pyx"
-CODEC = re.compile(r"cafeteria_orch/_rows\..+\.(so|pyd)")
+CODEC_SOURCE = "cafeteria_orch/wire/_rows.pyx"
+CODEC = re.compile(r"cafeteria_orch/wire/_rows\..+\.(so|pyd)")
 """What it is compiled to."""
 
 
@@ -187,7 +187,7 @@ class Packaging(SynchronousTestCase):
 
     def codec(self, environment: Environment, **settings: str) -> str:
         """Which row codec is taken by what is installed there."""
-        code = "from cafeteria_orch.codec import CODEC; print(CODEC)"
+        code = "from cafeteria_orch.wire.codec import CODEC; print(CODEC)"
         command = (environment.programs / "python", "-c", code)
         return run(*command, folder=self.workshop.elsewhere, settings=settings).stdout.strip()
 
@@ -223,7 +223,7 @@ class Packaging(SynchronousTestCase):
         # What it is compiled from is of no use to those who install it.
         self.assertEqual(names, expected - {CODEC_SOURCE})
         self.assertIn("cafeteria_orch/py.typed", names)
-        self.assertIn("cafeteria_orch/_rows.pyi", names)
+        self.assertIn("cafeteria_orch/wire/_rows.pyi", names)
         self.assertIn(PLUGIN, names)
         for shadow in ("twisted/__init__.py", "twisted/plugins/__init__.py"):
             self.assertNotIn(shadow, names)
@@ -241,9 +241,9 @@ class Packaging(SynchronousTestCase):
         self.assertEqual({name for name in differing if not CODEC.fullmatch(name)}, set())
         with tarfile.open(self.workshop.sdist) as archive:
             names = {name.partition("/")[2] for name in archive.getnames()}
-        for needed in (CODEC_SOURCE, "cafeteria_orch/_rows.pyi", "cafeteria_orch/py.typed"):
+        for needed in (CODEC_SOURCE, "cafeteria_orch/wire/_rows.pyi", "cafeteria_orch/py.typed"):
             self.assertIn(needed, names)
-        self.assertNotIn("cafeteria_orch/_rows.c", names)
+        self.assertNotIn("cafeteria_orch/wire/_rows.c", names)
 
     def test_metadata(self) -> None:
         """Twisted alone is needed to run; the version is the package's."""

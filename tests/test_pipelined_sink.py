@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from cafeteria_orch.errors import BatchRejected
-from cafeteria_orch.messages import ClientHello, Finished, encode, end_of_table
 from cafeteria_orch.sinks.database import Database
 from cafeteria_orch.window import WINDOW
+from cafeteria_orch.wire.errors import BatchRejected
+from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
 
 from .builders import SUCCESS, batch_frame, connect, failing_at, frame
 from .stores import REJECTED, GroupTestCase

@@ -13,10 +13,10 @@ from twisted.logger import LogEvent, LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cafeteria_orch import responses
-from cafeteria_orch.errors import BatchRejected, TryAgainLater
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.messages import RawMessage
 from cafeteria_orch.responses import Exchange
+from cafeteria_orch.wire.errors import BatchRejected, TryAgainLater
+from cafeteria_orch.wire.messages import RawMessage
 
 from .builders import (
     ECHO,

@@ -12,9 +12,9 @@ from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import responses
-from cafeteria_orch.errors import BatchRejected, ProtocolError, TryAgainLater
-from cafeteria_orch.opcodes import FailReason, Opcode
 from cafeteria_orch.responses import Exchange, Session
+from cafeteria_orch.wire.errors import BatchRejected, ProtocolError, TryAgainLater
+from cafeteria_orch.wire.opcodes import FailReason, Opcode
 
 from .builders import (
     ECHO,

@@ -6,9 +6,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 
-from cafeteria_orch.opcodes import Opcode
-from cafeteria_orch.rows import Row
-from cafeteria_orch.tables import (
+from cafeteria_orch.wire.opcodes import Opcode
+from cafeteria_orch.wire.rows import Row
+from cafeteria_orch.wire.tables import (
     END_OF_TABLE,
     MENU_ITEMS,
     TABLES,

@@ -22,9 +22,9 @@ from zope.interface import implementer
 
 from cafeteria_orch import send
 from cafeteria_orch.journal import Journal, JournalError
-from cafeteria_orch.messages import ClientHello, Finished, TableBatch, decode
 from cafeteria_orch.send import STATE_NAME, send_directory
-from cafeteria_orch.tables import TABLES
+from cafeteria_orch.wire.messages import ClientHello, Finished, TableBatch, decode
+from cafeteria_orch.wire.tables import TABLES
 
 from .builders import DATA, FAIL, SUCCESS, TCPTransport, frame, send_options
 

@@ -27,9 +27,9 @@ from zope.interface import implementer
 
 from cafeteria_orch import __version__
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.opcodes import Opcode
 from cafeteria_orch.responses import Exchange, send_success
 from cafeteria_orch.send import STATE_NAME, main
+from cafeteria_orch.wire.opcodes import Opcode
 
 from .builders import DATA, Pending, until
 from .test_send import ADDRESS, USER, USERS_HEADER, SendCase

@@ -13,10 +13,10 @@ from twisted.internet.testing import RaisingMemoryReactor
 from twisted.logger import ILogObserver, LogLevel, capturedLogs, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.codec import CODEC
 from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.logs import BufferedLogObserver
 from cafeteria_orch.service import DEFAULT_DRAIN_TIMEOUT, OrchestratorService
+from cafeteria_orch.wire.codec import CODEC
 
 from .builders import batch_frame, connect, numbered, texts
 from .services import Reactor, RecordingEndpoint, RecordingSink, ServiceTestCase, raising

@@ -17,17 +17,17 @@ from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 from zope.interface.verify import verifyObject
 
-from cafeteria_orch.errors import TryAgainLater
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.messages import ClientHello, Finished, encode, end_of_table
-from cafeteria_orch.opcodes import Opcode
 from cafeteria_orch.protocol import OrchestratorProtocol
 from cafeteria_orch.responses import Exchange
 from cafeteria_orch.sinks import ISink
 from cafeteria_orch.sinks import database as database_module
 from cafeteria_orch.sinks.database import Database, StoreError
 from cafeteria_orch.sinks.sqlite import SqliteSink
-from cafeteria_orch.tables import STORES, TABLES
+from cafeteria_orch.wire.errors import TryAgainLater
+from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
+from cafeteria_orch.wire.opcodes import Opcode
+from cafeteria_orch.wire.tables import STORES, TABLES
 
 from .builders import (
     FAIL,

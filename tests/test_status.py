@@ -16,7 +16,6 @@ from cafeteria_orch import __version__
 from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.health import Health
 from cafeteria_orch.logs import PROBLEMS_KEPT, RecentProblems
-from cafeteria_orch.messages import ClientHello, Finished, encode, end_of_table
 from cafeteria_orch.sinks import completeness
 from cafeteria_orch.sinks.completeness import (
     INTERVAL,
@@ -26,7 +25,8 @@ from cafeteria_orch.sinks.completeness import (
     read_totals,
 )
 from cafeteria_orch.status import MOST_CONNECTIONS, SAMPLE_INTERVAL, SAMPLES, Status
-from cafeteria_orch.tables import STORES, USERS
+from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
+from cafeteria_orch.wire.tables import STORES, USERS
 
 from .builders import USER_ROW, batch_frame, connect, frame
 from .services import RecordingSink

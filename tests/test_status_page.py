@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.messages import encode, end_of_table
-from cafeteria_orch.tables import STORES
+from cafeteria_orch.wire.messages import encode, end_of_table
+from cafeteria_orch.wire.tables import STORES
 
 from .builders import USER_ROW, batch_frame, frame
 from .processes import HELLO, ProcessTestCase, wait_until

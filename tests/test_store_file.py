@@ -13,7 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.responses import Session
 from cafeteria_orch.sinks.database import Database, StoreError, check_store
 from cafeteria_orch.sinks.schema import SCHEMA_VERSION
-from cafeteria_orch.tables import (
+from cafeteria_orch.wire.tables import (
     MENU_ITEMS,
     STORES,
     TABLES,

@@ -30,14 +30,14 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from cafeteria_orch.counters import Outcome, Tally
-from cafeteria_orch.errors import BatchRejected
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.messages import ClientHello, Finished, encode, end_of_table
 from cafeteria_orch.protocol import OrchestratorProtocol
 from cafeteria_orch.sinks import sqlite
 from cafeteria_orch.sinks.database import Database
 from cafeteria_orch.sinks.sqlite import SqliteSink, _commit, _Job
-from cafeteria_orch.tables import STORES, USERS
+from cafeteria_orch.wire.errors import BatchRejected
+from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
+from cafeteria_orch.wire.tables import STORES, USERS
 
 from .builders import TCPTransport, batch_frame, connect, frame
 from .stores import Fault, FaultyConnection, connecting

@@ -15,8 +15,8 @@ from uuid import uuid4
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.messages import TableBatch, encode
-from cafeteria_orch.tables import USERS
+from cafeteria_orch.wire.messages import TableBatch, encode
+from cafeteria_orch.wire.tables import USERS
 
 from .builders import SUCCESS
 from .faults import RawClient, Server, new_folder

@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 from unittest import TestCase
 
-from cafeteria_orch.opcodes import Opcode
-from cafeteria_orch.tables import (
+from cafeteria_orch.wire.opcodes import Opcode
+from cafeteria_orch.wire.tables import (
     END_OF_TABLE,
     MENU_ITEMS,
     STORES,

@@ -14,9 +14,9 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import responses
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.opcodes import Opcode
 from cafeteria_orch.protocol import OrchestratorProtocol
 from cafeteria_orch.timeouts import Deadline, Timeouts
+from cafeteria_orch.wire.opcodes import Opcode
 
 from .builders import (
     ECHO,

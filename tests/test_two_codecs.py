@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject, DrawFn, SearchStrategy
 
-from cafeteria_orch import rows as pure
-from cafeteria_orch.opcodes import Opcode
-from cafeteria_orch.tables import END_OF_TABLE, TABLES, USERS, Table
+from cafeteria_orch.wire import rows as pure
+from cafeteria_orch.wire.opcodes import Opcode
+from cafeteria_orch.wire.tables import END_OF_TABLE, TABLES, USERS, Table
 
 from .codecs import Compiled
 from .strategies import I32, mutations, wire_row, wire_rows

@@ -19,8 +19,10 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch import responses
 from cafeteria_orch.client import OrchestratorClient
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.framing import FRAMINGS, INT32, OPCODE_FIRST, FrameReceiver, Framing
-from cafeteria_orch.messages import (
+from cafeteria_orch.protocol import OrchestratorProtocol
+from cafeteria_orch.tap import Options, makeService
+from cafeteria_orch.wire.framing import FRAMINGS, INT32, OPCODE_FIRST, FrameReceiver, Framing
+from cafeteria_orch.wire.messages import (
     BatchRecvFail,
     BatchRecvSuccess,
     ClientHello,
@@ -28,9 +30,7 @@ from cafeteria_orch.messages import (
     RawMessage,
     encode,
 )
-from cafeteria_orch.protocol import OrchestratorProtocol
-from cafeteria_orch.tables import USERS
-from cafeteria_orch.tap import Options, makeService
+from cafeteria_orch.wire.tables import USERS
 
 from . import test_framing, test_framing_cost, test_framing_flow
 from .builders import (

@@ -9,10 +9,10 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.framing import INT32, OPCODE_FIRST
-from cafeteria_orch.messages import Finished, RawMessage, encode
 from cafeteria_orch.responses import Exchange
 from cafeteria_orch.window import WINDOW, Window
+from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
+from cafeteria_orch.wire.messages import Finished, RawMessage, encode
 
 from .builders import ECHO, Pending, connect, echo, frame, lose, opcode_first
 from .test_responses import FakeConnection

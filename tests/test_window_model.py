@@ -27,10 +27,10 @@ from cafeteria_orch import protocol as protocol_module
 from cafeteria_orch import responses
 from cafeteria_orch.closing import CLOSE_TIMEOUT
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.framing import INT32, OPCODE_FIRST
-from cafeteria_orch.messages import RawMessage
 from cafeteria_orch.responses import Exchange
 from cafeteria_orch.window import WINDOW
+from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
+from cafeteria_orch.wire.messages import RawMessage
 
 from .builders import connect, frame, lose, opcode_first
 

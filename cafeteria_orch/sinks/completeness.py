@@ -9,7 +9,7 @@ from contextlib import closing
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from cafeteria_orch.tables import TABLES
+from cafeteria_orch.wire.tables import TABLES
 
 INTERVAL = 30.0
 """How long, in seconds, an answer of the store is good enough."""

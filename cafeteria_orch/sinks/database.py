@@ -17,10 +17,10 @@ from itertools import chain
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from cafeteria_orch.messages import TableBatch
 from cafeteria_orch.responses import Session
-from cafeteria_orch.rows import Row
-from cafeteria_orch.tables import Table
+from cafeteria_orch.wire.messages import TableBatch
+from cafeteria_orch.wire.rows import Row
+from cafeteria_orch.wire.tables import Table
 
 from .schema import APPLICATION_ID, SCHEMA_VERSION, statements
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cafeteria_orch.tables import TABLES
+from cafeteria_orch.wire.tables import TABLES
 
 SCHEMA_VERSION = 2
 

@@ -17,12 +17,12 @@ from zope.interface import implementer
 
 from cafeteria_orch import responses
 from cafeteria_orch.counters import Outcome
-from cafeteria_orch.errors import BatchRejected, TryAgainLater
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.messages import Finished, TableBatch
-from cafeteria_orch.opcodes import FailReason, Opcode
 from cafeteria_orch.responses import Exchange
-from cafeteria_orch.tables import TABLES
+from cafeteria_orch.wire.errors import BatchRejected, TryAgainLater
+from cafeteria_orch.wire.messages import Finished, TableBatch
+from cafeteria_orch.wire.opcodes import FailReason, Opcode
+from cafeteria_orch.wire.tables import TABLES
 
 from . import ISink, StoreSizes
 from .database import Database

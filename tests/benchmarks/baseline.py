@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, Protocol, Union
 
-from cafeteria_orch.tables import END_OF_TABLE, TABLES, Table
+from cafeteria_orch.wire.tables import END_OF_TABLE, TABLES, Table
 
 BATCH_RECV_SUCCESS = 1
 BATCH_RECV_FAIL = 2

@@ -12,8 +12,8 @@ from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cafeteria_orch import codec as row_codec
-from cafeteria_orch.messages import TableBatch
+from cafeteria_orch.wire import codec as row_codec
+from cafeteria_orch.wire.messages import TableBatch
 
 from . import workload
 from .micro import plain_store

@@ -21,16 +21,16 @@ from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, textFileLog
 from twisted.protocols.basic import Int32StringReceiver
 from zope.interface import implementer
 
-from cafeteria_orch import codec as row_codec
-from cafeteria_orch import rows
 from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.framing import INT32, FrameReceiver
 from cafeteria_orch.logs import BufferedLogObserver
-from cafeteria_orch.messages import BATCH_HEADER, TableBatch, decode
 from cafeteria_orch.responses import Session
-from cafeteria_orch.rows import Row
 from cafeteria_orch.sinks.database import Database
-from cafeteria_orch.tables import Table
+from cafeteria_orch.wire import codec as row_codec
+from cafeteria_orch.wire import rows
+from cafeteria_orch.wire.framing import INT32, FrameReceiver
+from cafeteria_orch.wire.messages import BATCH_HEADER, TableBatch, decode
+from cafeteria_orch.wire.rows import Row
+from cafeteria_orch.wire.tables import Table
 from tests.builders import NUMERIC_COLUMNS
 
 from . import baseline, workload
@@ -42,7 +42,7 @@ _LEAST_BATCH = 1024
 
 
 class Codec(NamedTuple):
-    """A pair of functions that do the work of :mod:`cafeteria_orch.rows`."""
+    """A pair of functions that do the work of :mod:`cafeteria_orch.wire.rows`."""
 
     decode: Callable[[bytes, int, int, Table], Sequence[Row]]
     encode: Callable[[Iterable[Row], Table], bytes]

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=True, wraparound=False
-"""The row codec of :mod:`cafeteria_orch.rows`, compiled.
+"""The row codec of :mod:`cafeteria_orch.wire.rows`, compiled.
 
 It knows what is right, and only that: whatever it cannot decode or encode it hands to the pure
 codec, which is the specification and names what is wrong. So both give the same errors.
@@ -115,7 +115,7 @@ cdef inline Py_ssize_t take_length(Cursor *cursor) noexcept:
 
 
 def decode_rows(body, offset, count, table):
-    """As :func:`cafeteria_orch.rows.decode_rows`."""
+    """As :func:`cafeteria_orch.wire.rows.decode_rows`."""
     rows = None
     # A subclass of bytes or int may be anything: only what is known to be plain is read here.
     if type(body) is bytes and type(offset) is int and type(count) is int:
@@ -198,13 +198,13 @@ cdef inline void put(tuple row, Py_ssize_t column, object cell) noexcept:
 
 
 def encode_row(row, table):
-    """As :func:`cafeteria_orch.rows.encode_row`."""
+    """As :func:`cafeteria_orch.wire.rows.encode_row`."""
     encoded = encode_plain(row, keys_of(table))
     return pure.encode_row(row, table) if encoded is None else encoded
 
 
 def encode_rows(rows, table):
-    """As :func:`cafeteria_orch.rows.encode_rows`."""
+    """As :func:`cafeteria_orch.wire.rows.encode_rows`."""
     return b"".join([encode_row(row, table) for row in rows])
 
 

@@ -36,7 +36,7 @@ class TableBatch:
     :ivar table: whose rows they are.
     :ivar batch_number: as the sender counts them. Clients in the field start again at 1 in
         each file, so the number alone does not identify a batch.
-    :ivar status: a :class:`~cafeteria_orch.opcodes.BatchStatus`, or any other byte.
+    :ivar status: a :class:`~cafeteria_orch.wire.opcodes.BatchStatus`, or any other byte.
     :ivar rows: tuples in the order of :attr:`columns`; ``None`` for an optional column
         that the row leaves out.
     :ivar body: the bytes that the batch was decoded from, empty for a batch made here.
@@ -156,7 +156,7 @@ class BatchRecvSuccess:
 class BatchRecvFail:
     """The answer to a message that was not accepted.
 
-    :ivar reason: a :class:`~cafeteria_orch.opcodes.FailReason` or any other byte;
+    :ivar reason: a :class:`~cafeteria_orch.wire.opcodes.FailReason` or any other byte;
         ``None`` where the server does not say.
     """
 

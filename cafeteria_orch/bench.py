@@ -17,7 +17,7 @@ from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLo
 from twisted.internet.task import deferLater
 
 from . import __version__
-from .commands import DEFAULT_CONNECT, endpoint, number, run
+from .common.commands import DEFAULT_CONNECT, endpoint, number, run
 from .load import Ammunition, LoadRun, speaks
 from .local_server import StartError, cpu_seconds, local_server
 from .measurements import Result

@@ -15,10 +15,10 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from .common.rate_limit import Throttle
 from .factory import OrchestratorFactory
 from .protocol import OrchestratorProtocol
 from .proxy import Network, ProxyError, is_within, parse_header
-from .throttle import Throttle
 from .tls import ServerTLS, common_name, handshake_problem
 
 HANDSHAKE_TIMEOUT = 10.0

@@ -7,8 +7,8 @@ from typing import Any
 
 from twisted.logger import Logger
 
+from .common.rate_limit import Throttle
 from .counters import Counters
-from .throttle import Throttle
 
 _log = Logger()
 

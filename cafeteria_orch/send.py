@@ -17,7 +17,7 @@ from twisted.internet.endpoints import clientFromString
 
 from . import __version__
 from .client_tls import ClientTLS, TLSError, host_of
-from .commands import DEFAULT_CONNECT, endpoint, number, run
+from .common.commands import DEFAULT_CONNECT, endpoint, number, run
 from .delivery import Delivery, GaveUp, TableExports, Totals
 from .exports import Export, ExportError, find_exports
 from .journal import FilePlan, Journal, JournalError

@@ -19,11 +19,11 @@ from twisted.logger import LogEvent, LogLevel, capturedLogs
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
+from cafeteria_orch.common.rate_limit import REPORT_INTERVAL
 from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.handshakes import HANDSHAKE_TIMEOUT, Gates
 from cafeteria_orch.protocol import OrchestratorProtocol
 from cafeteria_orch.proxy import parse_networks
-from cafeteria_orch.throttle import REPORT_INTERVAL
 from cafeteria_orch.tls import ServerTLS, _note_mistrust, handshake_problem
 
 from .builders import ECHO, SUCCESS, Pending, TCPTransport, batch_frame, echo, numbered, texts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.throttle import REPORT_INTERVAL, Throttle
+from cafeteria_orch.common.rate_limit import REPORT_INTERVAL, Throttle
 
 
 class ThrottleTests(SynchronousTestCase):

@@ -1,14 +1,14 @@
 """A Twisted server that takes tables from coffee-shop agencies, batch by batch.
 
-A processor answers through :mod:`~cafeteria_orch.responses` and is registered with an
+A processor answers through :mod:`~cafeteria_orch.server.responses` and is registered with an
 :class:`OrchestratorFactory`. A program that sends uses an :class:`OrchestratorClient`.
 """
 
 from __future__ import annotations
 
 from .client import OrchestratorClient
-from .factory import OrchestratorFactory
-from .responses import Exchange
+from .server.factory import OrchestratorFactory
+from .server.responses import Exchange
 from .wire.errors import BatchRejected, ProtocolError, TryAgainLater
 from .wire.messages import (
     BatchRecvFail,

@@ -16,9 +16,9 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from .common.rate_limit import Throttle
-from .factory import OrchestratorFactory
-from .protocol import OrchestratorProtocol
 from .proxy import Network, ProxyError, is_within, parse_header
+from .server.connection import OrchestratorProtocol
+from .server.factory import OrchestratorFactory
 from .tls import ServerTLS, common_name, handshake_problem
 
 HANDSHAKE_TIMEOUT = 10.0

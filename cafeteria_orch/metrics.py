@@ -13,9 +13,9 @@ from typing import Any
 
 from twisted import __version__ as twisted_version
 
-from .counters import Histogram, Outcome
-from .factory import OrchestratorFactory
 from .health import Health
+from .server.counters import Histogram, Outcome
+from .server.factory import OrchestratorFactory
 from .wire.codec import CODEC
 
 _PREFIX = "cafeorch_"

@@ -15,10 +15,10 @@ from twisted.logger import Logger, globalLogPublisher
 from twisted.python.failure import Failure
 from twisted.web import http
 
-from .factory import OrchestratorFactory
 from .health import Health
 from .logs import RecentProblems
 from .metrics import Exposition
+from .server.factory import OrchestratorFactory
 from .sinks import ISink
 from .sinks.completeness import Completeness
 from .status import Status

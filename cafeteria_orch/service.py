@@ -18,8 +18,8 @@ from twisted.logger import ILogObserver, Logger
 from twisted.python.failure import Failure
 
 from .descriptors import DescriptorReporter
-from .factory import OrchestratorFactory
 from .logs import BufferedLogObserver
+from .server.factory import OrchestratorFactory
 from .signals import SignalHandlers
 from .sinks import ISink
 from .systemd import SystemdNotifier

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from twisted.internet.task import LoopingCall
 
-from .counters import Outcome, Tally
-from .factory import OrchestratorFactory
 from .health import Health
 from .logs import RecentProblems
-from .protocol import OrchestratorProtocol
+from .server.connection import OrchestratorProtocol
+from .server.counters import Outcome, Tally
+from .server.factory import OrchestratorFactory
 from .sinks.completeness import Completeness
 
 SAMPLE_INTERVAL = 5.0

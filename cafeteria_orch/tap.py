@@ -28,16 +28,16 @@ from twisted.python.logfile import LogFile
 
 from . import __version__
 from .descriptors import allow_connections
-from .factory import OrchestratorFactory
 from .handshakes import Gates
 from .logs import BufferedLogObserver
 from .options import Options, refusal
+from .server.factory import OrchestratorFactory
+from .server.timeouts import Timeouts
 from .service import OrchestratorService, ServiceMonitor
 from .sinks.completeness import Completeness
 from .sinks.database import StoreError, check_store
 from .sinks.sqlite import SqliteSink
 from .systemd import SystemdNotifier
-from .timeouts import Timeouts
 from .tls import CertificateError, ServerTLS
 
 __all__ = ("Options", "makeService")

@@ -21,12 +21,12 @@ from twisted.logger import LogEvent, formatEvent
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from cafeteria_orch import responses
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.protocol import OrchestratorProtocol
-from cafeteria_orch.responses import Exchange
+from cafeteria_orch.server import responses
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Exchange
+from cafeteria_orch.server.timeouts import Timeouts
 from cafeteria_orch.sinks.database import Database
-from cafeteria_orch.timeouts import Timeouts
 from cafeteria_orch.wire.messages import RawMessage, TableBatch, decode, encode
 from cafeteria_orch.wire.tables import USERS, Table
 

@@ -14,7 +14,7 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
-from cafeteria_orch.factory import OrchestratorFactory
+from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.service import OrchestratorService
 from cafeteria_orch.sinks import ISink, StoreSizes
 

@@ -16,8 +16,8 @@ from unittest.mock import patch
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.counters import Outcome, Tally
-from cafeteria_orch.factory import OrchestratorFactory
+from cafeteria_orch.server.counters import Outcome, Tally
+from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.sinks.database import Database
 from cafeteria_orch.sinks.sqlite import SqliteSink
 

@@ -10,7 +10,7 @@ from twisted.internet.interfaces import IPushProducer
 from twisted.python.failure import Failure
 from zope.interface.verify import verifyObject
 
-from cafeteria_orch.counters import Outcome
+from cafeteria_orch.server.counters import Outcome
 from cafeteria_orch.sinks import sqlite
 from cafeteria_orch.sinks.database import Database
 

@@ -30,9 +30,9 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from cafeteria_orch import delivery
 from cafeteria_orch.client import OrchestratorClient
 from cafeteria_orch.client_tls import ClientTLS, TLSError, host_of
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.responses import Exchange, send_success
 from cafeteria_orch.send import STATE_NAME, main, send_directory
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Exchange, send_success
 from cafeteria_orch.wire.messages import BatchRecvSuccess
 from cafeteria_orch.wire.opcodes import Opcode
 

@@ -13,9 +13,9 @@ from twisted.logger import LogEvent, LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import alsoProvides
 
-from cafeteria_orch.closing import CLOSE_TIMEOUT
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.protocol import OrchestratorProtocol
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.receiver import CLOSE_TIMEOUT
 from cafeteria_orch.wire.messages import Finished, encode
 
 from .builders import (

@@ -15,11 +15,11 @@ from twisted.internet.threads import deferToThread
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import TestCase
 
-from cafeteria_orch import responses
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.protocol import OrchestratorProtocol
-from cafeteria_orch.responses import Exchange
-from cafeteria_orch.window import WINDOW
+from cafeteria_orch.server import responses
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Exchange
+from cafeteria_orch.server.window import WINDOW
 from cafeteria_orch.wire.messages import RawMessage
 
 from .builders import (

@@ -8,11 +8,11 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch import responses
-from cafeteria_orch.counters import UNKNOWN, Histogram, Outcome, label_of
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.responses import Exchange
-from cafeteria_orch.timeouts import Timeouts
+from cafeteria_orch.server import responses
+from cafeteria_orch.server.counters import UNKNOWN, Histogram, Outcome, label_of
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Exchange
+from cafeteria_orch.server.timeouts import Timeouts
 from cafeteria_orch.wire.errors import BatchRejected, ProtocolError, TryAgainLater
 from cafeteria_orch.wire.messages import Finished, encode, end_of_table
 from cafeteria_orch.wire.opcodes import Opcode

@@ -14,7 +14,7 @@ from uuid import UUID
 from hypothesis import given
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.responses import Session
+from cafeteria_orch.server.responses import Session
 from cafeteria_orch.sinks import database as database_module
 from cafeteria_orch.sinks.database import Database
 from cafeteria_orch.wire.messages import TableBatch, decode, encode

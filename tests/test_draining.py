@@ -7,9 +7,9 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch import responses
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.responses import Exchange
+from cafeteria_orch.server import responses
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Exchange
 
 from .builders import (
     ECHO,

@@ -11,9 +11,9 @@ from twisted.logger import LogEvent, LogLevel, capturedLogs
 from twisted.python.reflect import fullyQualifiedName
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch import responses
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.responses import Exchange
+from cafeteria_orch.server import responses
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Exchange
 from cafeteria_orch.wire.opcodes import Opcode
 
 from .builders import (

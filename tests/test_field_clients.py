@@ -18,8 +18,8 @@ from twisted.internet.threads import deferToThread
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import TestCase
 
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.protocol import OrchestratorProtocol
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.sinks.sqlite import SqliteSink
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import MENU_ITEMS, STORES, TABLES, TRANSACTIONS, USERS, Table

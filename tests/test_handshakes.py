@@ -20,10 +20,10 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.common.rate_limit import REPORT_INTERVAL
-from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.handshakes import HANDSHAKE_TIMEOUT, Gates
-from cafeteria_orch.protocol import OrchestratorProtocol
 from cafeteria_orch.proxy import parse_networks
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.tls import ServerTLS, _note_mistrust, handshake_problem
 
 from .builders import ECHO, SUCCESS, Pending, TCPTransport, batch_frame, echo, numbered, texts

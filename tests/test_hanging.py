@@ -13,8 +13,8 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.responses import send_success
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import send_success
 from cafeteria_orch.signals import BEAT
 from cafeteria_orch.wire.errors import ProcessorHung
 from cafeteria_orch.wire.opcodes import FailReason
@@ -114,7 +114,7 @@ class Guard(SignalTestCase):
     def test_own_code(self) -> None:
         """Twisted and this package are not interrupted: they may be slow, but they return."""
         own = self.frame("twisted.internet.tcp", "tcp.py")
-        own = self.frame("cafeteria_orch.protocol", "protocol.py", own)
+        own = self.frame("cafeteria_orch.server.connection", "protocol.py", own)
         self.running(drain_timeout=TIMEOUT)
         self.deliver(signal.SIGTERM)
         self.beat(comes_round=False)

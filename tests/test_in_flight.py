@@ -17,10 +17,10 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.in_flight import PACE_INTERVAL, InFlight
-from cafeteria_orch.protocol import OrchestratorProtocol
-from cafeteria_orch.timeouts import Timeouts
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.memory import PACE_INTERVAL, InFlight
+from cafeteria_orch.server.timeouts import Timeouts
 
 from .builders import ECHO, PATIENT, Pending, TCPTransport, connect, echo, frame, lose, texts
 

@@ -13,8 +13,8 @@ from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.common.rate_limit import REPORT_INTERVAL
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.protocol import OrchestratorProtocol
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.factory import OrchestratorFactory
 
 from .builders import SUCCESS, Pending, batch_frame, lose, texts
 from .processes import HELLO, Client, ProcessTestCase, Server, wait_until

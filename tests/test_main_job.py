@@ -17,10 +17,10 @@ from twisted.trial.unittest import TestCase
 
 from cafeteria_orch.client import OrchestratorClient
 from cafeteria_orch.exports import find_exports
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.protocol import OrchestratorProtocol
-from cafeteria_orch.responses import Exchange
 from cafeteria_orch.send import send_directory
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Exchange
 from cafeteria_orch.sinks.sqlite import SqliteSink
 from cafeteria_orch.wire.errors import TryAgainLater
 from cafeteria_orch.wire.framing import FRAMINGS, Framing

@@ -17,10 +17,10 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__
-from cafeteria_orch.counters import Outcome
-from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.health import Health
 from cafeteria_orch.metrics import Collector, Exposition
+from cafeteria_orch.server.counters import Outcome
+from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.sinks.database import Database
 from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import ClientHello, encode

@@ -360,7 +360,7 @@ class Making(TapTestCase):
 HOLDING = """
 from pathlib import Path
 from time import sleep
-from cafeteria_orch import responses
+from cafeteria_orch.server import responses
 
 def hold(message, client):
     while not Path("let_go").exists():

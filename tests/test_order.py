@@ -5,7 +5,7 @@ from __future__ import annotations
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.factory import OrchestratorFactory
+from cafeteria_orch.server.factory import OrchestratorFactory
 
 from .builders import (
     ECHO,

@@ -12,9 +12,9 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.protocol import OrchestratorProtocol
-from cafeteria_orch.responses import Exchange
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Exchange
 from cafeteria_orch.wire.errors import BatchRejected, TryAgainLater
 from cafeteria_orch.wire.messages import ClientHello, Finished, encode
 from cafeteria_orch.wire.opcodes import Opcode

@@ -11,8 +11,8 @@ from uuid import UUID
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch import responses
-from cafeteria_orch.responses import Exchange, Session
+from cafeteria_orch.server import responses
+from cafeteria_orch.server.responses import Exchange, Session
 from cafeteria_orch.wire.errors import BatchRejected, ProtocolError, TryAgainLater
 from cafeteria_orch.wire.opcodes import FailReason, Opcode
 

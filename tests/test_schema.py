@@ -12,7 +12,7 @@ from uuid import UUID
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.responses import Session
+from cafeteria_orch.server.responses import Session
 from cafeteria_orch.sinks import database as database_module
 from cafeteria_orch.sinks.database import Database, StoreError, check_store
 from cafeteria_orch.sinks.schema import SCHEMA_VERSION, statements

@@ -17,9 +17,9 @@ from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 from zope.interface.verify import verifyObject
 
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.protocol import OrchestratorProtocol
-from cafeteria_orch.responses import Exchange
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Exchange
 from cafeteria_orch.sinks import ISink
 from cafeteria_orch.sinks import database as database_module
 from cafeteria_orch.sinks.database import Database, StoreError

@@ -13,9 +13,9 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__
-from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.health import Health
 from cafeteria_orch.logs import PROBLEMS_KEPT, RecentProblems
+from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.sinks import completeness
 from cafeteria_orch.sinks.completeness import (
     INTERVAL,

@@ -29,9 +29,9 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.counters import Outcome, Tally
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.protocol import OrchestratorProtocol
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.counters import Outcome, Tally
+from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.sinks import sqlite
 from cafeteria_orch.sinks.database import Database
 from cafeteria_orch.sinks.sqlite import SqliteSink, _commit, _Job

@@ -35,7 +35,8 @@ from .builders import texts
 from .certificates import Files
 
 PROCESSORS = """
-from cafeteria_orch import Opcode, responses
+from cafeteria_orch import Opcode
+from cafeteria_orch.server import responses
 
 ORDER = []
 

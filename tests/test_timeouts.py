@@ -12,10 +12,10 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch import responses
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.protocol import OrchestratorProtocol
-from cafeteria_orch.timeouts import Deadline, Timeouts
+from cafeteria_orch.server import responses
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.timeouts import Deadline, Timeouts
 from cafeteria_orch.wire.opcodes import Opcode
 
 from .builders import (

@@ -6,9 +6,9 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.protocol import LONG_PAYLOAD, OrchestratorProtocol
-from cafeteria_orch.turns import ITERATIONS
+from cafeteria_orch.server.connection import LONG_PAYLOAD, OrchestratorProtocol
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.turns import ITERATIONS
 
 from .builders import SUCCESS, Pending, batch_frame, connect, frame, lose
 

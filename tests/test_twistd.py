@@ -31,7 +31,7 @@ STORED = "action: data_message_received | opcode: 8 | amount: 1 | status: Contin
 DRAINED = "action: drain | result: success"
 
 PROCESSORS = f"""
-from cafeteria_orch import responses
+from cafeteria_orch.server import responses
 
 def echo(factory):
     factory.register_processor({ECHO}, lambda body, client: responses.send(client, {ECHO}, body),

@@ -16,10 +16,10 @@ from twisted.logger import LogLevel, capturedLogs
 from twisted.protocols.basic import Int32StringReceiver
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch import responses
 from cafeteria_orch.client import OrchestratorClient
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.protocol import OrchestratorProtocol
+from cafeteria_orch.server import responses
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.tap import Options, makeService
 from cafeteria_orch.wire.framing import FRAMINGS, INT32, OPCODE_FIRST, FrameReceiver, Framing
 from cafeteria_orch.wire.messages import (

@@ -8,9 +8,9 @@ from typing import Any
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.responses import Exchange
-from cafeteria_orch.window import WINDOW, Window
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Exchange
+from cafeteria_orch.server.window import WINDOW, Window
 from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
 from cafeteria_orch.wire.messages import Finished, RawMessage, encode
 

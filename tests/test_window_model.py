@@ -23,12 +23,12 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch import protocol as protocol_module
-from cafeteria_orch import responses
-from cafeteria_orch.closing import CLOSE_TIMEOUT
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.responses import Exchange
-from cafeteria_orch.window import WINDOW
+from cafeteria_orch.server import connection as protocol_module
+from cafeteria_orch.server import responses
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.receiver import CLOSE_TIMEOUT
+from cafeteria_orch.server.responses import Exchange
+from cafeteria_orch.server.window import WINDOW
 from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
 from cafeteria_orch.wire.messages import RawMessage
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from twisted.internet.defer import Deferred
 from zope.interface import Attribute, Interface
 
-from cafeteria_orch.factory import OrchestratorFactory
+from cafeteria_orch.server.factory import OrchestratorFactory
 
 
 class StoreSizes(NamedTuple):

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from cafeteria_orch.responses import Session
+from cafeteria_orch.server.responses import Session
 from cafeteria_orch.wire.messages import TableBatch
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import Table

@@ -15,10 +15,10 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from cafeteria_orch import responses
-from cafeteria_orch.counters import Outcome
-from cafeteria_orch.factory import OrchestratorFactory
-from cafeteria_orch.responses import Exchange
+from cafeteria_orch.server import responses
+from cafeteria_orch.server.counters import Outcome
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Exchange
 from cafeteria_orch.wire.errors import BatchRejected, TryAgainLater
 from cafeteria_orch.wire.messages import Finished, TableBatch
 from cafeteria_orch.wire.opcodes import FailReason, Opcode

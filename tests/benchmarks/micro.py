@@ -21,9 +21,9 @@ from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, textFileLog
 from twisted.protocols.basic import Int32StringReceiver
 from zope.interface import implementer
 
-from cafeteria_orch.factory import OrchestratorFactory
 from cafeteria_orch.logs import BufferedLogObserver
-from cafeteria_orch.responses import Session
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Session
 from cafeteria_orch.sinks.database import Database
 from cafeteria_orch.wire import codec as row_codec
 from cafeteria_orch.wire import rows
@@ -266,7 +266,7 @@ def _events(count: int) -> list[LogEvent]:
     def observer(event: LogEvent) -> None:
         events.append(event)
 
-    logger = Logger("cafeteria_orch.protocol", observer=observer)
+    logger = Logger("cafeteria_orch.server.connection", observer=observer)
     for _ in range(count):
         logger.info(_FORMAT, ip="127.0.0.1", opcode=7)
     return events
@@ -284,7 +284,7 @@ def _buffered(file: TextIO) -> BufferedLogObserver:
 
 
 def _emit(observer: BufferedLogObserver, events: int, *, checked: bool) -> float:
-    logger = Logger("cafeteria_orch.protocol", observer=observer)
+    logger = Logger("cafeteria_orch.server.connection", observer=observer)
     factory = OrchestratorFactory(Clock(), log_level=LogLevel.info)
 
     def emit() -> None:

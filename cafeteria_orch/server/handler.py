@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from cafeteria_orch.wire.framing import Framing
+from cafeteria_orch.wire.messages import Decoder
+
 from .counters import Counters
-from .in_flight import InFlight
+from .memory import InFlight
 from .responses import Exchange
 from .timeouts import Timeouts
 from .turns import Turns
-from .wire.framing import Framing
-from .wire.messages import Decoder
 
 
 class MessageHandler(Protocol):

@@ -13,15 +13,16 @@ from twisted.internet.interfaces import IAddress, ITCPTransport
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from cafeteria_orch.wire.errors import FrameTooLong, ProcessorHung, ProtocolError
+from cafeteria_orch.wire.messages import ClientHello, Finished, TableBatch, decode
+from cafeteria_orch.wire.opcodes import FailReason
+
 from .counters import ANSWERED, UNKNOWN, Outcome, label_of
-from .flow import FlowReceiver, Hold
 from .handler import MessageHandler
+from .reading import FlowReceiver, Hold
 from .responses import Exchange, Session, handle_processing_error, send_failure
 from .timeouts import Deadline
 from .window import Window
-from .wire.errors import FrameTooLong, ProcessorHung, ProtocolError
-from .wire.messages import ClientHello, Finished, TableBatch, decode
-from .wire.opcodes import FailReason
 
 LONG_PAYLOAD = 128 * 1024
 """Decoding more than this, in bytes, takes a turn: it may keep others waiting."""
@@ -40,7 +41,7 @@ class OrchestratorProtocol(FlowReceiver):
     Its messages are processed one at a time and answered in their order. While one is in
     hand nothing more is read, so what a connection holds is bounded by a frame and a chunk.
     Only of messages whose processors are pipelined several are in hand at once (see
-    :class:`~cafeteria_orch.window.Window`).
+    :class:`~cafeteria_orch.server.window.Window`).
 
     :param handler: the factory.
     :ivar thread: the identifier of the reactor's thread.

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
 from itertools import accumulate
 
-from .wire.opcodes import FailReason, Opcode
-from .wire.tables import TABLES
+from cafeteria_orch.wire.opcodes import FailReason, Opcode
+from cafeteria_orch.wire.tables import TABLES
 
 UNKNOWN = -1
 """In place of an opcode: of a frame that has none, or one that nothing knows."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from twisted.logger import Logger
 
-from .common.rate_limit import Throttle
+from cafeteria_orch.common.rate_limit import Throttle
+
 from .counters import Counters
 
 _log = Logger()

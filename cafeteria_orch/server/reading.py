@@ -10,8 +10,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from .closing import ClosingReceiver
-from .in_flight import InFlight
+from .memory import InFlight
+from .receiver import ClosingReceiver
 from .responses import Session
 from .timeouts import Deadline, Timeouts
 
@@ -38,7 +38,7 @@ class Awaited(Enum):
 class FlowReceiver(ClosingReceiver):
     """A :class:`ClosingReceiver` that is read while nothing speaks against it.
 
-    Its client is waited for as :class:`~cafeteria_orch.timeouts.Timeouts` say; time in which it
+    Its client is waited for as :class:`~cafeteria_orch.server.timeouts.Timeouts` say; time in which it
     is held for other reasons than what the client does is not counted against the client.
 
     ``proceed()``, ``end()``, ``limit_hit(limit)`` and ``in_hand`` are hooks.

@@ -13,8 +13,8 @@ from twisted.internet.interfaces import IReactorFromThreads
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from .wire.errors import OrchestratorError, ProcessorHung
-from .wire.opcodes import FailReason, Opcode
+from cafeteria_orch.wire.errors import OrchestratorError, ProcessorHung
+from cafeteria_orch.wire.opcodes import FailReason, Opcode
 
 _log = Logger()
 

@@ -18,24 +18,25 @@ from twisted.python.reflect import fullyQualifiedName
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
+from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, SNIFFABLE_BELOW, Framing
+from cafeteria_orch.wire.messages import DECODERS, Decoder, RawMessage
+from cafeteria_orch.wire.opcodes import RESPONSES, BatchStatus, Opcode
+
 from . import responses
+from .connection import OrchestratorProtocol
 from .counters import Counters
-from .flow import Hold
-from .in_flight import DEFAULT_MAX_IN_FLIGHT_BYTES, InFlight
 from .limits import ConnectionLimits
-from .protocol import OrchestratorProtocol
+from .memory import DEFAULT_MAX_IN_FLIGHT_BYTES, InFlight
+from .reading import Hold
 from .responses import Exchange
 from .timeouts import DEFAULT_TIMEOUTS, Timeouts
 from .turns import Turns
-from .wire.framing import DEFAULT_MAX_FRAME_BYTES, SNIFFABLE_BELOW, Framing
-from .wire.messages import DECODERS, Decoder, RawMessage
-from .wire.opcodes import RESPONSES, BatchStatus, Opcode
 
 Processor = Callable[[Any, Exchange], Any]
-"""``processor(message, client)``. It answers through :mod:`~cafeteria_orch.responses`, and
+"""``processor(message, client)``. It answers through :mod:`~cafeteria_orch.server.responses`, and
 returns ``True`` or ``None`` to keep the connection, ``False`` to have it closed once all that
 is owed is sent; or a Deferred or a coroutine of that. A store returns an
-:class:`~cafeteria_orch.counters.Outcome`, which says more than its answer, and keeps it too."""
+:class:`~cafeteria_orch.server.counters.Outcome`, which says more than its answer, and keeps it too."""
 
 PREVIEW_ROWS = 2
 """How many rows of a batch the debug preview shows at most."""
@@ -150,7 +151,7 @@ class OrchestratorFactory(ServerFactory):
             from there.
         :param answers: say ``False`` if it may be done without having answered; otherwise
             that gives FAIL, and a warning.
-        :param pipelined: let it have up to :data:`~cafeteria_orch.window.WINDOW` messages of
+        :param pipelined: let it have up to :data:`~cafeteria_orch.server.window.WINDOW` messages of
             a connection in hand at once, with others that allow it too. It answers in any
             order; the answers leave in that of the messages.
         :param decoder: makes the message of the body's bytes, raising ``ValueError`` if

@@ -12,8 +12,8 @@ from twisted.logger import LogLevel
 from twisted.python import usage
 
 from . import __version__
+from .edge.proxy import parse_networks
 from .logs import Render, as_json, as_text
-from .proxy import parse_networks
 from .server.memory import DEFAULT_MAX_IN_FLIGHT_BYTES
 from .service import DEFAULT_DRAIN_TIMEOUT
 from .wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing

@@ -28,7 +28,8 @@ from twisted.python.logfile import LogFile
 
 from . import __version__
 from .descriptors import allow_connections
-from .handshakes import Gates
+from .edge.admission import Gates
+from .edge.tls import CertificateError, ServerTLS
 from .logs import BufferedLogObserver
 from .options import Options, refusal
 from .server.factory import OrchestratorFactory
@@ -38,7 +39,6 @@ from .sinks.completeness import Completeness
 from .sinks.database import StoreError, check_store
 from .sinks.sqlite import SqliteSink
 from .systemd import SystemdNotifier
-from .tls import CertificateError, ServerTLS
 
 __all__ = ("Options", "makeService")
 

@@ -20,11 +20,11 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.common.rate_limit import REPORT_INTERVAL
-from cafeteria_orch.handshakes import HANDSHAKE_TIMEOUT, Gates
-from cafeteria_orch.proxy import parse_networks
+from cafeteria_orch.edge.admission import HANDSHAKE_TIMEOUT, Gates
+from cafeteria_orch.edge.proxy import parse_networks
+from cafeteria_orch.edge.tls import ServerTLS, _note_mistrust, handshake_problem
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.tls import ServerTLS, _note_mistrust, handshake_problem
 
 from .builders import ECHO, SUCCESS, Pending, TCPTransport, batch_frame, echo, numbered, texts
 from .certificates import (

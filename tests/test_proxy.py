@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.proxy import (
+from cafeteria_orch.edge.proxy import (
     V1_MOST_BYTES,
     V2_MOST_BYTES,
     V2_START,

@@ -25,11 +25,11 @@ from twisted.trial.unittest import SkipTest, TestCase
 
 from cafeteria_orch import tap
 from cafeteria_orch.descriptors import DescriptorReporter
+from cafeteria_orch.edge.proxy import parse_networks
+from cafeteria_orch.edge.tls import ServerTLS
 from cafeteria_orch.logs import BufferedLogObserver
-from cafeteria_orch.proxy import parse_networks
 from cafeteria_orch.service import OrchestratorService
 from cafeteria_orch.tap import Options, makeService
-from cafeteria_orch.tls import ServerTLS
 
 from .builders import texts
 from .certificates import Files

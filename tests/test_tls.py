@@ -24,7 +24,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.tls import CertificateError, ServerTLS
+from cafeteria_orch.edge.tls import CertificateError, ServerTLS
 
 from .builders import texts
 from .certificates import Files, issue, pem

@@ -15,10 +15,11 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from .common.rate_limit import Throttle
+from cafeteria_orch.common.rate_limit import Throttle
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.factory import OrchestratorFactory
+
 from .proxy import Network, ProxyError, is_within, parse_header
-from .server.connection import OrchestratorProtocol
-from .server.factory import OrchestratorFactory
 from .tls import ServerTLS, common_name, handshake_problem
 
 HANDSHAKE_TIMEOUT = 10.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .sinks import ISink
+from .store.interfaces import ISink
 
 
 class Health:

@@ -19,9 +19,9 @@ from .health import Health
 from .logs import RecentProblems
 from .metrics import Exposition
 from .server.factory import OrchestratorFactory
-from .sinks import ISink
-from .sinks.completeness import Completeness
 from .status import Status
+from .store.interfaces import ISink
+from .store.totals import Completeness
 
 REQUEST_TIMEOUT = 15.0
 """How long, in seconds, a connection may be silent between two requests or inside of one."""

@@ -21,7 +21,7 @@ from .descriptors import DescriptorReporter
 from .logs import BufferedLogObserver
 from .server.factory import OrchestratorFactory
 from .signals import SignalHandlers
-from .sinks import ISink
+from .store.interfaces import ISink
 from .systemd import SystemdNotifier
 from .wire.codec import CODEC
 

@@ -15,7 +15,7 @@ from .logs import RecentProblems
 from .server.connection import OrchestratorProtocol
 from .server.counters import Outcome, Tally
 from .server.factory import OrchestratorFactory
-from .sinks.completeness import Completeness
+from .store.totals import Completeness
 
 SAMPLE_INTERVAL = 5.0
 """Seconds between two points of the lines."""

@@ -35,9 +35,9 @@ from .options import Options, refusal
 from .server.factory import OrchestratorFactory
 from .server.timeouts import Timeouts
 from .service import OrchestratorService, ServiceMonitor
-from .sinks.completeness import Completeness
-from .sinks.database import StoreError, check_store
-from .sinks.sqlite import SqliteSink
+from .store.sink import SqliteSink
+from .store.sqlite import StoreError, check_store
+from .store.totals import Completeness
 from .systemd import SystemdNotifier
 
 __all__ = ("Options", "makeService")

@@ -16,7 +16,7 @@ from zope.interface import implementer
 
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.service import OrchestratorService
-from cafeteria_orch.sinks import ISink, StoreSizes
+from cafeteria_orch.store.interfaces import ISink, StoreSizes
 
 from .builders import ECHO, Pending, TCPTransport, connect, lose, numbered
 

@@ -18,8 +18,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.counters import Outcome, Tally
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.sinks.database import Database
-from cafeteria_orch.sinks.sqlite import SqliteSink
+from cafeteria_orch.store.sink import SqliteSink
+from cafeteria_orch.store.sqlite import Database
 
 from .builders import FAIL, SUCCESS, TCPTransport, batch_frame, connect
 

@@ -11,8 +11,8 @@ from twisted.python.failure import Failure
 from zope.interface.verify import verifyObject
 
 from cafeteria_orch.server.counters import Outcome
-from cafeteria_orch.sinks import sqlite
-from cafeteria_orch.sinks.database import Database
+from cafeteria_orch.store import sink as sqlite
+from cafeteria_orch.store.sqlite import Database
 
 from .builders import SUCCESS, TCPTransport, batch_frame, connect
 from .stores import TRY_AGAIN, GroupTestCase

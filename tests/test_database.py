@@ -15,8 +15,8 @@ from hypothesis import given
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.responses import Session
-from cafeteria_orch.sinks import database as database_module
-from cafeteria_orch.sinks.database import Database
+from cafeteria_orch.store import sqlite as database_module
+from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.messages import TableBatch, decode, encode
 from cafeteria_orch.wire.tables import (
     STORES,

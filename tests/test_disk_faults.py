@@ -14,7 +14,7 @@ from pathlib import Path
 from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.sinks.sqlite import OUTAGE_INTERVAL
+from cafeteria_orch.store.sink import OUTAGE_INTERVAL
 from cafeteria_orch.wire.tables import STORES
 
 from .builders import SUCCESS, USER_ROW, batch_frame, connect

@@ -20,7 +20,7 @@ from twisted.trial.unittest import TestCase
 
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.sinks.sqlite import SqliteSink
+from cafeteria_orch.store.sink import SqliteSink
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import MENU_ITEMS, STORES, TABLES, TRANSACTIONS, USERS, Table
 

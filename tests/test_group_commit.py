@@ -9,8 +9,8 @@ from uuid import UUID
 
 from twisted.internet.testing import StringTransport
 
-from cafeteria_orch.sinks import sqlite
-from cafeteria_orch.sinks.database import Database
+from cafeteria_orch.store import sink as sqlite
+from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
 

@@ -10,7 +10,7 @@ from uuid import UUID
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.responses import Session
-from cafeteria_orch.sinks.database import Database
+from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.messages import TableBatch, encode
 from cafeteria_orch.wire.tables import STORES, USERS, Table
 

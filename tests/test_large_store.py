@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.sinks.database import Database
+from cafeteria_orch.store.sqlite import Database
 
 from .disks import ServerProcess, make_folder
 

@@ -21,7 +21,7 @@ from cafeteria_orch.send import send_directory
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
-from cafeteria_orch.sinks.sqlite import SqliteSink
+from cafeteria_orch.store.sink import SqliteSink
 from cafeteria_orch.wire.errors import TryAgainLater
 from cafeteria_orch.wire.framing import FRAMINGS, Framing
 from cafeteria_orch.wire.messages import BatchRecvSuccess, TableBatch

@@ -21,7 +21,7 @@ from cafeteria_orch.health import Health
 from cafeteria_orch.metrics import Collector, Exposition
 from cafeteria_orch.server.counters import Outcome
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.sinks.database import Database
+from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import ClientHello, encode
 from cafeteria_orch.wire.tables import STORES, TABLES, USERS

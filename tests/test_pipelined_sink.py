@@ -5,7 +5,7 @@ from __future__ import annotations
 from uuid import UUID
 
 from cafeteria_orch.server.window import WINDOW
-from cafeteria_orch.sinks.database import Database
+from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
 

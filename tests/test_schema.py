@@ -13,9 +13,9 @@ from uuid import UUID
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.responses import Session
-from cafeteria_orch.sinks import database as database_module
-from cafeteria_orch.sinks.database import Database, StoreError, check_store
-from cafeteria_orch.sinks.schema import SCHEMA_VERSION, statements
+from cafeteria_orch.store import sqlite as database_module
+from cafeteria_orch.store.schema import SCHEMA_VERSION, statements
+from cafeteria_orch.store.sqlite import Database, StoreError, check_store
 
 from .builders import PEER, query, received
 from .disks import make_folder

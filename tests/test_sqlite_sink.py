@@ -20,10 +20,10 @@ from zope.interface.verify import verifyObject
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
-from cafeteria_orch.sinks import ISink
-from cafeteria_orch.sinks import database as database_module
-from cafeteria_orch.sinks.database import Database, StoreError
-from cafeteria_orch.sinks.sqlite import SqliteSink
+from cafeteria_orch.store import sqlite as database_module
+from cafeteria_orch.store.interfaces import ISink
+from cafeteria_orch.store.sink import SqliteSink
+from cafeteria_orch.store.sqlite import Database, StoreError
 from cafeteria_orch.wire.errors import TryAgainLater
 from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
 from cafeteria_orch.wire.opcodes import Opcode

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.sinks.database import Database
-from cafeteria_orch.sinks.schema import SCHEMA_VERSION
+from cafeteria_orch.store.schema import SCHEMA_VERSION
+from cafeteria_orch.store.sqlite import Database
 
 from .disks import (
     DEADLINE,

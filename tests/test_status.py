@@ -16,15 +16,15 @@ from cafeteria_orch import __version__
 from cafeteria_orch.health import Health
 from cafeteria_orch.logs import PROBLEMS_KEPT, RecentProblems
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.sinks import completeness
-from cafeteria_orch.sinks.completeness import (
+from cafeteria_orch.status import MOST_CONNECTIONS, SAMPLE_INTERVAL, SAMPLES, Status
+from cafeteria_orch.store import totals as completeness
+from cafeteria_orch.store.totals import (
     INTERVAL,
     Answer,
     Completeness,
     TableTotals,
     read_totals,
 )
-from cafeteria_orch.status import MOST_CONNECTIONS, SAMPLE_INTERVAL, SAMPLES, Status
 from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
 from cafeteria_orch.wire.tables import STORES, USERS
 

@@ -11,8 +11,8 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.responses import Session
-from cafeteria_orch.sinks.database import Database, StoreError, check_store
-from cafeteria_orch.sinks.schema import SCHEMA_VERSION
+from cafeteria_orch.store.schema import SCHEMA_VERSION
+from cafeteria_orch.store.sqlite import Database, StoreError, check_store
 from cafeteria_orch.wire.tables import (
     MENU_ITEMS,
     STORES,

@@ -32,9 +32,9 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.counters import Outcome, Tally
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.sinks import sqlite
-from cafeteria_orch.sinks.database import Database
-from cafeteria_orch.sinks.sqlite import SqliteSink, _commit, _Job
+from cafeteria_orch.store import sink as sqlite
+from cafeteria_orch.store.sink import SqliteSink, _commit, _Job
+from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
 from cafeteria_orch.wire.tables import STORES, USERS

@@ -13,9 +13,9 @@ from time import monotonic
 from twisted.logger import LogEvent, capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.sinks import database as database_module
-from cafeteria_orch.sinks import sqlite
-from cafeteria_orch.sinks.database import WAL_SIZE_LIMIT, Database
+from cafeteria_orch.store import sink as sqlite
+from cafeteria_orch.store import sqlite as database_module
+from cafeteria_orch.store.sqlite import WAL_SIZE_LIMIT, Database
 
 from .builders import SUCCESS, USER_ROW, batch_frame, connect
 from .stores import PumpedReactor, SinkTestCase

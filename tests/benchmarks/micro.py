@@ -24,7 +24,7 @@ from zope.interface import implementer
 from cafeteria_orch.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Session
-from cafeteria_orch.sinks.database import Database
+from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire import codec as row_codec
 from cafeteria_orch.wire import rows
 from cafeteria_orch.wire.framing import INT32, FrameReceiver

@@ -24,8 +24,8 @@ from cafeteria_orch.wire.messages import Finished, TableBatch
 from cafeteria_orch.wire.opcodes import FailReason, Opcode
 from cafeteria_orch.wire.tables import TABLES
 
-from . import ISink, StoreSizes
-from .database import Database
+from .interfaces import ISink, StoreSizes
+from .sqlite import Database
 
 MOST_WAITING_BATCHES = 1024
 """So many batches wait for their commit, and no connection is read until half are done."""

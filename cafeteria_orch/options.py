@@ -13,7 +13,7 @@ from twisted.python import usage
 
 from . import __version__
 from .edge.proxy import parse_networks
-from .logs import Render, as_json, as_text
+from .observe.logs import Render, as_json, as_text
 from .server.memory import DEFAULT_MAX_IN_FLIGHT_BYTES
 from .service import DEFAULT_DRAIN_TIMEOUT
 from .wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing

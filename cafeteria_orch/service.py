@@ -18,7 +18,7 @@ from twisted.logger import ILogObserver, Logger
 from twisted.python.failure import Failure
 
 from .descriptors import DescriptorReporter
-from .logs import BufferedLogObserver
+from .observe.logs import BufferedLogObserver
 from .server.factory import OrchestratorFactory
 from .signals import SignalHandlers
 from .store.interfaces import ISink

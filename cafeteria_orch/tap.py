@@ -30,7 +30,7 @@ from . import __version__
 from .descriptors import allow_connections
 from .edge.admission import Gates
 from .edge.tls import CertificateError, ServerTLS
-from .logs import BufferedLogObserver
+from .observe.logs import BufferedLogObserver
 from .options import Options, refusal
 from .server.factory import OrchestratorFactory
 from .server.timeouts import Timeouts
@@ -134,7 +134,7 @@ def _monitor(
     if description is None:
         return None
     # With it comes all of Twisted's HTTP.
-    from .monitor import Monitor  # noqa: PLC0415
+    from .observe.http import Monitor  # noqa: PLC0415
 
     _probe([_endpoint(_BindProbe(), "metrics", description)], "--metrics")
     endpoint = _endpoint(reactor, "metrics", description)

@@ -14,7 +14,7 @@ from twisted.python import log
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.logs import BufferedLogObserver, as_json
+from cafeteria_orch.observe.logs import BufferedLogObserver, as_json
 
 from .builders import SUCCESS
 from .processes import HELLO, ProcessTestCase

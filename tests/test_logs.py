@@ -26,7 +26,7 @@ from twisted.python.logfile import LogFile
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from cafeteria_orch.logs import FLUSH_INTERVAL, BufferedLogObserver
+from cafeteria_orch.observe.logs import FLUSH_INTERVAL, BufferedLogObserver
 
 NOW = 1_700_000_000.75
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} \[shop#(\w+)\] (.*)")

@@ -17,8 +17,8 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__
-from cafeteria_orch.health import Health
-from cafeteria_orch.metrics import Collector, Exposition
+from cafeteria_orch.observe.health import Health
+from cafeteria_orch.observe.prometheus import Collector, Exposition
 from cafeteria_orch.server.counters import Outcome
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.store.sqlite import Database

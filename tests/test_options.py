@@ -13,7 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__
 from cafeteria_orch.edge.proxy import parse_networks
-from cafeteria_orch.logs import as_json, as_text
+from cafeteria_orch.observe.logs import as_json, as_text
 from cafeteria_orch.options import Options
 from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
 

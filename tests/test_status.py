@@ -13,10 +13,10 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__
-from cafeteria_orch.health import Health
-from cafeteria_orch.logs import PROBLEMS_KEPT, RecentProblems
+from cafeteria_orch.observe.health import Health
+from cafeteria_orch.observe.logs import PROBLEMS_KEPT, RecentProblems
+from cafeteria_orch.observe.status import MOST_CONNECTIONS, SAMPLE_INTERVAL, SAMPLES, Status
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.status import MOST_CONNECTIONS, SAMPLE_INTERVAL, SAMPLES, Status
 from cafeteria_orch.store import totals as completeness
 from cafeteria_orch.store.totals import (
     INTERVAL,

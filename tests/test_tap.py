@@ -27,7 +27,7 @@ from cafeteria_orch import tap
 from cafeteria_orch.descriptors import DescriptorReporter
 from cafeteria_orch.edge.proxy import parse_networks
 from cafeteria_orch.edge.tls import ServerTLS
-from cafeteria_orch.logs import BufferedLogObserver
+from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.service import OrchestratorService
 from cafeteria_orch.tap import Options, makeService
 

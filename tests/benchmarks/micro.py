@@ -21,7 +21,7 @@ from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, textFileLog
 from twisted.protocols.basic import Int32StringReceiver
 from zope.interface import implementer
 
-from cafeteria_orch.logs import BufferedLogObserver
+from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store.sqlite import Database

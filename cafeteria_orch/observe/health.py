@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .store.interfaces import ISink
+from cafeteria_orch.store.interfaces import ISink
 
 
 class Health:

@@ -11,12 +11,12 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from cafeteria_orch.server.counters import Histogram, Outcome
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.wire.codec import CODEC
 from twisted import __version__ as twisted_version
 
 from .health import Health
-from .server.counters import Histogram, Outcome
-from .server.factory import OrchestratorFactory
-from .wire.codec import CODEC
 
 _PREFIX = "cafeorch_"
 

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 from twisted.internet.task import LoopingCall
 
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.counters import Outcome, Tally
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.store.totals import Completeness
+
 from .health import Health
 from .logs import RecentProblems
-from .server.connection import OrchestratorProtocol
-from .server.counters import Outcome, Tally
-from .server.factory import OrchestratorFactory
-from .store.totals import Completeness
 
 SAMPLE_INTERVAL = 5.0
 """Seconds between two points of the lines."""

@@ -15,13 +15,14 @@ from twisted.logger import Logger, globalLogPublisher
 from twisted.python.failure import Failure
 from twisted.web import http
 
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.store.interfaces import ISink
+from cafeteria_orch.store.totals import Completeness
+
 from .health import Health
 from .logs import RecentProblems
-from .metrics import Exposition
-from .server.factory import OrchestratorFactory
+from .prometheus import Exposition
 from .status import Status
-from .store.interfaces import ISink
-from .store.totals import Completeness
 
 REQUEST_TIMEOUT = 15.0
 """How long, in seconds, a connection may be silent between two requests or inside of one."""

@@ -27,18 +27,18 @@ from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
 
 from . import __version__
-from .descriptors import allow_connections
+from .daemon.descriptors import allow_connections
+from .daemon.options import Options, refusal
+from .daemon.service import OrchestratorService, ServiceMonitor
+from .daemon.systemd import SystemdNotifier
 from .edge.admission import Gates
 from .edge.tls import CertificateError, ServerTLS
 from .observe.logs import BufferedLogObserver
-from .options import Options, refusal
 from .server.factory import OrchestratorFactory
 from .server.timeouts import Timeouts
-from .service import OrchestratorService, ServiceMonitor
 from .store.sink import SqliteSink
 from .store.sqlite import StoreError, check_store
 from .store.totals import Completeness
-from .systemd import SystemdNotifier
 
 __all__ = ("Options", "makeService")
 

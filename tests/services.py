@@ -14,8 +14,8 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
+from cafeteria_orch.daemon.service import OrchestratorService
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.service import OrchestratorService
 from cafeteria_orch.store.interfaces import ISink, StoreSizes
 
 from .builders import ECHO, Pending, TCPTransport, connect, lose, numbered

@@ -15,8 +15,8 @@ from unittest.mock import patch
 from twisted.scripts._twistd_unix import ServerOptions
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.options import ENVIRONMENT_PREFIX, Options
-from cafeteria_orch.service import DEFAULT_DRAIN_TIMEOUT
+from cafeteria_orch.daemon.options import ENVIRONMENT_PREFIX, Options
+from cafeteria_orch.daemon.service import DEFAULT_DRAIN_TIMEOUT
 
 from .disks import make_folder
 

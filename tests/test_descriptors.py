@@ -12,7 +12,11 @@ from twisted.internet import tcp
 from twisted.logger import LogEvent, Logger, LogLevel, capturedLogs
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.descriptors import REPORT_INTERVAL, DescriptorReporter, allow_connections
+from cafeteria_orch.daemon.descriptors import (
+    REPORT_INTERVAL,
+    DescriptorReporter,
+    allow_connections,
+)
 
 from .builders import SUCCESS, texts
 from .crowds import Crowd, Member, stored_batches

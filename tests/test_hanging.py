@@ -13,9 +13,9 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
+from cafeteria_orch.daemon.signals import BEAT
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import send_success
-from cafeteria_orch.signals import BEAT
 from cafeteria_orch.wire.errors import ProcessorHung
 from cafeteria_orch.wire.opcodes import FailReason
 

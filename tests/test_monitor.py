@@ -19,8 +19,8 @@ from twisted.internet.testing import RaisingMemoryReactor
 from twisted.logger import Logger, LogLevel, capturedLogs, globalLogPublisher
 
 from cafeteria_orch import __version__
+from cafeteria_orch.daemon.service import OrchestratorService
 from cafeteria_orch.observe.http import MOST_CONNECTIONS, REQUEST_TIMEOUT, Monitor
-from cafeteria_orch.service import OrchestratorService
 
 from .builders import TCPTransport, batch_frame, lose, texts
 from .processes import ProcessTestCase, Server, wait_until

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.options import Options
+from cafeteria_orch.daemon.options import Options
 
 from .test_structure import MODULES
 

@@ -12,9 +12,9 @@ from twisted.logger import LogLevel
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__
+from cafeteria_orch.daemon.options import Options
 from cafeteria_orch.edge.proxy import parse_networks
 from cafeteria_orch.observe.logs import as_json, as_text
-from cafeteria_orch.options import Options
 from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
 
 DEFAULTS = {

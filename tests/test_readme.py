@@ -13,7 +13,7 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.options import Options
+from cafeteria_orch.daemon.options import Options
 
 ROOT = Path(__file__).parent.parent
 ENGLISH = (ROOT / "README.md").read_text()

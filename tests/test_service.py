@@ -13,9 +13,9 @@ from twisted.internet.testing import RaisingMemoryReactor
 from twisted.logger import ILogObserver, LogLevel, capturedLogs, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
+from cafeteria_orch.daemon.service import DEFAULT_DRAIN_TIMEOUT, OrchestratorService
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.service import DEFAULT_DRAIN_TIMEOUT, OrchestratorService
 from cafeteria_orch.wire.codec import CODEC
 
 from .builders import batch_frame, connect, numbered, texts

@@ -13,7 +13,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.systemd import SystemdNotifier
+from cafeteria_orch.daemon.systemd import SystemdNotifier
 
 from .builders import SUCCESS, texts
 from .processes import HELLO, PATIENCE, ROOT, Client, ProcessTestCase

@@ -24,11 +24,11 @@ from twisted.scripts._twistd_unix import ServerOptions
 from twisted.trial.unittest import SkipTest, TestCase
 
 from cafeteria_orch import tap
-from cafeteria_orch.descriptors import DescriptorReporter
+from cafeteria_orch.daemon.descriptors import DescriptorReporter
+from cafeteria_orch.daemon.service import OrchestratorService
 from cafeteria_orch.edge.proxy import parse_networks
 from cafeteria_orch.edge.tls import ServerTLS
 from cafeteria_orch.observe.logs import BufferedLogObserver
-from cafeteria_orch.service import OrchestratorService
 from cafeteria_orch.tap import Options, makeService
 
 from .builders import texts

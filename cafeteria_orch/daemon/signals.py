@@ -18,7 +18,7 @@ from typing import Any
 
 from twisted.logger import Logger
 
-from .wire.errors import ProcessorHung
+from cafeteria_orch.wire.errors import ProcessorHung
 
 BEAT = 0.25
 """How often, in seconds, a reactor that is to end is asked whether it still comes round."""

@@ -11,12 +11,13 @@ from typing import Any
 from twisted.logger import LogLevel
 from twisted.python import usage
 
-from . import __version__
-from .edge.proxy import parse_networks
-from .observe.logs import Render, as_json, as_text
-from .server.memory import DEFAULT_MAX_IN_FLIGHT_BYTES
+from cafeteria_orch import __version__
+from cafeteria_orch.edge.proxy import parse_networks
+from cafeteria_orch.observe.logs import Render, as_json, as_text
+from cafeteria_orch.server.memory import DEFAULT_MAX_IN_FLIGHT_BYTES
+from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
+
 from .service import DEFAULT_DRAIN_TIMEOUT
-from .wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 
 ENVIRONMENT_PREFIX = "CAFEORCH_"
 

@@ -17,13 +17,14 @@ from twisted.internet.interfaces import (
 from twisted.logger import ILogObserver, Logger
 from twisted.python.failure import Failure
 
+from cafeteria_orch.observe.logs import BufferedLogObserver
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.store.interfaces import ISink
+from cafeteria_orch.wire.codec import CODEC
+
 from .descriptors import DescriptorReporter
-from .observe.logs import BufferedLogObserver
-from .server.factory import OrchestratorFactory
 from .signals import SignalHandlers
-from .store.interfaces import ISink
 from .systemd import SystemdNotifier
-from .wire.codec import CODEC
 
 DEFAULT_DRAIN_TIMEOUT = 10.0
 """Seconds."""

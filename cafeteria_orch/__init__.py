@@ -6,7 +6,7 @@ A processor answers through :mod:`~cafeteria_orch.server.responses` and is regis
 
 from __future__ import annotations
 
-from .client import OrchestratorClient
+from .sender.client import OrchestratorClient
 from .server.factory import OrchestratorFactory
 from .server.responses import Exchange
 from .wire.errors import BatchRejected, ProtocolError, TryAgainLater

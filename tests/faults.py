@@ -174,7 +174,7 @@ class Sender:
 
     def __init__(self, test: SynchronousTestCase, folder: Path, port: int, *options: str) -> None:
         self.output = ""
-        command = [sys.executable, "-c", "from cafeteria_orch.send import main; main()"]
+        command = [sys.executable, "-c", "from cafeteria_orch.sender.cli import main; main()"]
         command += [str(folder), f"--connect=tcp:{LOOPBACK}:{port}", *options]
         self._process = subprocess.Popen(
             command,

@@ -18,8 +18,8 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
-from cafeteria_orch import send
-from cafeteria_orch.send import send_directory
+from cafeteria_orch.sender import cli as send
+from cafeteria_orch.sender.cli import send_directory
 from cafeteria_orch.wire.framing import INT32, Framing
 from cafeteria_orch.wire.messages import TableBatch, decode
 from cafeteria_orch.wire.opcodes import Opcode

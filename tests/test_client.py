@@ -11,7 +11,7 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.client import OrchestratorClient
+from cafeteria_orch.sender.client import OrchestratorClient
 from cafeteria_orch.server import responses
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.wire.errors import ProtocolError

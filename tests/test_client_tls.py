@@ -27,10 +27,10 @@ from twisted.internet.error import ConnectionLost
 from twisted.internet.protocol import Factory, Protocol
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from cafeteria_orch import delivery
-from cafeteria_orch.client import OrchestratorClient
-from cafeteria_orch.client_tls import ClientTLS, TLSError, host_of
-from cafeteria_orch.send import STATE_NAME, main, send_directory
+from cafeteria_orch.sender import delivery
+from cafeteria_orch.sender.cli import STATE_NAME, main, send_directory
+from cafeteria_orch.sender.client import OrchestratorClient
+from cafeteria_orch.sender.tls import ClientTLS, TLSError, host_of
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange, send_success
 from cafeteria_orch.wire.messages import BatchRecvSuccess

@@ -15,8 +15,9 @@ from twisted.internet.error import ConnectionLost
 from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
 
-from cafeteria_orch import delivery, send
-from cafeteria_orch.client import OrchestratorClient
+from cafeteria_orch.sender import cli as send
+from cafeteria_orch.sender import delivery
+from cafeteria_orch.sender.client import OrchestratorClient
 from cafeteria_orch.wire.messages import BatchRecvSuccess, TableBatch, encode
 from cafeteria_orch.wire.tables import USERS
 

@@ -9,8 +9,8 @@ import sys
 from functools import partial
 from itertools import count, pairwise
 
-from cafeteria_orch import delivery
-from cafeteria_orch.send import STATE_NAME
+from cafeteria_orch.sender import delivery
+from cafeteria_orch.sender.cli import STATE_NAME
 from cafeteria_orch.wire.messages import decode
 from cafeteria_orch.wire.opcodes import Opcode
 
@@ -174,7 +174,7 @@ class CutTests(SenderTestCase):
         """The same with the real thing: status 1, one line, and soon."""
         with socket.create_server(("127.0.0.1", 0)) as silent:
             connect = f"--connect=tcp:127.0.0.1:{silent.getsockname()[1]}"
-            command = [sys.executable, "-c", "from cafeteria_orch.send import main; main()"]
+            command = [sys.executable, "-c", "from cafeteria_orch.sender.cli import main; main()"]
             with subprocess.Popen(
                 [*command, str(self.folder), connect],
                 env=ENVIRONMENT,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.exports import Batch, Export, ExportError, find_exports
+from cafeteria_orch.sender.exports import Batch, Export, ExportError, find_exports
 from cafeteria_orch.wire.messages import TableBatch, decode
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import (

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.journal import FilePlan, Journal, JournalError
+from cafeteria_orch.sender.journal import FilePlan, Journal, JournalError
 from cafeteria_orch.wire.tables import STORES, TABLES, USERS, Table
 
 from .disks import ENVIRONMENT, mount_small_disk
@@ -27,7 +27,7 @@ SERVER = "tcp:127.0.0.1:8080"
 HOLDER = """
 import sys
 from pathlib import Path
-from cafeteria_orch.journal import Journal
+from cafeteria_orch.sender.journal import Journal
 journal = Journal(Path(sys.argv[1]), sys.argv[2])
 print(flush=True)
 sys.stdin.read()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from cafeteria_orch.journal import Journal
-from cafeteria_orch.send import STATE_NAME
+from cafeteria_orch.sender.cli import STATE_NAME
+from cafeteria_orch.sender.journal import Journal
 from cafeteria_orch.wire.opcodes import Opcode
 
 from .disks import fill_disk, mount_small_disk

@@ -12,8 +12,8 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from cafeteria_orch import send
-from cafeteria_orch.journal import Journal
+from cafeteria_orch.sender import cli as send
+from cafeteria_orch.sender.journal import Journal
 
 from .faults import (
     LOOPBACK,

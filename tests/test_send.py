@@ -20,9 +20,9 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
-from cafeteria_orch import send
-from cafeteria_orch.journal import Journal, JournalError
-from cafeteria_orch.send import STATE_NAME, send_directory
+from cafeteria_orch.sender import cli as send
+from cafeteria_orch.sender.cli import STATE_NAME, send_directory
+from cafeteria_orch.sender.journal import Journal, JournalError
 from cafeteria_orch.wire.messages import ClientHello, Finished, TableBatch, decode
 from cafeteria_orch.wire.tables import TABLES
 

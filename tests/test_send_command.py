@@ -26,7 +26,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from zope.interface import implementer
 
 from cafeteria_orch import __version__
-from cafeteria_orch.send import STATE_NAME, main
+from cafeteria_orch.sender.cli import STATE_NAME, main
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange, send_success
 from cafeteria_orch.wire.opcodes import Opcode

@@ -16,7 +16,7 @@ from twisted.logger import LogLevel, capturedLogs
 from twisted.protocols.basic import Int32StringReceiver
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.client import OrchestratorClient
+from cafeteria_orch.sender.client import OrchestratorClient
 from cafeteria_orch.server import responses
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory

@@ -1,7 +1,6 @@
 """What came and what became of it: plain numbers, kept in the reactor's thread.
 
-Whoever shows them (:mod:`~cafeteria_orch.observe.prometheus`, :mod:`~cafeteria_orch.observe.status`) reads them
-when it is asked; to keep them costs an addition here and there.
+The room ``observe`` reads them when it is asked; to keep them costs an addition here and there.
 """
 
 from __future__ import annotations

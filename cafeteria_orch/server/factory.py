@@ -36,7 +36,7 @@ Processor = Callable[[Any, Exchange], Any]
 """``processor(message, client)``. It answers through :mod:`~cafeteria_orch.server.responses`, and
 returns ``True`` or ``None`` to keep the connection, ``False`` to have it closed once all that
 is owed is sent; or a Deferred or a coroutine of that. A store returns an
-:class:`~cafeteria_orch.server.counters.Outcome`, which says more than its answer, and keeps it too."""
+:class:`~cafeteria_orch.server.counters.Outcome`, which says more than its answer."""
 
 PREVIEW_ROWS = 2
 """How many rows of a batch the debug preview shows at most."""
@@ -151,8 +151,8 @@ class OrchestratorFactory(ServerFactory):
             from there.
         :param answers: say ``False`` if it may be done without having answered; otherwise
             that gives FAIL, and a warning.
-        :param pipelined: let it have up to :data:`~cafeteria_orch.server.window.WINDOW` messages of
-            a connection in hand at once, with others that allow it too. It answers in any
+        :param pipelined: let it have up to :data:`~.window.WINDOW` messages of a
+            connection in hand at once, with others that allow it too. It answers in any
             order; the answers leave in that of the messages.
         :param decoder: makes the message of the body's bytes, raising ``ValueError`` if
             they are malformed. Without it, a message of the wire is decoded as the wire

@@ -38,8 +38,8 @@ class Awaited(Enum):
 class FlowReceiver(ClosingReceiver):
     """A :class:`ClosingReceiver` that is read while nothing speaks against it.
 
-    Its client is waited for as :class:`~cafeteria_orch.server.timeouts.Timeouts` say; time in which it
-    is held for other reasons than what the client does is not counted against the client.
+    Its client is waited for as :class:`~.timeouts.Timeouts` say; time in which it is
+    held for other reasons than what the client does is not counted against the client.
 
     ``proceed()``, ``end()``, ``limit_hit(limit)`` and ``in_hand`` are hooks.
 

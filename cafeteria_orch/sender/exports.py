@@ -9,11 +9,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
-from .wire.codec import encode_row
-from .wire.messages import BATCH_HEADER
-from .wire.opcodes import BatchStatus
-from .wire.rows import Row
-from .wire.tables import MENU_ITEMS, TABLES, Table
+from cafeteria_orch.wire.codec import encode_row
+from cafeteria_orch.wire.messages import BATCH_HEADER
+from cafeteria_orch.wire.opcodes import BatchStatus
+from cafeteria_orch.wire.rows import Row
+from cafeteria_orch.wire.tables import MENU_ITEMS, TABLES, Table
 
 # Besides the aliases that the wire itself knows.
 _EXPORT_ALIASES = {MENU_ITEMS: {"item_name": "name"}}

@@ -15,15 +15,16 @@ from typing import Any, NoReturn
 from twisted.internet.defer import CancelledError
 from twisted.internet.endpoints import clientFromString
 
-from . import __version__
-from .client_tls import ClientTLS, TLSError, host_of
-from .common.commands import DEFAULT_CONNECT, endpoint, number, run
+from cafeteria_orch import __version__
+from cafeteria_orch.common.commands import DEFAULT_CONNECT, endpoint, number, run
+from cafeteria_orch.wire.errors import ProtocolError
+from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, INT32
+from cafeteria_orch.wire.tables import Table
+
 from .delivery import Delivery, GaveUp, TableExports, Totals
 from .exports import Export, ExportError, find_exports
 from .journal import FilePlan, Journal, JournalError
-from .wire.errors import ProtocolError
-from .wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, INT32
-from .wire.tables import Table
+from .tls import ClientTLS, TLSError, host_of
 
 STATE_NAME = ".cafeorch-send.state"
 """The state file's name, in the folder that is sent."""

@@ -11,9 +11,9 @@ from twisted.internet.defer import Deferred, fail
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.python.failure import Failure
 
-from .wire.errors import ProtocolError
-from .wire.framing import INT32, FrameReceiver, Framing
-from .wire.messages import (
+from cafeteria_orch.wire.errors import ProtocolError
+from cafeteria_orch.wire.framing import INT32, FrameReceiver, Framing
+from cafeteria_orch.wire.messages import (
     DECODERS,
     BatchRecvFail,
     BatchRecvSuccess,
@@ -27,9 +27,9 @@ from .wire.messages import (
     encode,
     end_of_table,
 )
-from .wire.opcodes import RESPONSES, BatchStatus
-from .wire.rows import Row
-from .wire.tables import Table
+from cafeteria_orch.wire.opcodes import RESPONSES, BatchStatus
+from cafeteria_orch.wire.rows import Row
+from cafeteria_orch.wire.tables import Table
 
 Answer = Union[BatchRecvSuccess, BatchRecvFail, RawMessage]
 """What a server answers; a :class:`RawMessage` is a response of its own."""

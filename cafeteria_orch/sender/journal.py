@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
-from .wire.tables import Table
+from cafeteria_orch.wire.tables import Table
 
 _HEAD = b'{"client_id": "'
 

@@ -15,13 +15,14 @@ from twisted.internet.protocol import Factory
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
+from cafeteria_orch.wire.framing import Framing
+from cafeteria_orch.wire.messages import BatchRecvFail, BatchRecvSuccess
+from cafeteria_orch.wire.opcodes import FailReason
+from cafeteria_orch.wire.tables import Table
+
 from .client import Answer, OrchestratorClient
 from .exports import Batch, Export, ExportError
 from .journal import FilePlan, Journal
-from .wire.framing import Framing
-from .wire.messages import BatchRecvFail, BatchRecvSuccess
-from .wire.opcodes import FailReason
-from .wire.tables import Table
 
 ANSWER_TIMEOUT = 60.0
 """How long, in seconds, a server may take for its next answer before it is given up."""

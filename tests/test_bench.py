@@ -16,8 +16,9 @@ from twisted.internet.error import ConnectingCancelledError
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch import __version__, bench
-from cafeteria_orch.local_server import cpu_seconds
+from cafeteria_orch import __version__
+from cafeteria_orch.bench.cli import cli as bench
+from cafeteria_orch.bench.local_server import cpu_seconds
 from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST, Framing
 from cafeteria_orch.wire.messages import TableBatch, decode
 from cafeteria_orch.wire.tables import TABLES

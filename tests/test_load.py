@@ -15,7 +15,7 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.load import (
+from cafeteria_orch.bench.load import (
     ANSWER_TIMEOUT,
     PROBE_TIMEOUT,
     Ammunition,
@@ -23,8 +23,8 @@ from cafeteria_orch.load import (
     LoadRun,
     speaks,
 )
-from cafeteria_orch.measurements import Result
-from cafeteria_orch.synthetic import make_batch
+from cafeteria_orch.bench.measurements import Result
+from cafeteria_orch.bench.synthetic import make_batch
 from cafeteria_orch.wire.framing import FRAMINGS, INT32, OPCODE_FIRST, Framing
 from cafeteria_orch.wire.messages import decode
 from cafeteria_orch.wire.opcodes import Opcode

@@ -17,7 +17,7 @@ from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.local_server import (
+from cafeteria_orch.bench.local_server import (
     START_TIMEOUT,
     STOP_TIMEOUT,
     LocalServer,
@@ -164,7 +164,7 @@ class Processes(ProcessTestCase):
         """Start the command, a short load on a server of its own."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("CAFEORCH_")}
         process = subprocess.Popen(
-            [sys.executable, "-m", "cafeteria_orch.bench", "--self", *self.BRIEF, *arguments],
+            [sys.executable, "-m", "cafeteria_orch.bench.cli", "--self", *self.BRIEF, *arguments],
             cwd=self.folder,
             env={
                 **inherited,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.measurements import Latencies, Result
+from cafeteria_orch.bench.measurements import Latencies, Result
 
 MICROSECONDS = st.integers(0, 50) | st.integers(0, 10**8)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.synthetic import SyntheticBatch, make_batch
+from cafeteria_orch.bench.synthetic import SyntheticBatch, make_batch
 from cafeteria_orch.wire.framing import FRAMINGS
 from cafeteria_orch.wire.messages import BATCH_HEADER, TableBatch, decode
 from cafeteria_orch.wire.tables import TABLES, Table

@@ -127,7 +127,7 @@ class Load:
         arguments = [f"--{name}={value}" for name, value in options.items()]
         self._deadline = seconds + warmup + PATIENCE
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "cafeteria_orch.bench", *arguments, "--json"],
+            [sys.executable, "-m", "cafeteria_orch.bench.cli", *arguments, "--json"],
             env=_ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

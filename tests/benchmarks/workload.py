@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf
 from random import Random
 
-from cafeteria_orch.synthetic import make_batch
+from cafeteria_orch.bench.synthetic import make_batch
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, Framing
 from cafeteria_orch.wire.tables import TRANSACTIONS
 

@@ -8,9 +8,16 @@ from struct import Struct
 from typing import NamedTuple
 from uuid import UUID
 
-from .wire.messages import BATCH_HEADER
-from .wire.opcodes import BatchStatus
-from .wire.tables import MENU_ITEMS, STORES, TRANSACTION_ITEMS, TRANSACTIONS, USERS, Table
+from cafeteria_orch.wire.messages import BATCH_HEADER
+from cafeteria_orch.wire.opcodes import BatchStatus
+from cafeteria_orch.wire.tables import (
+    MENU_ITEMS,
+    STORES,
+    TRANSACTION_ITEMS,
+    TRANSACTIONS,
+    USERS,
+    Table,
+)
 
 FRAME_HEAD_BYTES = 4
 """What a frame of either framing has beside its payload."""

@@ -17,11 +17,12 @@ from twisted.internet.interfaces import IStreamClientEndpoint, ITCPTransport
 from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
 
+from cafeteria_orch.wire.framing import FrameReceiver, Framing
+from cafeteria_orch.wire.messages import BatchRecvSuccess, Finished, encode
+from cafeteria_orch.wire.opcodes import Opcode
+
 from .measurements import Result
 from .synthetic import SyntheticBatch
-from .wire.framing import FrameReceiver, Framing
-from .wire.messages import BatchRecvSuccess, Finished, encode
-from .wire.opcodes import Opcode
 
 ANSWER_TIMEOUT = 30.0
 """How long, in seconds, outstanding answers are waited for while none comes."""

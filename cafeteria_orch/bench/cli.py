@@ -16,14 +16,15 @@ from twisted.internet.endpoints import clientFromString
 from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
 from twisted.internet.task import deferLater
 
-from . import __version__
-from .common.commands import DEFAULT_CONNECT, endpoint, number, run
+from cafeteria_orch import __version__
+from cafeteria_orch.common.commands import DEFAULT_CONNECT, endpoint, number, run
+from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
+from cafeteria_orch.wire.tables import TABLES
+
 from .load import Ammunition, LoadRun, speaks
 from .local_server import StartError, cpu_seconds, local_server
 from .measurements import Result
 from .synthetic import SyntheticBatch, make_batch
-from .wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
-from .wire.tables import TABLES
 
 POOL = 15
 """How many different batches there are, which are sent again and again: of each table 3."""

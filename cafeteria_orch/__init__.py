@@ -1,12 +1,13 @@
 """A Twisted server that takes tables from coffee-shop agencies, batch by batch.
 
-A processor answers through :mod:`~cafeteria_orch.server.responses` and is registered with an
+A processor answers through :mod:`cafeteria_orch.responses` and is registered with an
 :class:`OrchestratorFactory`. A program that sends uses an :class:`OrchestratorClient`.
 """
 
 from __future__ import annotations
 
 from .sender.client import OrchestratorClient
+from .server import responses
 from .server.factory import OrchestratorFactory
 from .server.responses import Exchange
 from .wire.errors import BatchRejected, ProtocolError, TryAgainLater
@@ -19,12 +20,25 @@ from .wire.messages import (
     TableBatch,
 )
 from .wire.opcodes import BatchStatus, FailReason, Opcode
-from .wire.tables import TABLES, Table
+from .wire.tables import (
+    MENU_ITEMS,
+    STORES,
+    TABLES,
+    TRANSACTION_ITEMS,
+    TRANSACTIONS,
+    USERS,
+    Table,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MENU_ITEMS",
+    "STORES",
     "TABLES",
+    "TRANSACTIONS",
+    "TRANSACTION_ITEMS",
+    "USERS",
     "BatchRecvFail",
     "BatchRecvSuccess",
     "BatchRejected",
@@ -41,4 +55,5 @@ __all__ = [
     "Table",
     "TableBatch",
     "TryAgainLater",
+    "responses",
 ]

@@ -26,7 +26,7 @@ BEAT = 0.25
 _LAST_BEAT = 4
 """At this one the process is ended in any case; at that with the number 1 the time is up."""
 
-_KNOWN = ("twisted", __package__)
+_KNOWN = ("twisted", "cafeteria_orch")
 
 _log = Logger()
 

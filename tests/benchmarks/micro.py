@@ -31,7 +31,7 @@ from cafeteria_orch.wire.framing import INT32, FrameReceiver
 from cafeteria_orch.wire.messages import BATCH_HEADER, TableBatch, decode
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import Table
-from tests.builders import NUMERIC_COLUMNS
+from tests.support.builders import NUMERIC_COLUMNS
 
 from . import baseline, workload
 from .report import Benchmark, Effort, Figure, Goal

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from tests.processes import FOREGROUND, ROOT, Server, free_port, wait_until
+from tests.support.processes import FOREGROUND, ROOT, Server, free_port, wait_until
 
 from . import workload
 from .report import BenchmarkError

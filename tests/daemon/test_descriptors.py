@@ -1,0 +1,243 @@
+"""File descriptors: as many as there may be, and a server that runs out of them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import resource
+import signal
+from typing import Any
+
+from twisted.internet import tcp
+from twisted.logger import LogEvent, Logger, LogLevel, capturedLogs
+from twisted.trial.unittest import SkipTest, SynchronousTestCase
+
+from cafeteria_orch.daemon.descriptors import (
+    REPORT_INTERVAL,
+    DescriptorReporter,
+    allow_connections,
+)
+from tests.support.builders import SUCCESS, texts
+from tests.support.crowds import Crowd, Member, stored_batches
+from tests.support.processes import (
+    HELLO,
+    PROGRAMS,
+    Client,
+    ProcessTestCase,
+    Server,
+    Starter,
+    wait_until,
+)
+
+REFUSED = "action: accept_connections | result: fail | refused: "
+LIMITED = "action: start | result: limited | max_connections: "
+UNLIMITED = resource.RLIM_INFINITY
+
+
+class Limit(SynchronousTestCase):
+    """``allow_connections``: the soft limit is raised, and what the hard one forbids is said."""
+
+    def allow(
+        self, soft: int, hard: int, each: int = 1
+    ) -> tuple[int, list[tuple[int, int]], list[str]]:
+        """Ask for 1000 connections: how many there may be, what was set, and the warnings."""
+        changes: list[tuple[int, int]] = []
+        self.patch(resource, "getrlimit", lambda kind: (soft, hard))
+        self.patch(resource, "setrlimit", lambda kind, limits: changes.append(limits))
+        with capturedLogs() as events:
+            possible = allow_connections(1000, each)
+        return possible, changes, texts(events, LogLevel.warn)
+
+    def test_enough(self) -> None:
+        """A limit that is high enough, or none, is left as it is."""
+        self.assertEqual(self.allow(1064, 4096), (1000, [], []))
+        self.assertEqual(self.allow(UNLIMITED, UNLIMITED), (1000, [], []))
+
+    def test_raised(self) -> None:
+        """One that is too low is raised as far as needed, without a word."""
+        self.assertEqual(self.allow(1063, 4096), (1000, [(1064, 4096)], []))
+        self.assertEqual(self.allow(256, UNLIMITED), (1000, [(1064, UNLIMITED)], []))
+
+    def test_too_low(self) -> None:
+        """Where that is forbidden there are fewer connections, and the log says what to do."""
+        possible, changes, (line,) = self.allow(256, 512)
+        self.assertEqual((possible, changes), (448, [(512, 512)]))
+        self.assertIn(f"{LIMITED}448 | error: 512 file descriptors are too few for 1000 c", line)
+        self.assertIn("ulimit -n to 1064, or lower --max-connections", line)
+
+    def test_two_each(self) -> None:
+        """Where as many again may be in their handshakes, each connection needs two."""
+        self.assertEqual(self.allow(1064, 4096, 2), (1000, [(2064, 4096)], []))
+        possible, changes, (line,) = self.allow(256, 1064, 2)
+        self.assertEqual((possible, changes), (500, [(1064, 1064)]))
+        self.assertIn("ulimit -n to 2064", line)
+
+    def test_forbidden(self) -> None:
+        """Where a sandbox forbids to raise it, the server starts with what there is."""
+
+        def refuse(*_: object) -> None:
+            raise PermissionError
+
+        self.patch(resource, "getrlimit", lambda kind: (256, 4096))
+        self.patch(resource, "setrlimit", refuse)
+        with capturedLogs() as events:
+            self.assertEqual(allow_connections(1000), 192)
+        self.assertIn(LIMITED, texts(events, LogLevel.warn)[0])
+
+    def test_hardly_any(self) -> None:
+        """There is one at least: a server that lets nobody in is of no use."""
+        self.assertEqual(self.allow(32, 32)[0], 1)
+
+
+class Failing:
+    """A listening socket that cannot accept."""
+
+    def __init__(self, error: int) -> None:
+        self._error = error
+
+    def accept(self) -> None:
+        raise OSError(self._error, "")
+
+
+class Reporter(SynchronousTestCase):
+    """``DescriptorReporter``: a line in a minute for what Twisted has several lines each for."""
+
+    def setUp(self) -> None:
+        self.passed: list[LogEvent] = []
+        observer: Any = self.passed.append
+        self.reporter = DescriptorReporter(observer)
+
+    def report(self, *formats: str, now: float = 0.0, **fields: Any) -> list[str]:
+        """Have it take events of these formats; what is warned of."""
+        with capturedLogs() as captured:
+            for log_format in formats:
+                self.reporter({**fields, "log_format": log_format, "log_time": now})
+        return texts(captured, LogLevel.warn)
+
+    def refuse(self, now: float) -> list[str]:
+        """As Twisted does it, with a descriptor that it keeps for the purpose."""
+        return self.report(
+            "EMFILE encountered; releasing reserved file descriptor.",
+            "EMFILE recovery: Closed socket from {address}",
+            "Re-reserving EMFILE recovery file descriptor.",
+            now=now,
+        )
+
+    def failing(self, error: int) -> list[str]:
+        """As Twisted does it without one."""
+        events: list[LogEvent] = []
+        observer: Any = events.append
+        reservation = tcp._NullFileDescriptorReservation()
+        clients = tcp._accept(Logger("test", observer=observer), "1", Failing(error), reservation)
+        self.assertEqual(list(clients), [])
+        (event,) = events
+        return self.report(event["log_format"], acceptError=event["acceptError"])
+
+    def test_one_line_a_minute(self) -> None:
+        """The first that is refused is reported, then their number once a minute."""
+        (first,) = self.refuse(100.0)
+        self.assertIn(f"{REFUSED}1 | error: out of file descriptors: raise LimitNOFILE", first)
+        self.assertEqual(self.refuse(99.0 + REPORT_INTERVAL), [])
+        (second,) = self.refuse(100.0 + REPORT_INTERVAL)
+        self.assertIn(f"{REFUSED}2 |", second)
+        self.assertEqual(self.passed, [])
+
+    def test_without_a_reserve(self) -> None:
+        """The same where Twisted has no descriptor in reserve, or the system has none."""
+        self.assertEqual(len(self.failing(errno.EMFILE)), 1)
+        self.setUp()
+        self.assertEqual(len(self.failing(errno.ENFILE)), 1)
+        self.assertEqual(self.passed, [])
+
+    def test_other_errors(self) -> None:
+        """What keeps a connection from being accepted otherwise is passed on."""
+        self.assertEqual(self.failing(errno.ECONNABORTED), [])
+        self.assertEqual(len(self.passed), 1)
+
+    def test_other_events(self) -> None:
+        """So is everything else, with a format and without."""
+        self.assertEqual(self.report("action: listen"), [])
+        self.reporter({"log_time": 0.0})
+        self.assertEqual(len(self.passed), 2)
+
+
+class ServerTests(ProcessTestCase):
+    """A real server that has few."""
+
+    def start_limited(self, limit: str) -> Server:
+        """Start it where the shell has set a limit."""
+        script = f'ulimit {limit} && exec "$@"'
+        command = ("/bin/sh", "-c", script, "sh", str(PROGRAMS / "twistd"), "-n")
+        self.starter = Starter(command, "stdout", "Server Shut Down.")
+        return self.start()
+
+    def gather(self, server: Server) -> Crowd:
+        """Three clients that send all the time."""
+        crowd = Crowd(server.port, busy=3)
+        self.addCleanup(crowd.close)
+        crowd.run_until_busy(1)
+        return crowd
+
+    def refuse(self, crowd: Crowd) -> int:
+        """100 clients more, each of which is greeted, or refused: how many were."""
+        others = [crowd.join(Member(crowd.port)) for _ in range(100)]
+        crowd.run(lambda: all(each.greeted or each.over for each in others), "all have heard")
+        return sum(bool(each.over) for each in others)
+
+    def is_served(self, server: Server) -> bool:
+        """Whether one more client is."""
+        suppressed = contextlib.suppress(ConnectionError)
+        with suppressed, contextlib.closing(Client(server.port)) as client:
+            client.send(HELLO)
+            return client.read(5) == SUCCESS
+        return False
+
+    def whole_log(self, server: Server) -> str:
+        """Its log, and the part of it that may have been put aside."""
+        return server.text("my.log.1") + server.log
+
+    def check_goes_on(self, server: Server, crowd: Crowd, line: str) -> None:
+        """Who is connected is served and stored, one line says what is wrong, and it recovers."""
+        before = len(crowd.acknowledged)
+        crowd.run(lambda: len(crowd.acknowledged) >= before + 30, "those before are served")
+        crowd.finish()
+        self.assertEqual({answer for each in crowd.busy for answer in each.answers}, {SUCCESS})
+        self.assertEqual(crowd.acknowledged, stored_batches(self.folder / "cafeorch.sqlite3"))
+        wait_until(lambda: line in self.whole_log(server), "it is logged")
+        self.assertFalse(self.is_served(server))
+        crowd.close()
+        wait_until(lambda: self.is_served(server), "there is room again")
+        log = self.whole_log(server)
+        self.assertEqual((log.count(line), log.count("EMFILE")), (1, 0))
+
+    def test_hard_limit(self) -> None:
+        """A hard limit that is too low leaves descriptors for all that is no connection."""
+        server = self.start_limited("-n 128")
+        self.assertIn(f"{LIMITED}64 |", server.log)
+        crowd = self.gather(server)
+        refused = self.refuse(crowd)
+        self.assertGreater(refused, 0, f"of 100 were refused {refused}, {crowd}")
+        self.check_goes_on(server, crowd, "result: refused")
+
+    def test_soft_limit(self) -> None:
+        """A soft limit that is too low is raised, and all are served."""
+        server = self.start_limited("-S -n 64")
+        self.assertEqual(self.refuse(self.gather(server)), 0)
+        self.assertNotIn(LIMITED, server.log)
+
+    def test_none_left(self) -> None:
+        """A server that has not a single one left goes on, and its log can be rotated."""
+        if not hasattr(resource, "prlimit"):
+            raise SkipTest("the limits of another process cannot be set here")
+        server = self.launch("--port=0", twistd=("--logfile=my.log",))
+        server.log_file = self.folder / "my.log"
+        server.wait_until_served()
+        crowd = self.gather(server)
+        _, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (64, hard))
+        refused = self.refuse(crowd)
+        self.assertGreater(refused, 0, f"of 100 were refused {refused}, {crowd}")
+        server.wait_until_logged(REFUSED)
+        server.signal(signal.SIGUSR1)
+        wait_until((self.folder / "my.log.1").exists, "the log is rotated")
+        self.check_goes_on(server, crowd, REFUSED)

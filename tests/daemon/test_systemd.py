@@ -1,0 +1,165 @@
+"""What systemd is told, and what it hands over: notifications, a watchdog, a socket."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import closing
+
+from twisted.internet.task import Clock
+from twisted.logger import LogLevel, capturedLogs
+from twisted.trial.unittest import SynchronousTestCase
+
+from cafeteria_orch.daemon.systemd import SystemdNotifier
+from tests.support.builders import SUCCESS, texts
+from tests.support.processes import HELLO, PATIENCE, ROOT, Client, ProcessTestCase
+
+MAIN_PID = f"MAINPID={os.getpid()}"
+
+
+class Manager:
+    """A service manager's end of the socket."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.settimeout(PATIENCE)
+        self._socket.bind(address)
+
+    def close(self) -> None:
+        """Close it."""
+        self._socket.close()
+
+    def next(self) -> list[str]:
+        """The lines of the next notification."""
+        return self._socket.recv(1000).decode().splitlines()
+
+    def is_silent(self) -> bool:
+        """Whether there is no other."""
+        self._socket.setblocking(False)
+        try:
+            self._socket.recv(1000)
+        except BlockingIOError:
+            return True
+        finally:
+            self._socket.settimeout(PATIENCE)
+        return False
+
+
+class NotifierTests(SynchronousTestCase):
+    """The datagrams, one by one."""
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        # The name of a socket has to be short.
+        self.address = f"@cafeorch-test-{os.getpid()}"
+        self.manager = Manager(f"\0{self.address[1:]}")
+        self.addCleanup(self.manager.close)
+
+    def notifier(self, **environment: str) -> SystemdNotifier:
+        variables = {"NOTIFY_SOCKET": self.address, **environment}
+        notifier = SystemdNotifier.from_environment(variables)
+        assert notifier is not None
+        return notifier
+
+    def test_life(self) -> None:
+        """Ready, then stopping, and nothing else where nobody watches."""
+        notifier = self.notifier()
+        notifier.ready(self.clock)
+        self.assertEqual(self.manager.next(), ["READY=1", MAIN_PID])
+        self.clock.advance(3600)
+        notifier.stopping()
+        self.assertEqual(self.manager.next(), ["STOPPING=1"])
+        notifier.stopped()
+        self.assertTrue(self.manager.is_silent())
+
+    def test_watchdog(self) -> None:
+        """It says that it is alive twice as often as it must, also while it stops."""
+        notifier = self.notifier(WATCHDOG_USEC="20000000", WATCHDOG_PID=str(os.getpid()))
+        notifier.ready(self.clock)
+        self.manager.next()
+        self.assertEqual(self.manager.next(), ["WATCHDOG=1"])
+        notifier.stopping()
+        self.manager.next()
+        for _ in range(3):
+            self.clock.advance(10)
+            self.assertEqual(self.manager.next(), ["WATCHDOG=1"])
+        notifier.stopped()
+        self.clock.advance(100)
+        self.assertTrue(self.manager.is_silent())
+
+    def test_watchdog_of_another(self) -> None:
+        """A watchdog of another process, or one that is off, is not fed."""
+        for environment in (
+            {"WATCHDOG_USEC": "20000000", "WATCHDOG_PID": "1"},
+            {"WATCHDOG_USEC": "0"},
+            {"WATCHDOG_USEC": "soon"},
+        ):
+            self.notifier(**environment).ready(self.clock)
+            self.assertEqual(self.manager.next(), ["READY=1", MAIN_PID])
+            self.assertTrue(self.manager.is_silent())
+
+    def test_not_started_by_it(self) -> None:
+        """Without its socket in the environment nothing is told to anybody."""
+        for environment in ({}, {"NOTIFY_SOCKET": ""}, {"WATCHDOG_USEC": "1"}):
+            self.assertIsNone(SystemdNotifier.from_environment(environment))
+
+    def test_nobody_listens(self) -> None:
+        """A manager that is gone costs a line in the log, and nothing else."""
+        with capturedLogs() as events:
+            SystemdNotifier("/nowhere/notify").ready(self.clock)
+        (line,) = texts(events, LogLevel.warn)
+        self.assertIn("action: notify | result: fail | state: READY=1 | error: ", line)
+
+
+class ServerTests(ProcessTestCase):
+    """A real server under a service manager's hand."""
+
+    def test_told_by_the_server(self) -> None:
+        """It is ready when it serves, alive from then on, and says when it stops."""
+        address = f"@cafeorch-server-{os.getpid()}"
+        manager = Manager(f"\0{address[1:]}")
+        self.addCleanup(manager.close)
+        server = self.launch(
+            *("--port", "0", "--store", "none"),
+            environment={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "200000"},
+        )
+        self.assertEqual(manager.next(), ["READY=1", f"MAINPID={server.pid}"])
+        self.assertEqual([manager.next() for _ in range(3)], [["WATCHDOG=1"]] * 3)
+        server.wait_until_served()
+        server.signal(signal.SIGTERM)
+        while (state := manager.next()) == ["WATCHDOG=1"]:
+            pass
+        self.assertEqual(state, ["STOPPING=1"])
+        server.wait_until_gone()
+
+    def test_socket_activation(self) -> None:
+        """``--listen systemd:`` serves on the socket that was handed over."""
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            program = (
+                f"import os; os.dup2({listening.fileno()}, 3); os.set_inheritable(3, True);"
+                " os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1', LISTEN_FDNAMES='web');"
+                " from twisted.scripts.twistd import run; run()"
+            )
+            options = ("-n", "cafeorch", "--store", "none")
+            server = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    program,
+                    *options,
+                    "--listen",
+                    "systemd:domain=INET:name=web",
+                ],
+                cwd=self.folder,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                pass_fds=[listening.fileno()],
+                stdout=subprocess.DEVNULL,
+            )
+            self.addCleanup(server.wait)
+            self.addCleanup(server.kill)
+            with closing(Client(listening.getsockname()[1])) as client:
+                client.send(HELLO)
+                self.assertEqual(client.read(5), SUCCESS)

@@ -1,0 +1,467 @@
+"""``makeService``: what it puts together, and what it finds wrong before anything starts."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import sqlite3
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from twisted.application.service import Application, IServiceMaker
+from twisted.application.twist._options import TwistOptions
+from twisted.internet.endpoints import SSL4ServerEndpoint
+from twisted.logger import ILogObserver, LogLevel, capturedLogs
+from twisted.plugin import getPlugins
+from twisted.python.logfile import LogFile
+from twisted.scripts._twistd_unix import ServerOptions
+from twisted.trial.unittest import SkipTest, TestCase
+
+from cafeteria_orch import tap
+from cafeteria_orch.daemon.descriptors import DescriptorReporter
+from cafeteria_orch.daemon.service import OrchestratorService
+from cafeteria_orch.edge.proxy import parse_networks
+from cafeteria_orch.edge.tls import ServerTLS
+from cafeteria_orch.observe.logs import BufferedLogObserver
+from cafeteria_orch.tap import Options, makeService
+from tests.support.builders import texts
+from tests.support.certificates import Files
+
+PROCESSORS = """
+from cafeteria_orch import Opcode
+from cafeteria_orch.server import responses
+
+ORDER = []
+
+def process(message, client):
+    responses.send_success(client)
+
+def promotions(factory):
+    ORDER.append("promotions")
+    factory.register_processor(40, process)
+
+def users(factory):
+    ORDER.append("users")
+    factory.register_processor(Opcode.NEW_USERS, process, replace=True)
+
+def too_late(factory):
+    factory.register_processor(Opcode.NEW_USERS, process)
+
+def broken(factory):
+    raise RuntimeError("first line\\nsecond line")
+
+no_function = 7
+"""
+
+
+@contextmanager
+def taken_port() -> Iterator[int]:
+    """A port of the loopback that somebody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+class TapTestCase(TestCase):
+    """Makes services in a working directory of its own, and leaves no trace in the process."""
+
+    def setUp(self) -> None:
+        self.folder = Path(self.mktemp()).absolute()
+        self.folder.mkdir()
+        self.addCleanup(os.chdir, Path.cwd())
+        os.chdir(self.folder)
+        self.patch(sys, "path", list(sys.path))
+        self.patch(os, "environ", {"PATH": os.environ.get("PATH", "")})
+        for name in ("cafe_processors", "cafe_broken"):
+            self.addCleanup(sys.modules.pop, name, None)
+        self.addCleanup(signal.signal, signal.SIGUSR1, signal.getsignal(signal.SIGUSR1))
+        (self.folder / "cafe_processors.py").write_text(PROCESSORS)
+
+    def make(self, *arguments: str) -> OrchestratorService:
+        """The service that these arguments make, on a port that the system picks."""
+        options = Options()
+        where = (
+            [] if arguments and arguments[0].startswith(("--listen", "--port")) else ["--port=0"]
+        )
+        options.parseOptions([*where, *arguments])
+        service = makeService(options)
+        assert isinstance(service, OrchestratorService)
+        return service
+
+    def refusal(self, *arguments: str) -> str:
+        """The one line that making it ends in."""
+        error = self.assertRaises(SystemExit, self.make, *arguments)
+        self.assertRegex(str(error.code), r"^cafeorch: [^\n]+$")
+        return str(error.code)
+
+
+class Plugin(TapTestCase):
+    """How ``twistd`` comes to know it."""
+
+    def test_plugin(self) -> None:
+        """The plugin is found by its name, and leads here."""
+        (plugin,) = [maker for maker in getPlugins(IServiceMaker) if maker.tapname == "cafeorch"]
+        self.assertIs(plugin.options, Options)
+        self.assertIs(plugin.makeService, makeService)
+
+
+class Listening(TapTestCase):
+    """Where it listens."""
+
+    async def addresses(self, *arguments: str) -> list[str]:
+        """Where a service listens that these arguments make, by its log."""
+        service = self.make(*arguments, "--store=none")
+        with capturedLogs() as events:
+            service.privilegedStartService()
+        self.assertEqual(texts(events, LogLevel.error), [])
+        await service.stopService()
+        return [
+            line.rpartition(" ")[2] for line in texts(events, LogLevel.info) if "action" in line
+        ]
+
+    async def test_port_and_interface(self) -> None:
+        """The three options make one endpoint."""
+        (address,) = await self.addresses("--interface=127.0.0.1", "--backlog=7")
+        self.assertRegex(address, r"^127\.0\.0\.1:[1-9]\d*$")
+
+    async def test_ipv6(self) -> None:
+        """An IPv6 address is known as such."""
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError as error:
+            raise SkipTest(f"no IPv6 here: {error}") from error
+        (address,) = await self.addresses("--interface=::1")
+        self.assertRegex(address, r"^::1:[1-9]\d*$")
+
+    async def test_listen(self) -> None:
+        """``--listen`` takes any endpoint, and more than one."""
+        addresses = await self.addresses(
+            "--listen", "unix:cafe.socket", "--listen", "tcp:0:interface=127.0.0.1"
+        )
+        self.assertEqual(len(addresses), 2)
+        self.assertRegex(addresses[0], r"cafe\.socket")
+        self.assertRegex(addresses[1], r"^127\.0\.0\.1:[1-9]\d*$")
+
+    def test_port_in_use(self) -> None:
+        """A port that is taken is found before anything starts, and named."""
+        with taken_port() as port:
+            self.assertIn(f"127.0.0.1:{port}", self.refusal("--port", str(port)))
+            refusal = self.refusal("--listen", f"tcp:{port}:interface=127.0.0.1")
+            self.assertIn(f"127.0.0.1:{port}", refusal)
+            second = ("--listen", f"tcp:{port}:interface=127.0.0.1")
+            self.refusal("--listen", "tcp:0:interface=127.0.0.1", *second)
+
+    def test_tls_port_in_use(self) -> None:
+        """So is the port of a TLS endpoint."""
+        with taken_port() as port:
+            probe: Any = tap._BindProbe()
+            endpoint = SSL4ServerEndpoint(probe, port, object(), interface="127.0.0.1")
+            error = self.assertRaises(SystemExit, tap._probe, [endpoint])
+        self.assertIn(f"127.0.0.1:{port}", str(error.code))
+
+    def test_port_is_let_go(self) -> None:
+        """Making the service takes the port to try it, and lets go of it."""
+        with taken_port() as port:
+            pass
+        self.make("--port", str(port), "--store=none")
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", port))
+
+    def test_interface_that_is_none(self) -> None:
+        """An address that is not this machine's is refused."""
+        self.assertIn("192.0.2.1", self.refusal("--interface=192.0.2.1"))
+        self.assertIn("999.0.0.1", self.refusal("--interface=999.0.0.1"))
+
+    def test_bad_endpoints(self) -> None:
+        """A description that is no endpoint's is refused, and named."""
+        for description in ("tcp", "tcp:port", "nonsense:1", "nonsense", ":", "tcp:1:colour=red"):
+            refusal = self.refusal(f"--listen={description}", "--store=none")
+            self.assertIn(f"--listen {description}: ", refusal)
+
+    def test_unix_socket_that_cannot_be(self) -> None:
+        """A local socket in a folder that there is not is found before anything starts."""
+        self.assertIn("missing/cafe.socket", self.refusal("--listen=unix:missing/cafe.socket"))
+
+    async def test_unix_socket_in_use(self) -> None:
+        """So is one that another server listens on."""
+        other = self.make("--listen=unix:cafe.socket", "--store=none")
+        other.privilegedStartService()
+        try:
+            self.assertIn("cafe.socket", self.refusal("--listen=unix:cafe.socket"))
+        finally:
+            await other.stopService()
+
+
+class Before(TapTestCase):
+    """What connections have to pass: TLS, and the PROXY header."""
+
+    def test_neither(self) -> None:
+        """Without either, the factory itself listens."""
+        service = self.make("--store=none")
+        self.assertIs(service._listener, service._factory)
+
+    def test_tls(self) -> None:
+        """With a certificate there is TLS, and something to reload."""
+        files = Files(self.folder)
+        allowed: list[tuple[int, int]] = []
+
+        def allow(connections: int, each: int) -> int:
+            allowed.append((connections, each))
+            return 6
+
+        self.patch(tap, "allow_connections", allow)
+        self.make("--store=none", "--max-connections=7")
+        service = self.make("--store=none", "--tls-cert", files.cert, "--max-connections=7")
+        self.assertEqual(allowed, [(7, 1), (7, 2)])
+        gates: Any = service._listener
+        self.assertIsInstance(gates.tls, ServerTLS)
+        self.assertEqual((gates.trusted, gates.most), (None, 6))
+        self.assertEqual(service._signals._reload, gates.tls.reload)
+
+    def test_proxy(self) -> None:
+        """With the PROXY protocol the balancers are known, and nothing is to be reloaded."""
+        gates: Any = self.make("--store=none", "--proxy-protocol")._listener
+        self.assertEqual(gates.trusted, parse_networks("127.0.0.0/8,::1"))
+        self.assertIsNone(gates.tls)
+
+    def test_bad_certificate(self) -> None:
+        """Whatever is wrong with the files is found before anything starts."""
+        files = Files(self.folder)
+        for name in ("--tls-key", "--tls-client-ca"):
+            refusal = self.refusal("--tls-cert", files.cert, name, "missing.pem")
+            self.assertIn(f"{name} {self.folder}/missing.pem: ", refusal)
+
+    def test_endpoints_with_layers_of_their_own(self) -> None:
+        """An endpoint that has TLS, or the PROXY protocol, of its own is refused."""
+        cert = Files(self.folder).cert
+        for arguments in (("--tls-cert", cert), ("--proxy-protocol",)):
+            for endpoint in (f"ssl:0:privateKey={cert}", "haproxy:tcp:0"):
+                refusal = self.refusal("--listen", endpoint, "--store=none", *arguments)
+                self.assertIn(f"--listen {endpoint}: ", refusal)
+
+
+class Store(TapTestCase):
+    """Where batches are to be stored."""
+
+    def test_no_trace(self) -> None:
+        """Making sure that the store can be written leaves no file behind."""
+        before = set(self.folder.iterdir())
+        self.make("--store", "tables.db")
+        self.assertEqual(set(self.folder.iterdir()), before)
+
+    def test_nothing_is_open(self) -> None:
+        """No thread runs and no database is open yet: neither survives a daemon's fork."""
+        threads = set(threading.enumerate())
+        service = self.make("--store", "tables.db")
+        self.assertEqual(set(threading.enumerate()) - threads, set())
+        descriptors = Path("/proc/self/fd")
+        if not descriptors.exists():
+            raise SkipTest("nothing here says which files are open")
+        links = [str(link.readlink()) for link in descriptors.iterdir() if link.is_symlink()]
+        self.assertEqual([link for link in links if "tables.db" in link], [])
+        del service
+
+    def test_none(self) -> None:
+        """``--store none`` looks at no file, and the seed's default handling answers."""
+        with sqlite3.connect("none") as database:
+            database.execute("CREATE TABLE foreign_one (x)")
+        database.close()
+        factory: Any = self.make("--store=none")._factory
+        self.assertEqual(factory.processor_name(8), "the default handling")
+
+    def test_unwritable(self) -> None:
+        """A store that cannot be written is refused, by its path."""
+        (self.folder / "text").write_text("this is no database, " * 100)
+        for path in ("missing/tables.db", ".", "text"):
+            refusal = self.refusal("--store", path)
+            self.assertIn(str(self.folder / path), refusal)
+
+    def test_foreign_database(self) -> None:
+        """A database of something else is refused, and stays as it is."""
+        with sqlite3.connect("foreign.db") as database:
+            database.execute("CREATE TABLE customers (id)")
+        database.close()
+        before = Path("foreign.db").read_bytes()
+        self.assertIn("--store", self.refusal("--store=foreign.db"))
+        self.assertEqual(Path("foreign.db").read_bytes(), before)
+
+    def test_newer_schema(self) -> None:
+        """A store of a newer program is refused."""
+        with sqlite3.connect("newer.db") as database:
+            database.execute("PRAGMA user_version = 99")
+        database.close()
+        self.assertIn("99", self.refusal("--store=newer.db"))
+
+
+class Processors(TapTestCase):
+    """``--processors``: functions that are called with the factory."""
+
+    def order(self) -> list[str]:
+        """What the functions of the module have been called."""
+        order: list[str] = sys.modules["cafe_processors"].ORDER
+        return order
+
+    def test_working_directory(self) -> None:
+        """A module that lies in the working directory is found."""
+        self.make("--processors=cafe_processors:promotions")
+        self.assertEqual(self.order(), ["promotions"])
+
+    def test_working_directory_first(self) -> None:
+        """It is found there before anywhere else."""
+        elsewhere = self.folder / "elsewhere"
+        elsewhere.mkdir()
+        (elsewhere / "cafe_processors.py").write_text("")
+        sys.path.insert(0, str(elsewhere))
+        self.make("--processors=cafe_processors:promotions")
+        self.assertEqual(self.order(), ["promotions"])
+
+    def test_in_order(self) -> None:
+        """Several are called in their order."""
+        self.make("--processors=cafe_processors:users", "--processors=cafe_processors:promotions")
+        self.assertEqual(self.order(), ["users", "promotions"])
+
+    def test_after_the_store(self) -> None:
+        """The store has registered its own by then: ``replace=True`` takes their place."""
+        factory: Any = self.make("--processors=cafe_processors:users")._factory
+        self.assertEqual(factory.processor_name(8), "cafe_processors.process")
+        self.assertIn("SqliteSink", factory.processor_name(7))
+
+    def test_opcode_that_is_taken(self) -> None:
+        """Without ``replace=True`` the opcode, its processor and the way out are named."""
+        refusal = self.refusal("--processors=cafe_processors:too_late")
+        for part in ("--processors cafe_processors:too_late", "opcode 8", "replace=True"):
+            self.assertIn(part, refusal)
+        self.make("--processors=cafe_processors:too_late", "--store=none")
+
+    def test_opcode_taken_twice(self) -> None:
+        """Nor can two of them have one opcode."""
+        twice = ["--processors=cafe_processors:promotions"] * 2
+        self.assertIn("opcode 40", self.refusal(*twice))
+
+    def check(self, name: str, *parts: str) -> None:
+        """A name is refused, in a line that has these parts."""
+        refusal = self.refusal(f"--processors={name}")
+        for part in (f"--processors {name}: ", *parts):
+            self.assertIn(part, refusal)
+
+    def test_no_module(self) -> None:
+        """A module that there is not."""
+        self.check("cafe_missing:register", "cafe_missing")
+
+    def test_no_function(self) -> None:
+        """A function that the module has not, or that is none."""
+        self.check("cafe_processors:missing", "missing")
+        self.check("cafe_processors:no_function", "not callable")
+
+    def test_raising(self) -> None:
+        """A function that raises: its error, on one line."""
+        self.check("cafe_processors:broken", "RuntimeError: first line second line")
+
+    def test_broken_module(self) -> None:
+        """A module that is no Python."""
+        (self.folder / "cafe_broken.py").write_text("def register(")
+        self.check("cafe_broken:register", "SyntaxError", "cafe_broken.py, line 1")
+
+    def test_badly_formed(self) -> None:
+        """A name that is not a module and a function."""
+        for name in ("cafe_processors", "cafe_processors:", ":register", ":"):
+            self.check(name, "package.module:function")
+
+
+class Logging(TapTestCase):
+    """Which observer it logs with: its own, where ``twistd`` is told no other."""
+
+    def observer(self, *arguments: str) -> Any:
+        """The observer that the application gets from these arguments of ``twistd``."""
+        twistd = ServerOptions()
+        twistd.parseOptions([*arguments, "cafeorch", "--port=0", "--store=none"])
+        # As twistd does before it makes the service.
+        twistd["nodaemon"] = twistd["nodaemon"] or twistd["debug"]
+        return self.of(makeService(twistd.subOptions))
+
+    def of(self, service: Any) -> Any:
+        """The observer that a service gives its application."""
+        application = Application("cafeorch")
+        service.setServiceParent(application)
+        observer = application.getComponent(ILogObserver, None)
+        if isinstance(observer, DescriptorReporter):
+            buffered: Any = observer.observer
+            if isinstance(buffered._file, LogFile):
+                self.addCleanup(buffered._file.close)
+        return observer
+
+    def log(self, observer: BufferedLogObserver, level: Any = LogLevel.info) -> None:
+        """Have it write a line."""
+        event = {"log_format": "a line", "log_namespace": "test", "log_time": 0.0}
+        observer({**event, "log_level": level})
+
+    def test_foreground(self) -> None:
+        """With ``-n`` it writes to standard output."""
+        with redirect_stdout(io.StringIO()) as output:
+            self.log(self.observer("-n"))
+            self.log(self.observer("-n", "--logfile=-"))
+        self.assertEqual(output.getvalue().count("[test#info] a line\n"), 2)
+
+    def test_log_file(self) -> None:
+        """With ``--logfile`` it writes there, in the foreground and not."""
+        self.log(self.observer("-n", "--logfile=a.log"))
+        self.log(self.observer("--logfile=a.log"))
+        self.assertEqual(Path("a.log").read_text().count("[test#info] a line\n"), 2)
+
+    def test_daemon(self) -> None:
+        """A daemon writes to ``twistd.log``."""
+        self.log(self.observer())
+        self.assertIn("[test#info] a line\n", Path("twistd.log").read_text())
+
+    def test_level(self) -> None:
+        """``--log-level`` is the observer's too."""
+        self.patch(os, "environ", {"CAFEORCH_LOG_LEVEL": "warn"})
+        observer = self.observer("-n", "--logfile=a.log")
+        self.log(observer)
+        self.assertEqual(Path("a.log").read_text(), "")
+        self.log(observer, LogLevel.warn)
+        self.assertIn("[test#warn] a line\n", Path("a.log").read_text())
+
+    def test_daemon_without_a_file(self) -> None:
+        """A daemon has no standard output: ``--logfile -`` is refused."""
+        error = self.assertRaises(SystemExit, self.observer, "--logfile=-")
+        self.assertRegex(str(error.code), r"^cafeorch: [^\n]*--logfile[^\n]*$")
+
+    def test_log_file_that_cannot_be(self) -> None:
+        """A log file that cannot be opened is refused."""
+        error = self.assertRaises(SystemExit, self.observer, "-n", "--logfile=missing/a.log")
+        self.assertRegex(str(error.code), r"^cafeorch: --logfile missing/a\.log: [^\n]+$")
+
+    def test_twistd_is_told_another(self) -> None:
+        """``--syslog`` and ``--logger`` keep Twisted's own."""
+        self.assertIsNone(self.observer("--syslog"))
+        self.assertIsNone(self.observer("-n", "--syslog"))
+        logger = "twisted.logger.LimitedHistoryLogObserver"
+        self.assertIsNone(self.observer("-n", "--logger", logger))
+        self.assertFalse(Path("twistd.log").exists())
+
+    def test_twist(self) -> None:
+        """``twist`` sets up logging of its own."""
+        twist = TwistOptions()
+        twist.parseOptions(["cafeorch", "--port=0", "--store=none"])
+        self.assertIsNone(self.of(makeService(twist.subOptions)))
+
+    def test_no_parent(self) -> None:
+        """Options that no command has parsed give none either."""
+        self.assertIsNone(self.of(self.make()))
+
+    def test_rotation(self) -> None:
+        """SIGUSR1 is taken only for a log file, and only if nobody has it."""
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        self.observer("-n")
+        self.assertEqual(signal.getsignal(signal.SIGUSR1), signal.SIG_DFL)
+        self.observer("-n", "--logfile=a.log")
+        self.assertTrue(callable(signal.getsignal(signal.SIGUSR1)))
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        self.observer("-n", "--logfile=a.log")
+        self.assertEqual(signal.getsignal(signal.SIGUSR1), signal.SIG_IGN)

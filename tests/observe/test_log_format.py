@@ -1,0 +1,129 @@
+"""``--log-format json``: one object a line, the fields of the event as keys."""
+
+from __future__ import annotations
+
+import json
+import signal
+from io import StringIO
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.logger import Logger, LogLevel, LogPublisher
+from twisted.python import log
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+
+from cafeteria_orch.observe.logs import BufferedLogObserver, as_json
+from tests.support.builders import SUCCESS
+from tests.support.processes import HELLO, ProcessTestCase
+
+LINE = "action: receive_message | result: success | ip: {ip} | opcode: {opcode}"
+
+
+class JsonTests(SynchronousTestCase):
+    """What stands in a line."""
+
+    def setUp(self) -> None:
+        self.file = StringIO()
+        self.observer = BufferedLogObserver(self.file, LogLevel.info, as_json)
+        self.log = Logger("shop", observer=LogPublisher(self.observer))
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines that were written, each of them an object."""
+        return [json.loads(line) for line in self.file.getvalue().splitlines()]
+
+    def test_fields_are_keys(self) -> None:
+        """The seed's line is the message, and its fields stand beside it as what they are."""
+        self.log.info(LINE, ip="10.0.0.1", opcode=8)
+        (line,) = self.lines()
+        self.assertRegex(line.pop("time"), r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}$")
+        self.assertEqual(
+            line,
+            {
+                "level": "info",
+                "namespace": "shop",
+                "message": "action: receive_message | result: success | ip: 10.0.0.1 | opcode: 8",
+                "ip": "10.0.0.1",
+                "opcode": 8,
+            },
+        )
+
+    def test_failure(self) -> None:
+        """A traceback stands in the line of its event."""
+        self.log.failure("it broke", Failure(KeyError("eggs")))
+        (line,) = self.lines()
+        self.assertEqual((line["level"], line["message"]), ("critical", "it broke"))
+        self.assertIn("KeyError", line["traceback"])
+
+    def test_older_logging(self) -> None:
+        """What Twisted's older functions log has a line too."""
+        publisher = log.LogPublisher(publishPublisher=LogPublisher(self.observer))
+        publisher.msg("Starting factory")
+        (line,) = self.lines()
+        self.assertEqual((line["message"], line["level"]), ("Starting factory", "info"))
+
+    def test_fields_that_are_no_json(self) -> None:
+        """What no JSON can be made of stands there as text, and costs no line."""
+
+        class Broken:
+            def __str__(self) -> str:
+                raise RuntimeError
+
+            __repr__ = __str__
+
+        circle: list[Any] = []
+        circle.append(circle)
+        for field in (Broken(), {b"key": 1}, circle, float("nan")):
+            self.log.info("it is", field=field)
+        lines = self.lines()
+        self.assertEqual([line["message"] for line in lines], ["it is"] * 4)
+        self.assertEqual({type(line["field"]) for line in lines}, {str})
+
+    def test_nothing_to_say(self) -> None:
+        """An event without a message has no line."""
+        self.observer({"log_time": 1.0, "log_level": LogLevel.info})
+        self.assertEqual(self.file.getvalue(), "")
+
+    @given(
+        st.dictionaries(
+            st.text("abcdefgh", min_size=1).map("field_{}".format),
+            st.one_of(st.text(), st.integers(), st.binary(), st.builds(object), st.none()),
+        )
+    )
+    def test_any_field(self, fields: dict[str, Any]) -> None:
+        """Whatever the fields are, a line is one object, and has them all."""
+        self.file.truncate(0)
+        self.file.seek(0)
+        self.log.info("it is", **fields)
+        text = self.file.getvalue()
+        self.assertEqual((text.count("\n"), text[-1]), (1, "\n"))
+        self.assertLessEqual(fields.keys(), json.loads(text).keys())
+
+    def test_lost_lines(self) -> None:
+        """That lines were lost is said in JSON too."""
+        self.observer._lost = 3
+        self.log.info("it is well")
+        _, line = self.lines()
+        self.assertEqual((line["lost"], line["level"]), (3, "error"))
+
+
+class ServerTests(ProcessTestCase):
+    """A real server that logs so."""
+
+    def test_every_line(self) -> None:
+        """Every line of its log is an object, from the first to the last."""
+        server = self.launch("--port", "0", "--store", "none", "--log-format", "json")
+        server.wait_until_logged('"address": "127.0.0.1:')
+        lines = [json.loads(line) for line in server.log.splitlines()]
+        (address,) = [line["address"] for line in lines if "address" in line]
+        server.port = int(address.rpartition(":")[2])
+        client = self.client(server)
+        client.send(HELLO)
+        self.assertEqual(client.read(5), SUCCESS)
+        server.signal(signal.SIGTERM)
+        server.wait_until_gone()
+        lines = [json.loads(line) for line in server.log.splitlines()]
+        (received,) = [line for line in lines if line.get("opcode") == 30 and "ip" in line]
+        self.assertEqual(received["ip"], "127.0.0.1")
+        self.assertEqual(lines[-1]["message"], "Server Shut Down.")

@@ -1,0 +1,316 @@
+"""The metrics: their names, their sums at every moment, and the page that explains them."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+from uuid import UUID
+
+from prometheus_client import REGISTRY
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector as RegisteredCollector
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from cafeteria_orch import __version__
+from cafeteria_orch.observe.health import Health
+from cafeteria_orch.observe.prometheus import Collector, Exposition
+from cafeteria_orch.server.counters import Outcome
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.store.sqlite import Database
+from cafeteria_orch.wire.errors import BatchRejected
+from cafeteria_orch.wire.messages import ClientHello, encode
+from cafeteria_orch.wire.tables import STORES, TABLES, USERS
+from tests.support.builders import (
+    ECHO,
+    Pending,
+    batch_frame,
+    connect,
+    failing_at,
+    frame,
+    lose,
+    numbered,
+)
+from tests.support.processes import HELLO
+from tests.support.services import RecordingSink
+from tests.support.stores import Fault, FaultyConnection, SinkTestCase
+
+DOCUMENTATION = (Path(__file__).parent.parent.parent / "docs" / "operations.md").read_text()
+
+Scrape = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def scrape(exposition: Exposition) -> Scrape:
+    """All samples, by name and labels."""
+    _, text = exposition.render("")
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    }
+
+
+def value(samples: Scrape, name: str, **labels: str) -> float:
+    """One of them; 0 where there is none."""
+    return samples.get((f"cafeorch_{name}", tuple(sorted(labels.items()))), 0.0)
+
+
+class MetricsTestCase(SynchronousTestCase):
+    """A factory without a store, and its metrics."""
+
+    def setUp(self) -> None:
+        self.factory = OrchestratorFactory(Clock())
+        self.sink = RecordingSink()
+        self.health = Health(self.sink)
+        self.exposition = Exposition(self.factory, self.health, __version__)
+
+    def value(self, name: str, **labels: str) -> float:
+        return value(scrape(self.exposition), name, **labels)
+
+
+class Values(MetricsTestCase):
+    """What the numbers are."""
+
+    def test_connections(self) -> None:
+        """Those that are open, all that were accepted, and what they sent."""
+        connect(self.factory)
+        protocol, _ = connect(self.factory)
+        protocol.dataReceived(HELLO)
+        lose(protocol)
+        self.assertEqual(self.value("connections_open"), 1)
+        self.assertEqual(self.value("connections_accepted_total"), 2)
+        self.assertEqual(self.value("received_bytes_total"), len(HELLO))
+
+    def test_batches(self) -> None:
+        """By table and outcome, and the rows in them."""
+        protocol, _ = connect(self.factory)
+        protocol.dataReceived(batch_frame() + frame(b"\x05"))
+        self.assertEqual(self.value("batches_received_total", table="users"), 1)
+        self.assertEqual(self.value("batches_total", table="users", outcome="processed"), 1)
+        self.assertEqual(self.value("batches_total", table="stores", outcome="malformed"), 1)
+        self.assertEqual(self.value("rows_total", table="users", outcome="processed"), 1)
+
+    def test_in_hand(self) -> None:
+        """Batches, and the bytes of all frames that are not done."""
+        self.factory.register_processor(ECHO, Pending())
+        protocol, _ = connect(self.factory)
+        protocol.dataReceived(numbered(1))
+        self.assertEqual(self.value("batches_in_hand", table="opcode_40"), 1)
+        self.assertEqual(self.value("in_flight_bytes"), 2)
+
+    def test_control_messages(self) -> None:
+        """Messages that are no batches."""
+        protocol, _ = connect(self.factory)
+        protocol.dataReceived(HELLO)
+        labels = {"message": "client_hello", "outcome": "processed"}
+        self.assertEqual(self.value("control_messages_total", **labels), 1)
+
+    def test_limits(self) -> None:
+        """Every limit is there from the start, with what has hit it."""
+        self.factory.counters.limit_hit("frame_timeout")
+        self.assertEqual(self.value("limit_hits_total", limit="frame_timeout"), 1)
+        labels = (("limit", "max_connections"),)
+        self.assertIn(("cafeorch_limit_hits_total", labels), scrape(self.exposition))
+
+    def test_histograms(self) -> None:
+        """A histogram's buckets, their sum and their number."""
+        self.factory.counters.commit_seconds.observe(0.02)
+        self.assertEqual(self.value("commit_duration_seconds_bucket", le="0.01"), 0)
+        self.assertEqual(self.value("commit_duration_seconds_bucket", le="0.025"), 1)
+        self.assertEqual(self.value("commit_duration_seconds_bucket", le="+Inf"), 1)
+        self.assertEqual(self.value("commit_duration_seconds_count"), 1)
+        self.assertEqual(self.value("commit_duration_seconds_sum"), 0.02)
+
+    def test_state(self) -> None:
+        """Whether the store takes batches, its sizes, and whether the server is stopping."""
+        self.assertEqual(self.value("store_up"), 1)
+        self.assertEqual(self.value("store_bytes"), 4096)
+        self.assertEqual(self.value("draining"), 0)
+        self.sink.refusal = "disk full"
+        self.health.is_draining = True
+        self.assertEqual(self.value("store_up"), 0)
+        self.assertEqual(self.value("draining"), 1)
+
+    def test_without_a_store(self) -> None:
+        """A server that stores nothing says nothing of a store."""
+        exposition = Exposition(self.factory, Health(), __version__)
+        names = {name for name, _ in scrape(exposition)}
+        self.assertFalse([name for name in names if "store" in name or "commit" in name])
+
+    def test_build(self) -> None:
+        """What runs, by version."""
+        (labels,) = [
+            dict(labels)
+            for name, labels in scrape(self.exposition)
+            if name == "cafeorch_build_info"
+        ]
+        self.assertEqual(labels["version"], __version__)
+        self.assertEqual(set(labels), {"version", "python", "twisted", "sqlite", "row_codec"})
+
+
+class Format(MetricsTestCase):
+    """How they are shown."""
+
+    def test_open_metrics(self) -> None:
+        """Who asks for OpenMetrics gets it."""
+        content_type, text = self.exposition.render("application/openmetrics-text; version=1.0.0")
+        self.assertIn("application/openmetrics-text", content_type)
+        self.assertTrue(text.endswith(b"# EOF\n"))
+        self.assertNotIn(b"_created", text)
+
+    def test_registry_of_its_own(self) -> None:
+        """The library's global registry knows nothing of it, and another server none of this."""
+        connect(self.factory)
+        other = Exposition(OrchestratorFactory(Clock()), Health(), __version__)
+        self.assertEqual(value(scrape(other), "connections_open"), 0)
+        names = {family.name for family in REGISTRY.collect()}
+        self.assertFalse([name for name in names if name.startswith("cafeorch")])
+
+    def test_documented(self) -> None:
+        """Each metric is explained in docs/operations.md, and each that is there exists."""
+        section = DOCUMENTATION.partition("\n## Metrics\n")[2].partition("\n## ")[0]
+        documented = re.findall(r"^\| `(cafeorch_[a-z_]+)[`{]", section, re.MULTILINE)
+        collector: RegisteredCollector = Collector(self.factory, self.health, __version__)
+        shown = [
+            family.name + ("_total" if family.type == "counter" else "")
+            for family in collector.collect()
+        ]
+        self.assertEqual(sorted(documented), sorted(shown))
+        for word in [*self.factory.counters.limit_hits, *(each.name.lower() for each in Outcome)]:
+            self.assertIn(f"`{word}`", section)
+
+
+class Sums(SinkTestCase):
+    """Scrapes of a real store at work."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.health = Health(self.sink)
+        self.exposition = Exposition(self.factory, self.health, __version__)
+        self.before: Scrape = {}
+        self.scrapes = 0
+
+    def scrape(self) -> Scrape:
+        """One more scrape, whose sums are right and not below those of the one before."""
+        samples = scrape(self.exposition)
+        self.scrapes += 1
+        in_windows = Counter(
+            exchange.opcode
+            for connection in self.factory.connections
+            for exchange in connection._window.in_hand
+        )
+        for table, opcode in [(each.name, each.opcode) for each in TABLES] + [("unknown", -1)]:
+            became = {
+                outcome.name: value(
+                    samples, "batches_total", table=table, outcome=outcome.name.lower()
+                )
+                for outcome in Outcome
+            }
+            in_hand = value(samples, "batches_in_hand", table=table)
+            received = value(samples, "batches_received_total", table=table)
+            self.assertEqual(received, sum(became.values()) + in_hand)
+            self.assertEqual(in_hand, in_windows[opcode])
+            self.assertEqual(became["PROCESSED"], 0)
+        for key, earlier in self.before.items():
+            if key[0].startswith("cafeorch") and key[0].endswith("_total"):
+                self.assertGreaterEqual(samples[key], earlier, key)
+        self.before = samples
+        return samples
+
+    def scrape_until(self, condition: Callable[[], bool]) -> None:
+        """Scrape between all that happens, until something holds."""
+
+        def holds() -> bool:
+            self.scrape()
+            return condition()
+
+        self.reactor.pump_until(holds)
+
+    def test_every_scrape(self) -> None:
+        """All that was received is committed, duplicate, failed or in hand, by table, whatever goes on."""
+        rejected = failing_at(13, BatchRejected("a fault of the test"))
+        self.patch(Database, "store_batch", rejected)
+        self.start(FaultyConnection)
+        assert isinstance(self.connection, FaultyConnection)
+        clients = []
+        for number in range(6):
+            client = connect(self.factory)
+            client[0].dataReceived(frame(encode(ClientHello(UUID(int=number % 3)))))
+            clients.append(client)
+        for turn in range(40):
+            # All that was sent in the first half is sent again in the second.
+            number = turn % 20
+            protocol, _ = clients[number % len(clients)]
+            table = (USERS, STORES)[number % 2]
+            rows = [["7"] * len(table.columns)] * (number % 3)
+            protocol.dataReceived(batch_frame(table=table, rows=rows, batch_number=number))
+            self.scrape()
+            if turn in {10, 25}:
+                self.connection.fault = Fault("COMMIT")
+            if turn % 4 == 3:
+                self.scrape_until(lambda: self.counts().in_hand == 0)
+        for payload in (b"\x04", b"\x08nonsense", b"\xc8", b""):
+            protocol, _ = connect(self.factory)
+            protocol.dataReceived(frame(payload))
+            self.scrape()
+        self.scrape_until(lambda: self.counts().in_hand == 0)
+
+        counts = self.counts()
+        self.assertEqual(counts.received, 40 + 4)
+        self.assertEqual(counts[Outcome.MALFORMED], 4)
+        for outcome in set(Outcome) - {Outcome.PROCESSED}:
+            self.assertGreater(counts[outcome], 0, outcome)
+        self.assertEqual(self.query("SELECT count(*) FROM batch"), [counts[Outcome.COMMITTED]])
+        rows = sum(self.query(f"SELECT count(*) FROM {table.name}")[0] for table in TABLES)
+        self.assertEqual(rows, counts.rows[Outcome.COMMITTED])
+        self.assertGreater(self.scrapes, 80)
+        self.flushLoggedErrors(BatchRejected, sqlite3.OperationalError)
+
+    def test_refusing_store(self) -> None:
+        """While the store refuses it is down, with the reason, and up with the next commit."""
+        self.start(FaultyConnection)
+        assert isinstance(self.connection, FaultyConnection)
+        self.health.is_started = True
+        self.connection.fault = Fault("COMMIT")
+        protocol, transport = connect(self.factory)
+        protocol.dataReceived(batch_frame())
+        self.pump_answers(transport)
+        self.assertEqual(value(self.scrape(), "store_up"), 0)
+        self.assertEqual(self.health.state, "refusing")
+        self.assertIn("disk I/O error", str(self.health.refusal))
+        transport.clear()
+        protocol.dataReceived(batch_frame())
+        self.pump_answers(transport)
+        samples = self.scrape()
+        self.assertEqual(value(samples, "store_up"), 1)
+        self.assertIsNone(self.health.refusal)
+        self.assertEqual(value(samples, "commit_duration_seconds_count"), 1)
+
+    def test_commit_seconds(self) -> None:
+        """A commit is timed by the clock of the reactor, in the thread that writes."""
+        with patch.object(self.reactor, "seconds", self.ticking()):
+            self.start()
+            protocol, transport = connect(self.factory)
+            protocol.dataReceived(batch_frame())
+            self.pump_answers(transport)
+        self.assertGreater(value(self.scrape(), "commit_duration_seconds_sum"), 0)
+
+    def ticking(self) -> Callable[[], float]:
+        """A clock on which some time passes whenever it is looked at."""
+        ticks = iter(range(10**6))
+        return lambda: next(ticks) / 1000
+
+    def test_sizes(self) -> None:
+        """The store's file and its WAL, as they are on the disk."""
+        self.assertEqual(self.sink.sizes(), (0, 0))
+        self.start()
+        samples = self.scrape()
+        self.assertEqual(value(samples, "store_bytes"), Path(self.path).stat().st_size)
+        self.assertEqual(
+            value(samples, "store_wal_bytes"), Path(f"{self.path}-wal").stat().st_size
+        )
+        self.assertGreater(value(samples, "store_wal_bytes"), 0)

@@ -1,0 +1,323 @@
+"""What the status page is told: bounded, of the last minutes, and nothing of what rows hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from twisted.internet.task import Clock
+from twisted.logger import Logger, LogLevel, globalLogPublisher
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+
+from cafeteria_orch import __version__
+from cafeteria_orch.observe.health import Health
+from cafeteria_orch.observe.logs import PROBLEMS_KEPT, RecentProblems
+from cafeteria_orch.observe.status import MOST_CONNECTIONS, SAMPLE_INTERVAL, SAMPLES, Status
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.store import totals as completeness
+from cafeteria_orch.store.totals import (
+    INTERVAL,
+    Answer,
+    Completeness,
+    TableTotals,
+    read_totals,
+)
+from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
+from cafeteria_orch.wire.tables import STORES, USERS
+from tests.support.builders import USER_ROW, batch_frame, connect, frame
+from tests.support.services import RecordingSink
+from tests.support.stores import SinkTestCase
+
+SECRET = "5d41402abc4b"
+
+
+class StatusTestCase(SynchronousTestCase):
+    """A factory on a clock, and what is shown of it."""
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.factory = OrchestratorFactory(self.clock)
+        self.health = Health()
+        self.problems = RecentProblems()
+        self.status = Status(
+            self.clock, self.factory, self.health, __version__, problems=self.problems
+        )
+
+    def shown(self) -> dict[str, Any]:
+        """What the page gets."""
+        shown: dict[str, Any] = json.loads(self.status.render())
+        return shown
+
+
+class Figures(StatusTestCase):
+    """The server at this moment."""
+
+    def test_state(self) -> None:
+        """Its state, and the reason where it is not ready."""
+        self.assertEqual(self.shown()["state"], "starting")
+        self.health.is_started = True
+        self.assertEqual((self.shown()["state"], self.shown()["reason"]), ("ready", None))
+        self.health.is_draining = True
+        self.assertEqual((self.shown()["state"], self.shown()["reason"]), ("draining",) * 2)
+
+    def test_connection(self) -> None:
+        """Who is connected, for how long, with what."""
+        self.clock.advance(100)
+        protocol, _ = connect(self.factory)
+        protocol.session.common_name = "agency 7"
+        self.clock.advance(5)
+        protocol.dataReceived(frame(encode(ClientHello(UUID(int=7)))))
+        protocol.dataReceived(batch_frame(rows=[USER_ROW] * 3))
+        (shown,) = self.shown()["connections"]["shown"]
+        self.assertEqual(
+            shown,
+            {
+                "ip": "192.0.2.7",
+                "name": "agency 7",
+                "agency": None,
+                "client": str(UUID(int=7)),
+                "table": "users",
+                "batches": 1,
+                "rows": 3,
+                "bytes": protocol.received_bytes,
+                "in_hand": 0,
+                "connected_at": 100.0,
+            },
+        )
+        self.assertEqual(self.shown()["time"], 105.0)
+
+    def test_agency(self) -> None:
+        """The agency, where it has said which one it is and is still there."""
+        protocol, _ = connect(self.factory)
+        protocol.dataReceived(frame(encode(Finished(42))))
+        self.assertEqual(self.shown()["connections"]["shown"][0]["agency"], 42)
+
+    def test_many_connections(self) -> None:
+        """All are counted; those that sent most are listed."""
+        for number in range(MOST_CONNECTIONS + 50):
+            protocol, _ = connect(self.factory)
+            protocol.received_bytes = number
+        connections = self.shown()["connections"]
+        self.assertEqual(connections["open"], MOST_CONNECTIONS + 50)
+        self.assertEqual(
+            [shown["bytes"] for shown in connections["shown"]],
+            list(range(MOST_CONNECTIONS + 49, 49, -1)),
+        )
+
+    def test_tables(self) -> None:
+        """The batches of each table, and of what stands for one, by what became of them."""
+        protocol, _ = connect(self.factory)
+        protocol.dataReceived(batch_frame() + frame(b"\xc8"))
+        tables = {table["table"]: table for table in self.shown()["tables"]}
+        self.assertEqual(len(tables), 6)
+        users = tables["users"]
+        self.assertEqual((users["received"], users["processed"], users["rows"]), (1, 1, 1))
+        self.assertEqual((tables["unknown"]["malformed"], tables["unknown"]["failed"]), (1, 1))
+
+    def test_store(self) -> None:
+        """The store's sizes; none without one."""
+        self.assertIsNone(self.shown()["store"])
+        self.health.sink = RecordingSink()
+        self.assertEqual(self.shown()["store"], {"file": 4096, "wal": 0})
+
+    def test_limits(self) -> None:
+        """The limits that were hit."""
+        self.assertEqual(self.shown()["limits"], {})
+        self.factory.counters.limit_hit("max_connections")
+        self.assertEqual(self.shown()["limits"], {"max_connections": 1})
+
+    def test_nothing_of_a_row(self) -> None:
+        """No cell and no key of a row is shown, whatever became of the batch."""
+        globalLogPublisher.addObserver(self.problems)
+        self.addCleanup(globalLogPublisher.removeObserver, self.problems)
+
+        def processor(message: Any, client: Any) -> None:
+            raise ValueError(message.rows)
+
+        self.factory.register_processor(STORES.opcode, processor)
+        good = batch_frame(rows=[(SECRET, SECRET, SECRET, SECRET)])
+        bad = good.replace(b"gender", SECRET[:6].encode())
+        failing = batch_frame(table=STORES, rows=[[SECRET] * 8])
+        for data in (good, failing, bad):
+            protocol, _ = connect(self.factory)
+            protocol.dataReceived(data)
+        text = self.status.render().decode()
+        self.assertIn("ValueError", text)
+        self.assertIn("opcode: 8 | error:", text)
+        self.assertNotIn(SECRET[:6], text)
+
+
+class Rates(StatusTestCase):
+    """The last minutes."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.status.start()
+        self.addCleanup(self.status.stop)
+
+    def test_rates(self) -> None:
+        """What came in a second, on the average between two samples."""
+        protocol, _ = connect(self.factory)
+        protocol.dataReceived(batch_frame(rows=[USER_ROW] * 10))
+        self.clock.advance(SAMPLE_INTERVAL)
+        self.clock.advance(SAMPLE_INTERVAL)
+        rates = self.shown()["rates"]
+        self.assertEqual(rates["columns"], ["time", "rows", "batches", "bytes"])
+        size = len(batch_frame(rows=[USER_ROW] * 10))
+        self.assertEqual(rates["points"], [[5.0, 2.0, 0.2, size / 5], [10.0, 0.0, 0.0, 0.0]])
+
+    def test_bounded(self) -> None:
+        """No more than ten minutes are kept."""
+        self.clock.pump([SAMPLE_INTERVAL] * (SAMPLES + 20))
+        points = self.shown()["rates"]["points"]
+        self.assertEqual(len(points), SAMPLES)
+        self.assertEqual(points[-1][0] - points[0][0], (SAMPLES - 1) * SAMPLE_INTERVAL)
+
+    def test_clock_set_back(self) -> None:
+        """Where the clock was set back there is no point, and no endless rate."""
+        self.clock.advance(SAMPLE_INTERVAL)
+        self.status._take_sample()
+        self.clock.rightNow -= 3
+        self.status._take_sample()
+        self.assertEqual(len(self.shown()["rates"]["points"]), 1)
+
+    def test_stopped(self) -> None:
+        """After the end nothing is sampled any more."""
+        self.status.stop()
+        self.status.stop()
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+
+class Problems(SynchronousTestCase):
+    """The last warnings and errors."""
+
+    def setUp(self) -> None:
+        self.problems = RecentProblems()
+        self.emitter = Logger("test", observer=self.problems)
+
+    def texts(self) -> list[str]:
+        return [problem["text"] for problem in self.problems.latest()]
+
+    def test_levels(self) -> None:
+        """From warnings on, the newest first, with level and time."""
+        for level in (LogLevel.debug, LogLevel.info, LogLevel.warn, LogLevel.error):
+            self.emitter.emit(level, "{what} happened", what=level.name)
+        self.assertEqual(self.texts(), ["error happened", "warn happened"])
+        first, _ = self.problems.latest()
+        self.assertEqual(first["level"], "error")
+        self.assertGreater(first["time"], 1.7e9)
+
+    def test_failure(self) -> None:
+        """Of a failure what was said of it, or its kind; never its text and traceback."""
+        failure = Failure(ValueError(SECRET))
+        self.emitter.failure("it broke", failure)
+        self.emitter.emit(LogLevel.critical, None, log_failure=failure)
+        self.assertEqual(self.texts(), ["ValueError", "it broke"])
+
+    def test_one_short_line(self) -> None:
+        """Each is one line of no great length, without control characters."""
+        self.emitter.warn("{text}", text="first\x1b[31m\u202e line\nsecond line")
+        self.emitter.warn("{text}", text="x" * 10_000)
+        long, first = self.texts()
+        self.assertEqual(first, "first[31m line")
+        self.assertEqual(len(long), 300)
+
+    def test_bounded(self) -> None:
+        """The last fifty are kept."""
+        for number in range(PROBLEMS_KEPT + 10):
+            self.emitter.warn("{number}", number=number)
+        self.assertEqual(self.texts(), [str(59 - number) for number in range(PROBLEMS_KEPT)])
+
+
+def in_time() -> bool:
+    return False
+
+
+class Complete(SinkTestCase):
+    """Which tables are complete, by the store."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.start()
+
+    def send(self, *frames: bytes, client: int | None = None) -> None:
+        """Have a client send this, and wait until it is stored."""
+        protocol, transport = connect(self.factory)
+        hello = b"" if client is None else frame(encode(ClientHello(UUID(int=client))))
+        protocol.dataReceived(hello + b"".join(frames))
+        answers = len(frames) + (client is not None)
+        self.reactor.pump_until(lambda: len(transport.value()) == 5 * answers)
+
+    def totals(self) -> Any:
+        return read_totals(self.path, in_time)
+
+    def test_senders(self) -> None:
+        """A sender is complete when it has said so, and has sent nothing since."""
+        end = frame(encode(end_of_table("users")))
+        self.assertEqual(self.totals(), {})
+        self.send(batch_frame(rows=[USER_ROW] * 2), client=1)
+        self.assertEqual(self.totals(), {"users": TableTotals(1, 2, 1, 0)})
+        self.send(batch_frame(batch_number=2), end, client=1)
+        self.assertEqual(self.totals(), {"users": TableTotals(2, 3, 1, 1)})
+        self.send(batch_frame(), end)
+        self.send(batch_frame(), frame(encode(end_of_table("stores"))))
+        self.assertEqual(self.totals(), {"users": TableTotals(4, 5, 3, 2)})
+        self.send(batch_frame(batch_number=3), client=1)
+        self.send(batch_frame(table=STORES, rows=[]), client=1)
+        expected = {"users": TableTotals(5, 6, 3, 1), "stores": TableTotals(1, 0, 1, 0)}
+        self.assertEqual(self.totals(), expected)
+
+    def test_too_late(self) -> None:
+        """A store that takes too long is left alone."""
+        self.patch(completeness, "_STEPS", 1)
+        self.send(batch_frame())
+        self.assertIsNone(read_totals(self.path, lambda: True))
+
+    def test_unreadable(self) -> None:
+        """Neither can one be asked that is not there; it is not made by asking."""
+        self.assertIsNone(read_totals(f"{self.path}?x#y", in_time))
+        self.assertFalse(Path(f"{self.path}?x#y").exists())
+
+    def test_now_and_then(self) -> None:
+        """It is asked in a thread, once at a time, and again when the answer is old."""
+        asker = Completeness(self.reactor, self.path)
+        self.assertIsNone(asker.latest)
+        self.send(batch_frame())
+        asker.refresh()
+        asker.refresh()
+        self.reactor.pump_until(lambda: asker.latest)
+        first = asker.latest
+        self.assertEqual(first, Answer(0.0, {"users": TableTotals(1, 1, 1, 0)}))
+        self.reactor.advance(INTERVAL - 1)
+        asker.refresh()
+        self.reactor.pump_for(0.01)
+        self.assertIs(asker.latest, first)
+        self.reactor.advance(1)
+        asker.refresh()
+        self.reactor.pump_until(lambda: asker.latest is not first)
+
+    def test_shown(self) -> None:
+        """The page has what the store said, and when; a draining server's store is left alone."""
+        asker = Completeness(self.reactor, self.path)
+        health = Health(self.sink)
+        status = Status(
+            self.reactor,
+            self.factory,
+            health,
+            __version__,
+            problems=RecentProblems(),
+            completeness=asker,
+        )
+        health.is_draining = True
+        self.assertIsNone(json.loads(status.render())["completeness"])
+        self.assertFalse(asker._is_asking)
+        health.is_draining = False
+        self.send(batch_frame(table=USERS))
+        status.render()
+        self.reactor.pump_until(lambda: asker.latest)
+        users = {"batches": 1, "rows": 1, "senders": 1, "complete": 0}
+        shown = json.loads(status.render())["completeness"]
+        self.assertEqual(shown, {"asked_at": 0.0, "tables": {"users": users}})

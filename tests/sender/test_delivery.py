@@ -1,0 +1,313 @@
+"""``cafeorch-send`` brings everything there, once, whatever the server and the network do."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from functools import partial
+from itertools import count, pairwise
+
+from cafeteria_orch.sender import delivery
+from cafeteria_orch.sender.cli import STATE_NAME
+from cafeteria_orch.wire.messages import decode
+from cafeteria_orch.wire.opcodes import Opcode
+from tests.support import scripted
+from tests.support.disks import DEADLINE, ENVIRONMENT
+from tests.support.scripted import (
+    CLOSE,
+    CUT,
+    IGNORE,
+    SUCCEED,
+    Reaction,
+    Script,
+    SenderTestCase,
+    batches,
+    cells,
+    numbers,
+)
+
+
+def is_batch(payload: bytes, number: int) -> bool:
+    return numbers(batches([payload])) == [number]
+
+
+class CompleteTests(SenderTestCase):
+    """Nothing goes wrong."""
+
+    def test_all(self) -> None:
+        """HELLO, the batches of each table in turn, its end; FINISHED with the agency."""
+        self.write_users()
+        self.write_stores()
+        self.assertEqual(self.send("--agency-id=7"), 0)
+        (link,) = self.server.links
+        hello, *between, finished = link.payloads
+        self.assertEqual(hello[0], Opcode.CLIENT_HELLO)
+        self.assertEqual(decode(finished).agency_id, 7)
+        self.assertEqual([payload[0] for payload in between], [5, 5, 9, 8, 8, 8, 8, 8, 9])
+        self.assertEqual(self.server.ends(), ["stores", "users"])
+        self.assertEqual(numbers(link.acknowledged[1:3]), [1, 2])
+        self.assertEqual(cells(self.server.batches()[2:]), [str(row) for row in range(10)])
+        self.assertRegex(self.output, r"acknowledged +2 +14 +7 ")
+
+    def test_run_again(self) -> None:
+        """When all was acknowledged, a run needs no server, and says why."""
+        self.write_users()
+        self.send()
+        self.assertEqual(self.send(), 0)
+        self.assertEqual(len(self.server.links), 1)
+        state = self.folder / STATE_NAME
+        self.assertIn(
+            f"All had been acknowledged before. To send all anew, remove {state}.", self.output
+        )
+
+    def test_new_file(self) -> None:
+        """A new file of a table goes on with its numbers, and the end is sent again."""
+        self.write_users()
+        self.write_stores()
+        self.send()
+        self.write_users("users-2.csv", range(10, 15))
+        self.assertEqual(self.send(), 0)
+        link = self.server.links[1]
+        self.assertEqual(numbers(batches(link.payloads)), [6, 7, 8])
+        self.assertEqual(self.server.ends(), ["stores", "users", "users"])
+        self.assertEqual(cells(self.server.batches())[4:], [str(row) for row in range(15)])
+
+    def test_window(self) -> None:
+        """As many batches are on their way at once as the window says, and no more."""
+        self.write_users(rows=range(50))
+        for window in (1, 3):
+            (self.folder / STATE_NAME).unlink(missing_ok=True)
+            self.send(f"--window={window}")
+            self.assertEqual(self.server.links[-1].most_unanswered, window)
+
+
+class CutTests(SenderTestCase):
+    """The connection does not last."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.write_users()
+        self.write_stores()
+        self.rows = [*range(4), *range(10)]
+
+    def script_at(self, message: int, reaction: Reaction) -> Script:
+        """React in a way to one of all the messages that come, counted from 0."""
+        counter = count()
+        return lambda _: reaction if next(counter) == message else None
+
+    def assert_all_arrived(self) -> None:
+        """Every batch was acknowledged, and wherever it was sent again it was the same."""
+        by_number: dict[tuple[int, int], set[bytes]] = {}
+        for payload in self.server.batches():
+            key = payload[0], decode(payload).batch_number
+            by_number.setdefault(key, set()).add(payload)
+        self.assertEqual({len(payloads) for payloads in by_number.values()}, {1})
+        acknowledged = set(self.server.acknowledged())
+        self.assertEqual(
+            acknowledged, {payload for each in by_number.values() for payload in each}
+        )
+        self.assertEqual(sorted(cells(acknowledged)), sorted(map(str, self.rows)))
+        self.assertEqual(set(self.server.ends()), {"stores", "users"})
+        hellos = {link.payloads[0] for link in self.server.links if link.payloads}
+        self.assertEqual(len(hellos), 1)
+
+    def test_cut_anywhere(self) -> None:
+        """A cut before any answer, even that of the end: the same numbers and bytes again."""
+        for message in range(11):
+            (self.folder / STATE_NAME).unlink(missing_ok=True)
+            self.server.links.clear()
+            self.server.script = self.script_at(message, CUT)
+            self.assertEqual(self.send(), 0, self.output)
+            self.assertEqual(len(self.server.links), 2)
+            self.assert_all_arrived()
+
+    def test_cut_after_commit(self) -> None:
+        """The same where the server has stored the batch and only its answer was lost."""
+        for message in range(1, 8):
+            (self.folder / STATE_NAME).unlink(missing_ok=True)
+            self.server.links.clear()
+            self.server.script = self.script_at(message, Reaction(SUCCEED, CUT.end))
+            self.assertEqual(self.send(), 0, self.output)
+            self.assert_all_arrived()
+
+    def test_acknowledged_is_not_sent_again(self) -> None:
+        """What was acknowledged before the cut stays so."""
+        self.server.script = lambda payload: (
+            CUT if is_batch(payload, 4) and len(self.server.links) == 1 else None
+        )
+        self.assertEqual(self.send("--window=1"), 0)
+        self.assertEqual(numbers(batches(self.server.links[1].payloads)), [4, 5])
+
+    def test_window_after_cuts(self) -> None:
+        """The window holds on each of the connections, and is used on each."""
+        self.write_users("users-2.csv", range(10, 110))
+        counter = count(1)
+        self.server.script = lambda _: CUT if next(counter) % 12 == 0 else None
+        self.assertEqual(self.send("--window=4"), 0)
+        self.assertGreater(len(self.server.links), 4)
+        self.assertEqual({link.most_unanswered for link in self.server.links[:4]}, {4})
+        self.assertLessEqual(max(link.most_unanswered for link in self.server.links), 4)
+
+    def test_close_by_the_server(self) -> None:
+        """A server that closes in good order, to be restarted, is no different."""
+        self.server.script = self.script_at(3, CLOSE)
+        self.assertEqual(self.send(), 0)
+        self.assert_all_arrived()
+
+    def has_received(self, messages: int) -> bool:
+        return len(self.server.payloads()) >= messages
+
+    def test_interrupt(self) -> None:
+        """Ctrl-C ends it at once, wherever it is; the next run sends the rest."""
+        for message in range(1, 11):
+            (self.folder / STATE_NAME).unlink(missing_ok=True)
+            self.server.links.clear()
+            self.assertEqual(self.send(interrupt=partial(self.has_received, message)), 1)
+            self.assertIn("cafeorch-send: interrupted; run it again to send the rest", self.output)
+            self.assertEqual(self.send(), 0)
+            self.assert_all_arrived()
+
+    def test_sigint(self) -> None:
+        """The same with the real thing: status 1, one line, and soon."""
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            connect = f"--connect=tcp:127.0.0.1:{silent.getsockname()[1]}"
+            command = [sys.executable, "-c", "from cafeteria_orch.sender.cli import main; main()"]
+            with subprocess.Popen(
+                [*command, str(self.folder), connect],
+                env=ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            ) as sender:
+                self.addCleanup(sender.kill)
+                silent.settimeout(DEADLINE)
+                silent.accept()[0].close()
+                silent.accept()[0].close()
+                sender.send_signal(signal.SIGINT)
+                _, output = sender.communicate(timeout=DEADLINE)
+        self.assertEqual(sender.returncode, 1)
+        self.assertRegex(output, r"\ncafeorch-send: interrupted; run it again to send the rest\n$")
+
+    def test_interrupt_while_away(self) -> None:
+        """The same while there is no server to send anything to."""
+        self.server.is_away = True
+        self.assertEqual(self.send(interrupt=lambda: self.clock.seconds() > 3), 1)
+        self.assertIn("interrupted", self.output)
+        self.assertLess(self.clock.seconds(), 20)
+
+    def test_other_options(self) -> None:
+        """A file that was begun is cut as it was, whatever the options say now."""
+        self.send(interrupt=lambda: len(self.server.acknowledged()) >= 4)
+        self.write_users("users-2.csv", range(10, 20))
+        self.rows += range(10, 20)
+        self.assertEqual(self.send("--batch-rows=5"), 0)
+        self.assert_all_arrived()
+        by_number = {decode(payload).batch_number: payload for payload in self.server.batches()}
+        amounts = [decode(by_number[number]).amount for number in range(1, 8)]
+        self.assertEqual(amounts, [2, 2, 2, 2, 2, 5, 5])
+
+
+class AwayTests(SenderTestCase):
+    """The server is not there, or does not answer."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.write_users()
+        self.patch(delivery, "ANSWER_TIMEOUT", 5.0)
+
+    def assert_gave_up(self, after: float, why: str) -> None:
+        """One clear reason, at about the time that was said."""
+        self.assertGreaterEqual(self.clock.seconds(), after)
+        self.assertLess(self.clock.seconds(), after + 25)
+        last = self.output.splitlines()[-1]
+        self.assertRegex(
+            last,
+            rf"^cafeorch-send: {why}.*Gave up\. Run it again when the server at tcp:.* is well\.$",
+        )
+        self.assertNotIn("Traceback", self.output)
+
+    def test_away(self) -> None:
+        """It tries again, less and less often, and gives up in time."""
+        self.server.is_away = True
+        self.assertEqual(self.send("--retry-for=60"), 1)
+        self.assert_gave_up(60, "Connection was refused")
+        waits = [after - before for before, after in pairwise(self.server.attempts)]
+        self.assertGreater(len(waits), 4)
+        self.assertLess(len(waits), 40)
+        self.assertGreater(waits[-1], 3 * waits[0])
+
+    def test_no_patience(self) -> None:
+        """With --retry-for 0 the first failure is the last."""
+        self.server.is_away = True
+        self.assertEqual(self.send("--retry-for=0"), 1)
+        self.assert_gave_up(0, "Connection was refused")
+        self.assertEqual(len(self.server.attempts), 1)
+
+    def test_comes_back(self) -> None:
+        """A server that comes in time gets everything."""
+        self.server.is_away = True
+        self.clock.callLater(40, setattr, self.server, "is_away", False)
+        self.assertEqual(self.send("--retry-for=60"), 0)
+        self.assertEqual(numbers(self.server.acknowledged()), [1, 2, 3, 4, 5])
+
+    def test_patience_is_renewed(self) -> None:
+        """The time counts from the last acknowledgement: slow is not away."""
+
+        def script(payload: bytes) -> Reaction | None:
+            if batches([payload]):
+                self.server.is_away = True
+                self.clock.callLater(45, setattr, self.server, "is_away", False)
+                return Reaction(SUCCEED, CUT.end)
+            return None
+
+        self.server.script = script
+        self.assertEqual(self.send("--retry-for=60", "--window=1"), 0, self.output)
+        self.assertGreater(self.clock.seconds(), 4 * 45)
+
+    def test_no_answers(self) -> None:
+        """A server that takes batches and never answers is given up, and tried again."""
+        self.server.script = lambda payload: IGNORE if batches([payload]) else None
+        self.assertEqual(self.send("--retry-for=20"), 1)
+        self.assert_gave_up(20, "Connection")
+        self.assertGreater(len(self.server.links), 2)
+
+    def test_no_answer_once(self) -> None:
+        """The same where the next connection is better."""
+        self.server.script = lambda payload: (
+            IGNORE if batches([payload]) and len(self.server.links) == 1 else None
+        )
+        self.assertEqual(self.send(), 0)
+        self.assertEqual(len(self.server.links), 2)
+        self.assertLess(self.clock.seconds(), 10)
+
+    def ignore_at_first(self, opcode: Opcode, payload: bytes) -> Reaction | None:
+        return IGNORE if payload[0] == opcode and len(self.server.links) == 1 else None
+
+    def test_no_answer_to_other_messages(self) -> None:
+        """The same with HELLO, the end of a table, and FINISHED."""
+        for opcode in (Opcode.CLIENT_HELLO, Opcode.EOF, Opcode.FINISHED):
+            (self.folder / STATE_NAME).unlink(missing_ok=True)
+            self.server.links.clear()
+            self.server.script = partial(self.ignore_at_first, opcode)
+            self.assertEqual(self.send(), 0, self.output)
+            self.assertEqual(len(self.server.links), 2)
+            self.assertEqual(set(numbers(self.server.acknowledged())), {1, 2, 3, 4, 5})
+
+    def test_slow_answers(self) -> None:
+        """A server that is slow but answers is not given up."""
+        self.patch(delivery, "ANSWER_TIMEOUT", 1.0)
+        self.patch(scripted, "LATENCY", 0.45)
+        self.assertEqual(self.send("--window=1"), 0)
+        self.assertEqual(len(self.server.links), 1)
+
+    def test_says_what_it_waits_for(self) -> None:
+        """While it tries again it says why, and for how long it will."""
+        self.server.is_away = True
+        self.send("--retry-for=60")
+        first = self.output.splitlines()[0]
+        self.assertRegex(
+            first, r"^cafeorch-send: Connection was refused.* Trying again for 60 s\.$"
+        )

@@ -1,0 +1,298 @@
+"""``cafeorch-send`` and what a server does not take, or what cannot be sent at all."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from cafeteria_orch.sender.cli import STATE_NAME
+from cafeteria_orch.sender.journal import Journal
+from cafeteria_orch.wire.opcodes import Opcode
+from tests.support.disks import fill_disk, mount_small_disk
+from tests.support.scripted import (
+    CLOSE,
+    MALFORMED,
+    REJECT,
+    TRY_AGAIN,
+    Reaction,
+    SenderTestCase,
+    batches,
+    cells,
+    numbers,
+)
+
+PAGE = 4096
+
+
+class RefusalTests(SenderTestCase):
+    """The server answers FAIL."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.users = self.write_users()
+        self.write_stores()
+
+    def problems(self) -> list[str]:
+        """What was said last, after the table of figures."""
+        lines = self.output.splitlines()
+        (end,) = [place for place, line in enumerate(lines) if line.startswith("acknowledged")]
+        return [line.removeprefix("cafeorch-send: ") for line in lines[end + 1 :]]
+
+    def refuse(self, number: int, reaction: Reaction | bytes) -> None:
+        """Have one batch of users be refused, always."""
+        self.server.script = lambda payload: (
+            reaction if payload[0] == Opcode.NEW_USERS and numbers([payload]) == [number] else None
+        )
+
+    def test_try_again(self) -> None:
+        """A batch that gets FAIL 1 is sent again, the same bytes, after a while."""
+        refused: list[float] = []
+
+        def script(payload: bytes) -> bytes | None:
+            if payload[0] == Opcode.NEW_USERS and numbers([payload]) == [2] and len(refused) < 3:
+                refused.append(self.clock.seconds())
+                return TRY_AGAIN
+            return None
+
+        self.server.script = script
+        self.assertEqual(self.send(), 0, self.output)
+        (link,) = self.server.links
+        self.assertEqual(numbers(batches(link.payloads)[2:]), [1, 2, 3, 4, 5, 2, 2, 2])
+        self.assertEqual(len(set(batches(link.payloads))), 7)
+        for before, after in pairwise(refused):
+            self.assertGreater(after - before, 0.2)
+        self.assertEqual(self.server.ends(), ["stores", "users"])
+        self.assertIn(
+            "The server does not take everything now. Trying again for 60 s.", self.output
+        )
+
+    def test_try_again_for_ever(self) -> None:
+        """A server that takes nothing for too long is given up, and what it took is kept."""
+        self.refuse(2, TRY_AGAIN)
+        self.assertEqual(self.send("--retry-for=30"), 1)
+        self.assertLess(self.clock.seconds(), 30 + 25)
+        self.assertRegex(
+            self.problems()[-1], r"^The server does not take everything now\. Gave up\."
+        )
+        self.assertEqual(self.server.ends(), ["stores"])
+        self.server.script = lambda _: None
+        self.assertEqual(self.send(), 0)
+        self.assertEqual(numbers(batches(self.server.links[-1].payloads)), [2])
+        self.assertEqual(self.server.ends(), ["stores", "users"])
+
+    def test_end_is_tried_again(self) -> None:
+        """The same with the end of a table."""
+        answers = [TRY_AGAIN, TRY_AGAIN]
+        self.server.script = lambda payload: (
+            answers.pop() if payload[0] == Opcode.EOF and answers else None
+        )
+        self.assertEqual(self.send(), 0)
+        self.assertEqual(self.server.ends().count("stores"), 2)
+        self.assertEqual(self.server.ends().count("users"), 2)
+        self.assertEqual(len(self.server.batches()), 7)
+
+    def test_rejected(self) -> None:
+        """A batch that gets FAIL 2 is reported with its lines; all the rest is sent."""
+        self.refuse(3, REJECT)
+        self.assertEqual(self.send(), 1)
+        self.assertEqual(self.problems(), [f"{self.users}, lines 6 to 7: the server rejects it"])
+        self.assertEqual(numbers(self.server.acknowledged()), [1, 2, 1, 2, 4, 5])
+        self.assertEqual(numbers(self.server.batches()).count(3), 1)
+        self.assertEqual(self.server.payloads()[-1][0], Opcode.FINISHED)
+
+    def test_no_end_without_all(self) -> None:
+        """A table of which a batch was refused does not end; the others do."""
+        self.refuse(3, REJECT)
+        self.send()
+        self.assertEqual(self.server.ends(), ["stores"])
+
+    def test_rejected_is_sent_by_the_next_run(self) -> None:
+        """The server may have been mended: the next run sends it again, and the end."""
+        self.refuse(3, REJECT)
+        self.send()
+        self.server.script = lambda _: None
+        self.assertEqual(self.send(), 0)
+        self.assertEqual(numbers(batches(self.server.links[1].payloads)), [3])
+        self.assertEqual(self.server.ends(), ["stores", "users"])
+
+    def test_malformed(self) -> None:
+        """FAIL 3 comes with a close: the batch is reported, and the rest goes on after it."""
+        self.refuse(3, Reaction(MALFORMED, CLOSE.end))
+        self.assertEqual(self.send(), 1)
+        self.assertEqual(
+            self.problems(), [f"{self.users}, lines 6 to 7: the server finds it malformed"]
+        )
+        self.assertEqual(len(self.server.links), 2)
+        self.assertEqual(numbers(self.server.batches()).count(3), 1)
+        self.assertEqual(set(cells(self.server.acknowledged()[2:])), set("01236789"))
+
+    def test_many_malformed(self) -> None:
+        """Each of many costs a connection, and each is sent once."""
+        self.write_users("users-2.csv", range(10, 50))
+        self.server.script = lambda payload: (
+            Reaction(MALFORMED, CLOSE.end) if payload[0] == Opcode.NEW_USERS else None
+        )
+        self.assertEqual(self.send("--window=1", "--retry-for=600"), 1)
+        self.assertEqual(len(self.problems()), 25)
+        self.assertEqual(len(self.server.batches()), 2 + 25)
+        self.assertEqual(self.server.ends(), ["stores"])
+
+    def test_without_a_reason(self) -> None:
+        """A FAIL that does not say why, or says what is unknown, is final as well."""
+        for answer in (b"\x02", b"\x02\x09"):
+            (self.folder / STATE_NAME).unlink(missing_ok=True)
+            self.refuse(1, answer)
+            self.assertEqual(self.send(), 1)
+            self.assertEqual(
+                self.problems(), [f"{self.users}, lines 2 to 3: the server does not accept it"]
+            )
+
+    def test_end_rejected(self) -> None:
+        """An end that is refused is reported, and not forgotten."""
+        self.server.script = lambda payload: REJECT if payload[0] == Opcode.EOF else None
+        self.assertEqual(self.send(), 1)
+        self.assertEqual(
+            self.problems(),
+            [
+                "the end of stores: the server rejects it",
+                "the end of users: the server rejects it",
+            ],
+        )
+        self.server.script = lambda _: None
+        self.assertEqual(self.send(), 0)
+        self.assertEqual(self.server.ends(), ["stores", "users"] * 2)
+
+    def test_no_answer_at_all(self) -> None:
+        """What answers with something else is no orchestrator: it ends at once, and says so."""
+        self.server.script = lambda _: b"\x01\x01"
+        self.assertEqual(self.send(), 1)
+        self.assertIn("the server does not speak this protocol", self.output)
+        self.assertLess(self.clock.seconds(), 10)
+
+
+class FileTests(SenderTestCase):
+    """What lies in the folder."""
+
+    def test_broken_file(self) -> None:
+        """Of a file that is broken nothing is sent, nor the end of its table; the rest is."""
+        self.write_users("users-1.csv", range(4))
+        broken = self.write_users("users-2.csv", range(4, 8))
+        broken.write_text(broken.read_text() + "8,male\n")
+        self.write_stores()
+        self.assertEqual(self.send(), 1)
+        self.assertEqual(cells(self.server.batches()[2:]), ["0", "1", "2", "3"])
+        self.assertEqual(self.server.ends(), ["stores"])
+        self.assertIn(f"{broken}, line 6: 2 cells, the header has 4", self.output)
+
+    def test_mended_file(self) -> None:
+        """When it is mended it is sent, and then the end."""
+        self.test_broken_file()
+        self.write_users("users-2.csv", range(4, 9))
+        self.assertEqual(self.send(), 0)
+        self.assertEqual(numbers(batches(self.server.links[1].payloads)), [3, 4, 5])
+        self.assertEqual(self.server.ends(), ["stores", "users"])
+
+    def test_changed_file(self) -> None:
+        """A file that has changed since it was begun is refused, with what to do about it."""
+        users = self.write_users()
+        self.write_stores()
+        self.send(interrupt=lambda: len(self.server.acknowledged()) >= 4)
+        acknowledged = len(self.server.acknowledged())
+        users.write_text(users.read_text() + "10,male,2003-06-13,2024-01-11\n")
+        self.assertEqual(self.send(), 1)
+        self.assertRegex(
+            self.output,
+            rf"{users}: it has changed since \d of its 5 batches were acknowledged;"
+            " what is new belongs into a file of its own",
+        )
+        self.assertEqual(len(self.server.acknowledged()), acknowledged)
+        self.assertEqual(self.server.ends(), ["stores"])
+
+    def test_file_that_changes_while_it_is_sent(self) -> None:
+        """Whatever is sent of it then is not taken for the whole: the table does not end."""
+        users = self.write_users(rows=range(40))
+
+        def script(payload: bytes) -> None:
+            if batches([payload]) and numbers([payload]) == [2]:
+                users.write_text("user_id,gender\n")
+
+        # Longer than what is read at once.
+        users.write_text(users.read_text().replace("2003-06-13", "2003-06-13" + " " * 2000))
+        self.server.script = script
+        self.assertEqual(self.send("--window=1"), 1, self.output)
+        self.assertEqual(self.server.ends(), [])
+        self.assertNotIn("Traceback", self.output)
+
+    def test_file_that_vanishes(self) -> None:
+        """A file that is gone before its turn comes is reported, the others are sent."""
+        self.write_stores()
+        users = self.write_users()
+        self.server.script = lambda _: users.unlink(missing_ok=True)
+        self.assertEqual(self.send("--window=1"), 1)
+        self.assertIn("No such file", self.output)
+        self.assertEqual(self.server.ends(), ["stores"])
+
+    def test_empty_files(self) -> None:
+        """A file of a header alone is one empty batch, and the table ends."""
+        self.write_users(rows=[])
+        self.assertEqual(self.send(), 0)
+        self.assertEqual(cells(self.server.batches()), [])
+        self.assertEqual(len(self.server.batches()), 1)
+        self.assertEqual(self.server.ends(), ["users"])
+
+
+class StateTests(SenderTestCase):
+    """The state file cannot be written."""
+
+    def test_full_disk(self) -> None:
+        """No room for an acknowledgement: it stops, says why, and the next run goes on."""
+        self.write_users(rows=range(200))
+        disk = mount_small_disk(self, "64k")
+        state = f"--state={disk / 'state'}"
+
+        def script(payload: bytes) -> None:
+            if batches([payload]) and numbers([payload]) == [3]:
+                fill_disk(disk)
+
+        self.server.script = script
+        # All answers are on their way when the first of them cannot be noted.
+        self.assertEqual(self.send(state, "--window=1000"), 1)
+        self.assertRegex(
+            self.output.splitlines()[-1], f"the state file {disk / 'state'}: .*No space"
+        )
+        (disk / "filler").unlink()
+        self.server.script = lambda _: None
+        self.assertEqual(self.send(state), 0, self.output)
+        self.assertEqual({*cells(self.server.acknowledged())}, {str(row) for row in range(200)})
+
+    def test_full_from_the_start(self) -> None:
+        """No room for a new state, or for a plan in one: nothing is sent, and it says why."""
+        self.write_users()
+        for has_state in (False, True):
+            disk = mount_small_disk(self, "16k")
+            state = disk / "state"
+            if has_state:
+                Journal(state, "tcp:127.0.0.1:8080").close()
+                with state.open("ab") as file:
+                    # Up to the end of a page, in which there would be room.
+                    file.write(b'{"ended": "users"}'.ljust(PAGE - file.tell() - 1) + b"\n")
+            fill_disk(disk)
+            self.assertEqual(self.send(f"--state={state}"), 1)
+            self.assertRegex(self.output.splitlines()[-1], f"the state file {state}: .*No space")
+            self.assertEqual(self.server.batches(), [])
+
+    def test_unwritable(self) -> None:
+        """There is no place for it: nothing is sent at all."""
+        self.write_users()
+        self.assertEqual(self.send(f"--state={self.folder}/missing/state"), 1)
+        self.assertEqual(self.server.attempts, [])
+        (line,) = self.output.splitlines()
+        self.assertRegex(line, "missing/state: .*--state")
+
+    def test_other_server(self) -> None:
+        """The state of one server is not that of another."""
+        self.write_users()
+        self.send()
+        self.assertEqual(self.send("--connect=tcp:192.0.2.9:1"), 1)
+        (line,) = self.output.splitlines()
+        self.assertRegex(line, "it is about tcp:127.0.0.1:8080; name another --state")
+        self.assertEqual(len(self.server.links), 1)

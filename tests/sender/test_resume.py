@@ -1,0 +1,143 @@
+"""cafeorch-send is killed, or its server, again and again: the store ends up like the files."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import closing, redirect_stderr, redirect_stdout
+from pathlib import Path
+from random import Random
+
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+
+from cafeteria_orch.sender import cli as send
+from cafeteria_orch.sender.journal import Journal
+from tests.support.faults import (
+    LOOPBACK,
+    PATIENCE,
+    Sender,
+    Server,
+    faults_of_store,
+    new_folder,
+    read_store,
+    seeded,
+    wait_for,
+    write_exports,
+)
+
+FILES = {"users_1.csv": 1700, "users_2.csv": 3, "stores/a.csv": 1200, "stores/b.csv": 1300}
+BATCHES = "--batch-rows=7"
+"""Some 600 batches in all."""
+
+OTHER_BATCHES = "--batch-rows=5"
+
+
+class ProcessTests(SynchronousTestCase):
+    """A sender and a server as processes of their own; kill -9 at random moments."""
+
+    def setUp(self) -> None:
+        self.server = Server(self)
+        self.folder = new_folder(self)
+        self.exports = write_exports(self.folder, FILES)
+        self.state = self.folder / send.STATE_NAME
+
+    def test_sender_is_killed(self) -> None:
+        """Run again until it is done, it has sent every row once and each file in its order."""
+        self.server.start()
+        self.server.wait_until_it_listens()
+        kills = 0
+        with seeded() as moments:
+            while True:
+                # How a file is cut into batches is settled when it is first seen.
+                batches = OTHER_BATCHES if self.state.exists() else BATCHES
+                sender = Sender(self, self.folder, self.server.port, batches)
+                self._wait_for_progress(sender, moments)
+                if sender.has_ended:
+                    break
+                sender.kill()
+                kills += 1
+            self.assertEqual(sender.wait(), 0, sender.output)
+            self.assertGreater(kills, 3)
+            self._assert_complete()
+            sender = Sender(self, self.folder, self.server.port, BATCHES)
+            self.assertEqual(sender.wait(), 0, sender.output)
+            self.assertIn("All had been acknowledged before", sender.output)
+            self._assert_complete()
+
+    def test_server_is_killed(self) -> None:
+        """The sender connects again by itself, sends the rest, and ends with status 0."""
+        self.server.start()
+        sender = Sender(self, self.folder, self.server.port, BATCHES, "--retry-for=30")
+        with seeded() as moments:
+            for _ in range(3):
+                self._wait_for_progress(sender, moments)
+                self.assertFalse(sender.has_ended, "it was faster than the kills")
+                self.server.kill()
+                self.server.start()
+            self.assertEqual(sender.wait(), 0, sender.output)
+            self._assert_complete()
+
+    def _wait_for_progress(self, sender: Sender, moments: Random) -> None:
+        """Wait until some more acknowledgements, none to eighty, are in the state file."""
+        until = self._state_bytes() + moments.randrange(4000)
+        wait_for(lambda: self._state_bytes() >= until or sender.has_ended, "the sender goes on")
+
+    def _state_bytes(self) -> int:
+        return self.state.stat().st_size if self.state.exists() else 0
+
+    def _assert_complete(self) -> None:
+        self.assertEqual(faults_of_store(self.server.store, self.exports), {})
+        client_id = json.loads(self.state.read_text().splitlines()[0])["client_id"]
+        clients = {batch.client_id for batch in read_store(self.server.store)}
+        self.assertEqual(clients, {client_id})
+
+
+class TornStateTests(TestCase):
+    """A kill may leave any part of the state file's last line."""
+
+    timeout = PATIENCE * 4
+
+    async def test_every_part_of_a_line(self) -> None:
+        """A plan, an acknowledgement, an end: cut at any byte, all is sent, nothing twice."""
+        server = Server(self)
+        server.start()
+        server.wait_until_it_listens()
+        folder = new_folder(self)
+        exports = write_exports(folder, {"users_1.csv": 5, "users_2.csv": 1, "stores.csv": 4})
+        state = folder / send.STATE_NAME
+        arguments = [str(folder), "--batch-rows=2", f"--connect=tcp:{LOOPBACK}:{server.port}"]
+        await self._send(arguments)
+        lines = state.read_bytes().splitlines(keepends=True)
+        for kind in (b'"digest"', b'"acknowledged"', b'"ended"'):
+            last = max(index for index, line in enumerate(lines) if kind in line)
+            for size in range(len(lines[last])):
+                state.write_bytes(b"".join(lines[:last]) + lines[last][:size])
+                await self._send(arguments)
+                # Of another size or order, perhaps: what it says is the same.
+                self.assertEqual(
+                    sorted(state.read_bytes().splitlines(keepends=True)), sorted(lines)
+                )
+        self.assertEqual(faults_of_store(server.store, exports), {})
+
+    def test_first_line(self) -> None:
+        """Before the first line is whole nothing was sent: cut at any byte, a new one is made."""
+        path = Path(self.mktemp())
+        with closing(Journal(path, "tcp:server")) as journal:
+            client_id = journal.client_id
+        line = path.read_bytes()
+        for size in range(len(line)):
+            path.write_bytes(line[:size])
+            with closing(Journal(path, "tcp:server")) as journal:
+                self.assertNotEqual(journal.client_id, client_id)
+                client_id = journal.client_id
+            with closing(Journal(path, "tcp:server")) as journal:
+                self.assertEqual(journal.client_id, client_id)
+
+    async def _send(self, arguments: list[str]) -> None:
+        output = io.StringIO()
+        options = send._parser().parse_args(arguments)
+        with redirect_stdout(output), redirect_stderr(output):
+            status = await Deferred.fromCoroutine(send.send_directory(reactor, options))
+        self.assertEqual(status, 0, output.getvalue())

@@ -1,0 +1,389 @@
+"""``cafeorch-send`` as a command: its connection, its arguments, its terminal."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from twisted.internet import error
+from twisted.internet import reactor as installed_reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IProtocol, IProtocolFactory, IStreamClientEndpoint
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+from zope.interface import implementer
+
+from cafeteria_orch import __version__
+from cafeteria_orch.sender.cli import STATE_NAME, main
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Exchange, send_success
+from cafeteria_orch.wire.opcodes import Opcode
+from tests.support.builders import DATA, Pending, until
+
+from .test_send import ADDRESS, USER, USERS_HEADER, SendCase
+
+# Its type is that of a module, which has none of a reactor's methods.
+reactor: Any = installed_reactor
+
+COMMAND = Path(sys.executable).with_name("cafeorch-send")
+
+
+class Terminal(StringIO):
+    """A terminal, as far as it is asked."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Connections(SendCase):
+    """A connection that cannot be made, or does not hold."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.write("users.csv", USERS_HEADER + USER * 5)
+
+    def assert_not_connected(self, reason: Exception) -> None:
+        """A connection that fails with this is one line and status 1."""
+        clock = self.wire.clock
+
+        @implementer(IStreamClientEndpoint)
+        class Nowhere:
+            def connect(self, _: IProtocolFactory) -> Deferred[IProtocol]:
+                connecting: Deferred[IProtocol] = Deferred()
+                clock.callLater(0, connecting.errback, reason)
+                return connecting
+
+        self.out, self.err = StringIO(), StringIO()
+        sent = self.send(endpoint=Nowhere)
+        self.assertEqual(sent.status, 1)
+        (line,) = sent.lines
+        for words in (str(reason).rstrip("."), "Gave up", "tcp:cafe"):
+            self.assertIn(words, line)
+        self.assertRegex(sent.out, r"(?m)^acknowledged +1 +0 +0 +0 in ")
+
+    def test_no_server(self) -> None:
+        """A server that is not there is one line and status 1."""
+        self.assert_not_connected(error.ConnectionRefusedError())
+        self.assert_not_connected(error.TimeoutError())
+        self.assert_not_connected(error.UnknownHostError())
+
+    def test_no_such_name(self) -> None:
+        """So is a name that is no server's."""
+        self.assert_not_connected(error.DNSLookupError("no-such-host.invalid"))
+
+    def test_cut(self) -> None:
+        """A connection that is cut is reported with the reason, after what was acknowledged."""
+        for reason in (error.ConnectionLost(), error.ConnectionDone()):
+            self.setUp()
+            sending = self.begin(batch_rows=1, window=2)
+            self.wire.take()
+            self.wire.answer()
+            self.wire.lose(reason)
+            sent = self.end(sending)
+            self.assertEqual((sent.status, len(sent.lines)), (1, 1), sent.err)
+            self.assertIn(str(reason).rstrip("."), sent.err)
+            self.assertRegex(sent.out, r"(?m)^users +1 +1 +1 ")
+
+    def test_cut_at_the_end(self) -> None:
+        """So is one that is cut when only the server's close is waited for."""
+        sending = self.begin()
+        for _ in range(2):
+            self.wire.take()
+            self.wire.answer()
+        self.assertEqual(self.wire.take(), [b"\x03\x01\x00\x00\x00"])
+        self.wire.lose(error.ConnectionLost())
+        sent = self.end(sending)
+        self.assertEqual((sent.status, len(sent.lines)), (1, 1))
+
+    def test_no_server_of_ours(self) -> None:
+        """Whoever answers with what is no answer is not sent any more."""
+        sending = self.begin(batch_rows=1, window=1)
+        self.wire.take()
+        self.wire.answer(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        self.wire.lose(error.ConnectionLost())
+        sent = self.end(sending)
+        self.assertEqual((sent.status, len(sent.lines)), (1, 1))
+        self.assertEqual(self.wire.take(), [])
+
+    def test_interrupted(self) -> None:
+        """Who interrupts it is told to run it again; the status says it is not all."""
+        sending = self.begin(batch_rows=1, window=3)
+        self.wire.take()
+        self.wire.answer()
+        sending.cancel()
+        sent = self.end(sending)
+        self.assertEqual((sent.status, len(sent.lines)), (1, 1))
+        self.assertRegex(sent.err, "interrupted.*run it again")
+        self.assertRegex(sent.out, r"(?m)^users +1 +1 +1 ")
+
+    def test_interrupted_at_the_end(self) -> None:
+        """So it is while the server's close is waited for."""
+        sending = self.begin()
+        for _ in range(2):
+            self.wire.take()
+            self.wire.answer()
+        sending.cancel()
+        sent = self.end(sending)
+        self.assertEqual((sent.status, len(sent.lines)), (1, 1))
+        self.assertIn("interrupted", sent.err)
+
+    def test_interrupted_while_connecting(self) -> None:
+        """So it is before there is a connection at all."""
+
+        def cancel(deferred: Deferred[IProtocol]) -> None:
+            deferred.errback(error.ConnectingCancelledError(ADDRESS))
+
+        @implementer(IStreamClientEndpoint)
+        class Silent:
+            def connect(self, _: IProtocolFactory) -> Deferred[IProtocol]:
+                return Deferred(cancel)
+
+        sending = self.begin(endpoint=Silent)
+        sending.cancel()
+        sent = self.end(sending)
+        self.assertEqual((sent.status, len(sent.lines)), (1, 1))
+        self.assertIn("interrupted", sent.err)
+
+
+class Arguments(SynchronousTestCase):
+    """What is said wrong is found before anything is done."""
+
+    def run_main(self, *arguments: str) -> tuple[int, str, str]:
+        """Run the command as far as its arguments: status, output, errors."""
+        out, err = StringIO(), StringIO()
+        with patch.object(sys, "stdout", out), patch.object(sys, "stderr", err):
+            exited = self.assertRaises(SystemExit, main, arguments)
+        return exited.code, out.getvalue(), err.getvalue()
+
+    def test_mistakes(self) -> None:
+        """A mistake is named in one line, and the status is 2."""
+        folder = str(DATA)
+        for arguments, what in (
+            ([], "DIRECTORY"),
+            ([str(DATA / "none")], "none is no folder"),
+            ([__file__], "is no folder"),
+            ([folder, folder], folder),
+            ([folder, "--shoes"], "--shoes"),
+            ([folder, "--connect", "carrier-pigeon:x"], "carrier-pigeon"),
+            ([folder, "--connect", "127.0.0.1"], "127.0.0.1"),
+            ([folder, "--connect", "tcp:host:http!"], "http!"),
+            ([folder, "--window", "0"], "--window"),
+            ([folder, "--window", "10001"], "--window"),
+            ([folder, "--window", "many"], "'many'"),
+            ([folder, "--framing", "auto"], "'auto'"),
+            ([folder, "--retry-for", "-1"], "--retry-for"),
+            ([folder, "--retry-for", "nan"], "--retry-for"),
+            ([folder, "--retry-for", "ever"], "'ever'"),
+            ([folder, "--batch-rows", "0"], "--batch-rows"),
+            ([folder, "--batch-rows", "1.5"], "'1.5'"),
+            ([folder, "--max-frame-bytes", "-1"], "--max-frame-bytes"),
+            ([folder, "--agency-id", "2147483648"], "--agency-id"),
+        ):
+            status, out, err = self.run_main(*arguments)
+            self.assertEqual((status, out), (2, ""), arguments)
+            usage, line = err.rstrip("\n").rsplit("\n", 1)
+            self.assertTrue(usage.startswith("usage: cafeorch-send "), usage)
+            self.assertTrue(line.startswith("cafeorch-send: error: "), line)
+            self.assertIn(what, line)
+
+    def test_help(self) -> None:
+        """The help says what the options are and what they are by default."""
+        status, out, err = self.run_main("--help")
+        self.assertEqual((status, err), (0, ""))
+        text = " ".join(out.split())
+        for option, default in (
+            ("--connect", "tcp:127.0.0.1:8080"),
+            ("--agency-id", "1"),
+            ("--batch-rows", "4000"),
+            ("--max-frame-bytes", "1048576"),
+            ("--window", "8"),
+            ("--state", re.escape(f"{STATE_NAME} in DIRECTORY")),
+            ("--retry-for", "60.0"),
+        ):
+            self.assertRegex(text, rf"{option} [A-Z_]+ [^()]*\(default: {default}\)")
+        self.assertRegex(text, r"--framing \{int32,opcode-first\} [^()]*\(default: int32\)")
+
+    def test_version(self) -> None:
+        """The version is that of the package."""
+        self.assertEqual(self.run_main("--version"), (0, f"cafeteria_orch {__version__}\n", ""))
+
+
+class Progress(SendCase):
+    """How far it is, on a terminal."""
+
+    def test_without_tqdm(self) -> None:
+        """A terminal gets the plain lines where tqdm is not installed."""
+        self.err = Terminal()
+        self.write("users.csv", USERS_HEADER + USER * 10)
+        with patch.dict(sys.modules, {"tqdm": None}):
+            sent = self.send(batch_rows=5)
+        self.assertEqual(
+            sent.err.splitlines(),
+            [f"cafeorch-send: {rows} of 10 rows acknowledged" for rows in (5, 10)],
+        )
+
+    def test_with_tqdm(self) -> None:
+        """Where there is no terminal tqdm is not even asked."""
+        self.write("users.csv", USERS_HEADER + USER * 10)
+        sent = self.send(batch_rows=10)
+        self.assertEqual(sent.err, "cafeorch-send: 10 of 10 rows acknowledged\n")
+
+
+class Processes(TestCase):
+    """The command itself, as it is installed."""
+
+    timeout = 30
+
+    def setUp(self) -> None:
+        self.rows = 0
+        self.factory = OrchestratorFactory(reactor)
+        for opcode in range(Opcode.NEW_MENU_ITEMS, Opcode.EOF):
+            self.factory.register_processor(opcode, self.count)
+        port = reactor.listenTCP(0, self.factory, interface="127.0.0.1")
+        self.server = f"tcp:127.0.0.1:{port.getHost().port}"
+        self.addCleanup(until, reactor, lambda: not self.factory.connections)
+        self.addCleanup(port.stopListening)
+        self.folder = Path(self.mktemp())
+        self.folder.mkdir()
+        self.out, self.err = self.folder / "out", self.folder / "err"
+        self.state = self.folder / "state"
+
+    def count(self, batch: Any, client: Exchange) -> None:
+        """A processor that counts rows."""
+        self.rows += batch.amount
+        send_success(client)
+
+    def start(self, *arguments: str, err: int | None = None) -> subprocess.Popen[bytes]:
+        """Start the command; what it says goes into files."""
+        with self.out.open("wb") as out, self.err.open("wb") as err_file:
+            process = subprocess.Popen(
+                [COMMAND, "--state", self.state, "--connect", self.server, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err_file if err is None else err,
+            )
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    async def run_command(self, *arguments: str, err: int | None = None) -> tuple[int, str, str]:
+        """Run the command to its end: status, output, errors."""
+        process = self.start(*arguments, err=err)
+        await until(reactor, lambda: process.poll() is not None)
+        return process.returncode, self.out.read_text(), self.err.read_text()
+
+    async def test_everything(self) -> None:
+        """Everything arrives: status 0, a summary, and plain lines of progress."""
+        status, out, err = await self.run_command(str(DATA))
+        self.assertEqual(status, 0, err)
+        self.assertRegex(out, rf"(?m)^acknowledged +8 +{self.rows} +8 +\d+ in [\d.]+ s$")
+        self.assertGreater(self.rows, 100)
+        for line in err.splitlines():
+            self.assertRegex(line, rf"^cafeorch-send: \d+ of {self.rows} rows acknowledged$")
+
+    async def test_twice(self) -> None:
+        """A second run sends nothing, and says that all had been acknowledged."""
+        await self.run_command(str(DATA))
+        rows = self.rows
+        status, out, err = await self.run_command(str(DATA))
+        self.assertEqual((status, self.rows, err), (0, rows, ""))
+        self.assertRegex(out, rf"(?m)^All had been acknowledged before\..*{self.state}\.$")
+
+    async def test_refused(self) -> None:
+        """Where nobody listens it is one line and status 1."""
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            self.server = f"tcp:127.0.0.1:{unused.getsockname()[1]}"
+            status, _, err = await self.run_command(str(DATA), "--retry-for", "0")
+        self.assertEqual(status, 1)
+        self.assertRegex(err, rf"\Acafeorch-send: Connection was refused.*{self.server}.*\n\Z")
+
+    async def test_retry(self) -> None:
+        """Meanwhile --retry-for it says why it waits and how long, and then that it gave up."""
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            self.server = f"tcp:127.0.0.1:{unused.getsockname()[1]}"
+            status, _, err = await self.run_command(str(DATA), "--retry-for", "0.7")
+        *tries, last = err.splitlines()
+        self.assertEqual(status, 1)
+        self.assertGreaterEqual(len(tries), 1)
+        for line in tries:
+            self.assertRegex(line, r"^cafeorch-send: Connection was refused.* again for \d s\.$")
+        self.assertRegex(last, r"Connection was refused.*Gave up")
+
+    async def test_interrupt(self) -> None:
+        """Ctrl-C ends it with status 1 and a line, no traceback; run again, it completes."""
+        silent = Pending()
+        self.factory.register_processor(Opcode.NEW_STORES, silent, replace=True)
+        process = self.start(str(DATA))
+        await until(reactor, lambda: silent.messages)
+        process.send_signal(signal.SIGINT)
+        await until(reactor, lambda: process.poll() is not None)
+        silent.finish()
+        err = self.err.read_text()
+        self.assertEqual(process.returncode, 1, err)
+        (line,) = [line for line in err.splitlines() if not line.endswith("rows acknowledged")]
+        self.assertRegex(line, r"\Acafeorch-send: interrupted; run it again to send the rest\Z")
+        menu_items = self.rows
+        self.assertGreater(menu_items, 0)
+        self.factory.register_processor(Opcode.NEW_STORES, self.count, replace=True)
+        status, out, err = await self.run_command(str(DATA))
+        self.assertEqual(status, 0, err)
+        self.assertRegex(out, rf"(?m)^acknowledged +8 +{self.rows - menu_items} +7 +\d+ in ")
+        self.assertRegex(out, r"(?m)^1 more batches had been acknowledged before\.$")
+
+    async def test_state_not_writable(self) -> None:
+        """A state that cannot be written is one line with the remedy, and status 1."""
+        self.state = self.folder
+        said = "Is a directory; say with --state where it may be"
+        line = f"cafeorch-send: the state file {self.folder}: {said}\n"
+        self.assertEqual(await self.run_command(str(DATA)), (1, "", line))
+
+    async def test_state_in_use(self) -> None:
+        """While one runs another with the same state is one line and status 1."""
+        silent = Pending()
+        self.factory.register_processor(Opcode.NEW_MENU_ITEMS, silent, replace=True)
+        first = self.start(str(DATA))
+        await until(reactor, lambda: silent.messages)
+        status, out, err = await self.run_command(str(DATA))
+        first.kill()
+        silent.finish()
+        self.assertEqual((status, out), (1, ""))
+        self.assertRegex(err, rf"\Acafeorch-send: .*{self.state}: another .* using it.*\n\Z")
+
+    async def test_long_cell(self) -> None:
+        """A cell may be as long as a frame allows, not only as Python's csv does by itself."""
+        text = USERS_HEADER + f"7,{'f' * 500_000},,\n"
+        (self.folder / "users.csv").write_text(text, encoding="utf-8")
+        status, _, err = await self.run_command(str(self.folder))
+        self.assertEqual((status, self.rows), (0, 1), err)
+
+    async def test_terminal(self) -> None:
+        """On a terminal a bar says how far it is."""
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        # A bar is as wide as the terminal is, which is nothing at all when it is new.
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        status, out, _ = await self.run_command(str(DATA), err=slave)
+        os.set_blocking(master, False)
+        shown = os.read(master, 65536).decode()
+        os.close(slave)
+        self.assertEqual(status, 0, shown)
+        self.assertRegex(shown, r"100%\|.*\| \d+/\d+ ")
+        self.assertNotIn("rows acknowledged", shown)
+        self.assertTrue(re.search("(?m)^acknowledged", out))
+
+    if find_spec("tqdm") is None:
+        test_terminal.skip = "tqdm is not installed"  # type: ignore[attr-defined]

@@ -1,0 +1,189 @@
+"""One message, one answer: the slot that each message has for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel, capturedLogs
+from twisted.python.reflect import fullyQualifiedName
+from twisted.trial.unittest import SynchronousTestCase
+
+from cafeteria_orch.server import responses
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Exchange
+from cafeteria_orch.wire.opcodes import Opcode
+from tests.support.builders import (
+    ECHO,
+    FAIL,
+    PEER,
+    SUCCESS,
+    Pending,
+    TCPTransport,
+    connect,
+    echo,
+    frame,
+    lose,
+    texts,
+)
+
+
+def answers_nothing(message: object, client: Exchange) -> bool:
+    """A processor that forgets to answer."""
+    return True
+
+
+def answers_twice(message: object, client: Exchange) -> None:
+    """A processor that answers once too often."""
+    responses.send_success(client)
+    responses.send_failure(client)
+
+
+class OneMessageOneAnswer(SynchronousTestCase):
+    """Clients count answers: each message that waits for one gets exactly one."""
+
+    def send(
+        self, processor: Callable[..., Any], *, opcode: int = ECHO, answers: bool = True
+    ) -> TCPTransport:
+        """Have one message processed on a new connection; ``self.events`` are its events."""
+        factory = OrchestratorFactory(Clock())
+        factory.register_processor(opcode, processor, answers=answers)
+        with capturedLogs() as self.events:
+            self.protocol, transport = connect(factory)
+            self.protocol.dataReceived(frame(bytes([opcode])))
+        return transport
+
+    def assert_warned(self, name: str | None, events: Sequence[LogEvent]) -> None:
+        """There is one warning, which names the processor; or none."""
+        warnings = texts(events, LogLevel.warn)
+        self.assertEqual(len(warnings), 0 if name is None else 1, warnings)
+        if name is not None:
+            self.assertIn(name, warnings[0])
+            self.assertIn(PEER, warnings[0])
+
+    def test_second_answer(self) -> None:
+        """A second answer is not sent, and the warning names the processor."""
+        transport = self.send(answers_twice)
+        self.assertEqual(transport.value(), SUCCESS)
+        self.assert_warned(fullyQualifiedName(answers_twice), self.events)
+
+    def test_no_answer(self) -> None:
+        """A processor that is done without an answer gives FAIL, reason 2, and a warning."""
+        transport = self.send(answers_nothing)
+        self.assertEqual(transport.value(), FAIL + b"\x02")
+        self.assertFalse(transport.half_closed)
+        self.assert_warned(fullyQualifiedName(answers_nothing), self.events)
+
+    def test_no_answer_from_a_deferred(self) -> None:
+        """The same holds when it is done later, and not before it is."""
+        deferred: Deferred[bool] = Deferred()
+        transport = self.send(lambda message, client: deferred)
+        self.assertEqual(transport.value(), b"")
+        with capturedLogs() as events:
+            deferred.callback(True)
+        self.assertEqual(transport.value(), FAIL + b"\x02")
+        self.assert_warned("lambda", events)
+
+    def test_no_answer_and_false(self) -> None:
+        """A processor that closes without an answer still gives FAIL, before the close."""
+        transport = self.send(lambda message, client: False)
+        self.assertEqual(transport.value(), FAIL + b"\x02")
+        self.assertTrue(transport.half_closed)
+
+    def test_needs_no_answer(self) -> None:
+        """``answers=False``: no answer is as good as one."""
+        transport = self.send(answers_nothing, answers=False)
+        self.assertEqual(transport.value(), b"")
+        self.assert_warned(None, self.events)
+
+    def test_may_answer_all_the_same(self) -> None:
+        """``answers=False`` allows one answer, and no second one."""
+        transport = self.send(answers_twice, answers=False)
+        self.assertEqual(transport.value(), SUCCESS)
+        self.assert_warned("answers_twice", self.events)
+
+    def test_control_message_needs_no_answer(self) -> None:
+        """A processor of FINISHED or of a response owes nothing."""
+        for opcode in (Opcode.FINISHED, Opcode.BATCH_RECV_SUCCESS, Opcode.BATCH_RECV_FAIL):
+            transport = self.send(answers_nothing, opcode=opcode)
+            self.assertEqual(transport.value(), b"")
+            self.assert_warned(None, self.events)
+
+    def test_late_answer(self) -> None:
+        """Once a processor is done its slot is used up, whether it waited for one or not."""
+        clients: list[Exchange] = []
+        for answers, sent in ((True, FAIL + b"\x02"), (False, b"")):
+            transport = self.send(lambda _, client: clients.append(client), answers=answers)
+            with capturedLogs() as events:
+                responses.send_success(clients.pop())
+            self.assertEqual(transport.value(), sent)
+            self.assert_warned("lambda", events)
+
+    def test_late_answer_takes_no_other_slot(self) -> None:
+        """A late answer is not taken for that of the message in hand."""
+        pending = Pending()
+        transport = self.send(pending)
+        _, first, deferred = pending.in_hand.pop()
+        deferred.callback(True)
+        self.protocol.dataReceived(frame(bytes([ECHO, 2])))
+        responses.send_success(first)
+        self.assertEqual(transport.value(), FAIL + b"\x02")
+        pending.finish()
+        self.assertEqual(transport.value(), FAIL + b"\x02" + frame(bytes([ECHO, 2])))
+
+    def test_raises_after_its_answer(self) -> None:
+        """An error after the answer is logged and nothing more: no FAIL, no warning."""
+
+        def processor(message: object, client: Exchange) -> None:
+            responses.send_success(client)
+            raise KeyError
+
+        transport = self.send(processor)
+        self.flushLoggedErrors(KeyError)
+        self.assertEqual(transport.value(), SUCCESS)
+        self.assertFalse(transport.half_closed)
+        self.assertEqual(len(texts(self.events, LogLevel.error)), 1)
+        self.assert_warned(None, self.events)
+
+    def test_answers_after_it_raised(self) -> None:
+        """The FAIL of an error is the answer; what comes after it is not sent."""
+        clients: list[Exchange] = []
+
+        def processor(message: object, client: Exchange) -> None:
+            clients.append(client)
+            raise KeyError
+
+        transport = self.send(processor)
+        self.flushLoggedErrors(KeyError)
+        with capturedLogs() as events:
+            responses.send_success(clients[0])
+        self.assertEqual(transport.value(), FAIL + b"\x02")
+        self.assert_warned("processor", events)
+
+    def test_answer_before_it_is_done(self) -> None:
+        """An answer leaves when it is given, while the message is still in hand."""
+        pending = Pending()
+        transport = self.send(pending)
+        _, client, deferred = pending.in_hand.pop()
+        responses.send_success(client)
+        self.assertEqual(transport.value(), SUCCESS)
+        deferred.callback(True)
+        self.assertEqual(transport.value(), SUCCESS)
+
+    def test_answer_to_a_lost_connection(self) -> None:
+        """An answer that has nowhere to go is dropped without a word."""
+        pending = Pending()
+        transport = self.send(pending)
+        lose(self.protocol)
+        with capturedLogs() as events:
+            pending.finish()
+        self.assertEqual(transport.value(), b"")
+        self.assertEqual(texts(events, LogLevel.warn) + texts(events, LogLevel.error), [])
+
+    def test_response_of_ones_own_is_an_answer(self) -> None:
+        """A response of one's own fills the slot as SUCCESS and FAIL do."""
+        transport = self.send(echo)
+        self.assertEqual(transport.value(), frame(bytes([ECHO])))
+        self.assert_warned(None, self.events)

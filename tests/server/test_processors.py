@@ -1,0 +1,282 @@
+"""Processors that take their time: Deferreds, coroutines, threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from twisted.internet import reactor as installed_reactor
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel, capturedLogs
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+
+from cafeteria_orch.server import responses
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Exchange
+from cafeteria_orch.wire.errors import BatchRejected, TryAgainLater
+from cafeteria_orch.wire.messages import RawMessage
+from tests.support.builders import (
+    ECHO,
+    FAIL,
+    PATIENT,
+    SUCCESS,
+    TCPTransport,
+    batch_frame,
+    connect,
+    echo,
+    frame,
+    lose,
+    texts,
+    until,
+)
+
+# Its type is that of a module, which has none of a reactor's methods.
+reactor: Any = installed_reactor
+
+
+class Boom(Exception):
+    """What no processor should raise."""
+
+
+def exchange(processor: Callable[..., Any]) -> TCPTransport:
+    """Have this processor handle one message of a new connection."""
+    factory = OrchestratorFactory(Clock())
+    factory.register_processor(ECHO, processor)
+    protocol, transport = connect(factory)
+    protocol.dataReceived(frame(bytes([ECHO])))
+    return transport
+
+
+class Deferreds(SynchronousTestCase):
+    """A processor may return a Deferred of what it would have returned."""
+
+    def test_keeps_or_closes(self) -> None:
+        """``True`` and ``None`` keep the connection, ``False`` closes it; once it fires."""
+        for result, closed in ((True, False), (None, False), (False, True)):
+            deferred: Deferred[object] = Deferred()
+
+            def processor(
+                message: object, client: Exchange, deferred: Deferred[object] = deferred
+            ) -> Deferred[object]:
+                responses.send_success(client)
+                return deferred
+
+            transport = exchange(processor)
+            self.assertFalse(transport.half_closed)
+            deferred.callback(result)
+            self.assertEqual(transport.half_closed, closed)
+            self.assertEqual(transport.value(), SUCCESS)
+
+    def test_fired_already(self) -> None:
+        """A Deferred that has fired is as good as its result, and pauses nothing."""
+
+        def processor(message: object, client: Exchange) -> Deferred[bool]:
+            responses.send_success(client)
+            return succeed(False)
+
+        transport = exchange(processor)
+        self.assertEqual(transport.value(), SUCCESS)
+        self.assertTrue(transport.half_closed)
+
+    def test_fails(self) -> None:
+        """A Deferred that fails is a processor that raises: FAIL with the error's reason."""
+        for error, reason in ((Boom(), 2), (TryAgainLater("busy"), 1), (BatchRejected("no"), 2)):
+            for now in (True, False):
+                deferred = fail(error) if now else Deferred[bool]()
+                transport = exchange(lambda message, client, result=deferred: result)
+                if not now:
+                    deferred.errback(error)
+                self.flushLoggedErrors(type(error))
+                self.assertEqual(transport.value(), FAIL + bytes([reason]))
+                self.assertFalse(transport.half_closed)
+
+    def test_nothing_is_left_unhandled(self) -> None:
+        """The Deferred that came in has no failure left in it when all is done."""
+        deferred: Deferred[bool] = Deferred()
+        exchange(lambda message, client: deferred)
+        deferred.errback(Boom())
+        self.flushLoggedErrors(Boom)
+        self.successResultOf(deferred)
+
+
+class Coroutines(SynchronousTestCase):
+    """``async def`` works as a Deferred does."""
+
+    def test_keeps_or_closes(self) -> None:
+        """``True`` and ``None`` keep the connection, ``False`` closes it."""
+
+        async def true(message: object, client: Exchange) -> bool:
+            responses.send_success(client)
+            return True
+
+        async def none(message: object, client: Exchange) -> None:
+            responses.send_success(client)
+
+        async def false(message: object, client: Exchange) -> bool:
+            responses.send_success(client)
+            return False
+
+        for processor, closed in ((true, False), (none, False), (false, True)):
+            transport = exchange(processor)
+            self.assertEqual(transport.value(), SUCCESS)
+            self.assertEqual(transport.half_closed, closed)
+
+    def test_awaits_a_deferred(self) -> None:
+        """It may await a Deferred, and answers once that has fired."""
+        deferred: Deferred[int] = Deferred()
+
+        async def processor(message: object, client: Exchange) -> None:
+            responses.send(client, await deferred)
+
+        transport = exchange(processor)
+        self.assertEqual(transport.value(), b"")
+        deferred.callback(77)
+        self.assertEqual(transport.value(), frame(b"\x4d"))
+
+    def assert_failed(self, transport: TCPTransport, events: Sequence[LogEvent]) -> None:
+        """The client got FAIL 2 and may go on; the log says where the error was."""
+        self.flushLoggedErrors(Boom)
+        self.assertEqual(transport.value(), FAIL + b"\x02")
+        self.assertFalse(transport.half_closed)
+        (line,) = texts(events, LogLevel.error)
+        self.assertRegex(line, r"error: Boom at test_processors\.py:\d+$")
+
+    def test_raises(self) -> None:
+        """One that raises before it waits for anything gives FAIL 2."""
+
+        async def processor(message: object, client: Exchange) -> None:
+            raise Boom
+
+        with capturedLogs() as events:
+            transport = exchange(processor)
+        self.assert_failed(transport, events)
+
+    def test_raises_later(self) -> None:
+        """One that raises after it has waited gives FAIL 2."""
+        deferred: Deferred[None] = Deferred()
+
+        async def processor(message: object, client: Exchange) -> None:
+            await deferred
+            raise Boom
+
+        with capturedLogs() as events:
+            transport = exchange(processor)
+            self.assertEqual(transport.value(), b"")
+            deferred.callback(None)
+        self.assert_failed(transport, events)
+
+
+class BlockingProcessors(TestCase):
+    """``blocking=True``: in a thread, in order, and in nobody's way."""
+
+    timeout = 20
+
+    def setUp(self) -> None:
+        self.factory = OrchestratorFactory(reactor, timeouts=PATIENT)
+        self.addCleanup(self.factory.stop_threads)
+        self.go = threading.Event()
+        self.addCleanup(self.go.set)
+        self.threads: list[threading.Thread] = []
+
+    def waits(self, message: RawMessage, client: Exchange) -> None:
+        """A processor that blocks until the test lets it go on."""
+        self.threads.append(threading.current_thread())
+        self.go.wait(10)
+        echo(message, client)
+
+    async def test_others_go_on(self) -> None:
+        """While it blocks, other connections are served and its own waits."""
+        self.factory.register_processor(ECHO, self.waits, blocking=True)
+        slow, slow_transport = connect(self.factory)
+        quick, quick_transport = connect(self.factory)
+        slow.dataReceived(frame(bytes([ECHO])) + batch_frame())
+        quick.dataReceived(batch_frame())
+        self.assertEqual(quick_transport.value(), SUCCESS)
+        await until(reactor, lambda: self.threads)
+        self.assertEqual(slow_transport.value(), b"")
+        self.assertEqual(slow_transport.producerState, "paused")
+        self.go.set()
+        await until(reactor, lambda: slow_transport.value().endswith(SUCCESS))
+        self.assertEqual(slow_transport.value(), frame(bytes([ECHO])) + SUCCESS)
+        self.assertEqual(slow_transport.producerState, "producing")
+
+    async def test_own_pool_of_daemon_threads(self) -> None:
+        """It runs in a daemon thread that is not of the reactor's own pool."""
+        self.factory.register_processor(ECHO, self.waits, blocking=True)
+        self.go.set()
+        protocol, transport = connect(self.factory)
+        protocol.dataReceived(frame(bytes([ECHO])))
+        await until(reactor, transport.value)
+        (thread,) = self.threads
+        self.assertIsNot(thread, threading.current_thread())
+        self.assertTrue(thread.daemon)
+        self.assertNotIn(thread, reactor.getThreadPool().threads)
+
+    async def test_answers_in_order(self) -> None:
+        """Its answers stand among those of other processors in the messages' order."""
+        self.factory.register_processor(ECHO, self.waits, blocking=True)
+        self.factory.register_processor(ECHO + 1, echo)
+        self.go.set()
+        frames = [frame(bytes([ECHO + number % 2, number])) for number in range(20)]
+        protocol, transport = connect(self.factory)
+        protocol.dataReceived(b"".join(frames))
+        await until(reactor, lambda: len(transport.value()) >= len(b"".join(frames)))
+        self.assertEqual(transport.value(), b"".join(frames))
+
+    async def test_raises(self) -> None:
+        """One that raises gives FAIL 2 and the connection stays; the line says where it was."""
+
+        def processor(message: object, client: Exchange) -> None:
+            raise Boom
+
+        self.factory.register_processor(ECHO, processor, blocking=True)
+        protocol, transport = connect(self.factory)
+        with capturedLogs() as events:
+            protocol.dataReceived(frame(bytes([ECHO])) + batch_frame())
+            await until(reactor, lambda: transport.value().endswith(SUCCESS))
+        self.flushLoggedErrors(Boom)
+        self.assertEqual(transport.value(), FAIL + b"\x02" + SUCCESS)
+        (line,) = texts(events, LogLevel.error)
+        self.assertRegex(line, r"error: Boom at test_processors\.py:\d+$")
+
+    async def test_answers_and_raises(self) -> None:
+        """An answer that its thread gave before an error is the only one."""
+
+        def processor(message: object, client: Exchange) -> None:
+            responses.send_success(client)
+            raise Boom
+
+        self.factory.register_processor(ECHO, processor, blocking=True)
+        protocol, transport = connect(self.factory)
+        protocol.dataReceived(frame(bytes([ECHO])) + frame(b"\x03"))
+        await until(reactor, lambda: transport.half_closed)
+        self.flushLoggedErrors(Boom)
+        self.assertEqual(transport.value(), SUCCESS)
+        lose(protocol)
+
+    async def test_returns_false(self) -> None:
+        """What it returns counts: ``False`` closes once its answer is sent."""
+
+        def processor(message: RawMessage, client: Exchange) -> bool:
+            echo(message, client)
+            return False
+
+        self.factory.register_processor(ECHO, processor, blocking=True)
+        protocol, transport = connect(self.factory)
+        protocol.dataReceived(frame(bytes([ECHO])) + batch_frame())
+        await until(reactor, lambda: transport.half_closed)
+        self.assertEqual(transport.value(), frame(bytes([ECHO])))
+        lose(protocol)
+
+    async def test_hung_thread_is_not_waited_for(self) -> None:
+        """Letting go of the threads returns at once while one of them hangs."""
+        self.factory.register_processor(ECHO, self.waits, blocking=True)
+        protocol, transport = connect(self.factory)
+        protocol.dataReceived(frame(bytes([ECHO])))
+        await until(reactor, lambda: self.threads)
+        self.factory.stop_threads()
+        self.assertTrue(self.threads[0].is_alive())
+        self.go.set()
+        await until(reactor, transport.value)

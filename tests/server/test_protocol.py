@@ -1,0 +1,256 @@
+"""One connection: what each kind of trouble gives, and who the client is."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+from uuid import UUID
+
+from twisted.internet.address import IPv6Address, UNIXAddress
+from twisted.internet.interfaces import IAddress
+from twisted.internet.task import Clock
+from twisted.logger import LogLevel, capturedLogs
+from twisted.trial.unittest import SynchronousTestCase
+
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Exchange
+from cafeteria_orch.wire.errors import BatchRejected, TryAgainLater
+from cafeteria_orch.wire.messages import ClientHello, Finished, encode
+from cafeteria_orch.wire.opcodes import Opcode
+from tests.support.builders import (
+    ECHO,
+    FAIL,
+    PEER,
+    SUCCESS,
+    USER_ROW,
+    TCPTransport,
+    batch,
+    batch_frame,
+    connect,
+    echo,
+    frame,
+    numbered,
+    texts,
+)
+
+HELLO = ClientHello(UUID("12345678-1234-5678-1234-567812345678"))
+LIMIT = 1000
+
+
+class Boom(Exception):
+    """What no code should raise."""
+
+
+class Trouble(SynchronousTestCase):
+    """What the client gets, whether the connection stays, and what the log says."""
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.factory = OrchestratorFactory(self.clock, max_frame_bytes=LIMIT)
+        self.protocol, self.transport = connect(self.factory)
+
+    def register(self, error: Exception) -> None:
+        """Have every message of ``ECHO`` raise this error."""
+
+        def processor(message: object, client: Exchange) -> None:
+            raise error
+
+        self.factory.register_processor(ECHO, processor)
+
+    def test_malformed(self) -> None:
+        """FAIL with reason 3, closed, and an error with ip and opcode; for every kind of it."""
+        body = encode(batch())[1:]
+        for opcode, data in (
+            ("8", b"\x08" + body + b"x"),
+            ("8", b"\x08" + body[:-1]),
+            ("8", b"\x08"),
+            ("8", b"\x08" + struct.pack("<iqB", -1, 1, 0)),
+            ("8", b"\x08" + struct.pack("<iqB", 2**31 - 1, 1, 0)),
+            ("8", b"\x08" + body.replace(b"gender", b"Gender")),
+            ("8", b"\x08" + body.replace(b"female", b"\xff" * 6)),
+            ("3", b"\x03\x01"),
+            ("30", b"\x1e" + bytes(15)),
+            ("99", b"\x63"),
+            ("0", b"\x00"),
+            (r"\S+", b""),
+            (r"\S+", bytes(LIMIT + 1)),
+        ):
+            protocol, transport = connect(self.factory)
+            with capturedLogs() as events:
+                protocol.dataReceived(batch_frame() + frame(data) + batch_frame())
+            self.assertEqual(transport.value(), SUCCESS + FAIL + b"\x03", data)
+            self.assertTrue(transport.half_closed, data)
+            (line,) = texts(events, LogLevel.error)
+            self.assertRegex(line, rf"result: fail \| ip: 192\.0\.2\.7 \| opcode: {opcode} ")
+            self.assertEqual(texts(events, LogLevel.critical), [])
+
+    def test_malformed_shows_no_data(self) -> None:
+        """The line of a malformed batch names what is wrong and never the data."""
+        damaged = encode(batch()).replace(b"registered_at", b"registered_by")
+        with capturedLogs() as events:
+            self.protocol.dataReceived(frame(damaged))
+        self.assertIn("unknown column", texts(events, LogLevel.error)[0])
+        for cell in (*USER_ROW[1:], "registered_by"):
+            self.assertNotIn(cell, repr(events))
+
+    def test_frame_too_long_is_not_waited_for(self) -> None:
+        """The length alone is refused, before the frame is there."""
+        self.protocol.dataReceived(struct.pack(">I", LIMIT + 1))
+        self.assertEqual(self.transport.value(), FAIL + b"\x03")
+        self.assertTrue(self.transport.half_closed)
+
+    def test_malformed_leaves_others_alone(self) -> None:
+        """Another connection of the same factory goes on as if nothing had been."""
+        other, other_transport = connect(self.factory)
+        other.dataReceived(batch_frame()[:10])
+        self.protocol.dataReceived(frame(b"\x63"))
+        other.dataReceived(batch_frame()[10:])
+        self.assertEqual(other_transport.value(), SUCCESS)
+        self.assertFalse(other_transport.half_closed)
+
+    def test_decoder_raises_value_error(self) -> None:
+        """A decoder of one's own that raises ``ValueError`` has met a malformed message."""
+
+        def decoder(body: bytes) -> None:
+            raise ValueError(USER_ROW[2])
+
+        self.factory.register_processor(ECHO, echo, decoder=decoder)
+        with capturedLogs() as events:
+            self.protocol.dataReceived(numbered(1) + batch_frame())
+        self.assertEqual(self.transport.value(), FAIL + b"\x03")
+        self.assertTrue(self.transport.half_closed)
+        (line,) = texts(events, LogLevel.error)
+        self.assertIn(f"ip: {PEER} | opcode: {ECHO} ", line)
+        self.assertNotIn(USER_ROW[2], repr(events))
+
+    def test_processor_raises(self) -> None:
+        """FAIL with reason 2, the connection stays, and the error is in the seed's form."""
+        self.register(Boom(USER_ROW[2]))
+        self.protocol.log_debug = True
+        with capturedLogs() as events:
+            self.protocol.dataReceived(numbered(1) + batch_frame())
+        self.flushLoggedErrors(Boom)
+        self.assertEqual(self.transport.value(), FAIL + b"\x02" + SUCCESS)
+        self.assertFalse(self.transport.half_closed)
+        (line,) = texts(events, LogLevel.error)
+        self.assertRegex(
+            line,
+            r"^action: message_processing \| result: fail \| batch_number: - \| amount: -"
+            r" \| error: Boom at test_protocol\.py:\d+$",
+        )
+        self.assertEqual(
+            [event["log_level"] for event in events if "log_failure" in event], [LogLevel.debug]
+        )
+
+    def test_no_traceback_above_debug(self) -> None:
+        """Not even an observer that filters nothing gets the error's text, but at debug."""
+        self.register(Boom(USER_ROW[2]))
+        with capturedLogs() as events:
+            self.protocol.dataReceived(numbered(1))
+        self.assertEqual([event for event in events if "log_failure" in event], [])
+
+    def test_processor_raises_unicode_error(self) -> None:
+        """An error that has a ``reason`` of its own is a processor that raises like any other."""
+        self.register(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"))
+        self.protocol.dataReceived(numbered(1) + batch_frame())
+        self.flushLoggedErrors(UnicodeDecodeError)
+        self.assertEqual(self.transport.value(), FAIL + b"\x02" + SUCCESS)
+        self.assertFalse(self.transport.half_closed)
+
+    def test_rejected(self) -> None:
+        """A batch that is rejected gets reason 2, and the connection stays."""
+        self.register(BatchRejected("an unknown store"))
+        self.protocol.dataReceived(numbered(1) + batch_frame())
+        self.flushLoggedErrors(BatchRejected)
+        self.assertEqual(self.transport.value(), FAIL + b"\x02" + SUCCESS)
+
+    def test_try_again_later(self) -> None:
+        """What cannot be stored now gets reason 1, and the connection stays."""
+        self.register(TryAgainLater("the disk is full"))
+        with capturedLogs() as events:
+            self.protocol.dataReceived(numbered(1) + batch_frame())
+        self.flushLoggedErrors(TryAgainLater)
+        self.assertEqual(self.transport.value(), FAIL + b"\x01" + SUCCESS)
+        self.assertFalse(self.transport.half_closed)
+        self.assertEqual(len(texts(events, LogLevel.error)), 1)
+
+    def test_our_own_code_raises(self) -> None:
+        """FAIL with reason 2, closed, and the failure with its traceback."""
+
+        def decoder(body: bytes) -> None:
+            raise Boom
+
+        self.factory.register_processor(ECHO, echo, decoder=decoder)
+        with capturedLogs() as events:
+            self.protocol.dataReceived(numbered(1) + batch_frame())
+        self.flushLoggedErrors(Boom)
+        self.assertEqual(self.transport.value(), FAIL + b"\x02")
+        self.assertTrue(self.transport.half_closed)
+        (line,) = texts(events, LogLevel.critical)
+        self.assertIn(f"ip: {PEER} | opcode: {ECHO}", line)
+        (event,) = [event for event in events if "log_failure" in event]
+        self.assertIn("in decoder", event["log_failure"].getTraceback())
+
+
+class Identity(SynchronousTestCase):
+    """Who the client is, as far as it says."""
+
+    def test_finished(self) -> None:
+        """FINISHED sets the agency's number, and an empty one says none."""
+        for agency_id in (12, -1, 0, None):
+            protocol, transport = connect()
+            protocol.dataReceived(frame(encode(Finished(agency_id))))
+            self.assertEqual(protocol.session.agency_id, agency_id)
+            self.assertTrue(transport.half_closed)
+
+    def test_hello(self) -> None:
+        """A CLIENT_HELLO that comes first says who it is, and is acknowledged."""
+        protocol, transport = connect()
+        self.assertIsNone(protocol.session.client_id)
+        protocol.dataReceived(frame(encode(HELLO)) + batch_frame())
+        self.assertEqual(protocol.session.client_id, HELLO.client_id)
+        self.assertEqual(transport.value(), SUCCESS + SUCCESS)
+
+    def test_late_hello(self) -> None:
+        """A CLIENT_HELLO that is not the first message is malformed, and changes nothing."""
+        for first in (batch_frame(), frame(encode(HELLO)), frame(b"\x01")):
+            protocol, transport = connect()
+            protocol.dataReceived(first)
+            transport.clear()
+            before = protocol.session.client_id
+            protocol.dataReceived(frame(encode(ClientHello(UUID(int=1)))))
+            self.assertEqual(protocol.session.client_id, before)
+            self.assertEqual(transport.value(), FAIL + b"\x03")
+            self.assertTrue(transport.half_closed)
+
+    def test_processors_see_it(self) -> None:
+        """A message's handle knows what the messages before it have said."""
+        factory = OrchestratorFactory(Clock())
+        seen: list[Any] = []
+        factory.register_processor(
+            Opcode.NEW_USERS,
+            lambda _, client: seen.append((client.ip, client.client_id, client.agency_id)),
+            answers=False,
+        )
+        factory.register_processor(
+            Opcode.FINISHED, lambda _, client: seen.append(client.agency_id)
+        )
+        protocol, _ = connect(factory)
+        protocol.dataReceived(frame(encode(HELLO)) + batch_frame() + frame(encode(Finished(3))))
+        self.assertEqual(seen, [(PEER, HELLO.client_id, None), 3])
+
+    def test_addresses(self) -> None:
+        """The ip is the peer's, of either kind, and ``unix`` for a local socket."""
+        addresses: tuple[tuple[IAddress, str], ...] = (
+            (IPv6Address("TCP", "2001:db8::1", 4000), "2001:db8::1"),
+            (UNIXAddress(None), "unix"),
+        )
+        for address, ip in addresses:
+            factory = OrchestratorFactory(Clock())
+            protocol = OrchestratorProtocol(factory)
+            transport = TCPTransport()
+            transport.peerAddr = address
+            protocol.makeConnection(transport)
+            self.assertEqual(protocol.session.ip, ip)
+            self.assertEqual(transport.no_delay, ip != "unix")

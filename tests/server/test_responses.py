@@ -1,0 +1,255 @@
+"""Answers: what goes out, from which thread, and what an error becomes."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+from uuid import UUID
+
+from twisted.logger import LogLevel, capturedLogs
+from twisted.trial.unittest import SynchronousTestCase
+
+from cafeteria_orch.server import responses
+from cafeteria_orch.server.responses import Exchange, Session
+from cafeteria_orch.wire.errors import BatchRejected, ProtocolError, TryAgainLater
+from cafeteria_orch.wire.opcodes import FailReason, Opcode
+from tests.support.builders import (
+    ECHO,
+    PEER,
+    batch,
+    texts,
+)
+
+SECRET = "2003-06-13"  # What a row holds, and no line above debug may.
+FORM = (
+    "action: message_processing | result: fail | batch_number: {batch_number}"
+    " | amount: {amount} | error: {error}"
+)
+
+
+class FakeReactor:
+    """A reactor that only keeps what other threads ask of it."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+
+    def callFromThread(self, function: Callable[..., Any], *args: Any) -> None:
+        self.calls.append((function, args))
+
+
+class FakeConnection:
+    """A connection that only keeps the answers."""
+
+    def __init__(self) -> None:
+        self.session = Session(PEER, 0.0)
+        self.thread = threading.get_ident()
+        self.reactor: Any = FakeReactor()
+        self.log_debug = True
+        self.sent: list[bytes] = []
+
+    def answered(self, exchange: Exchange) -> None:
+        self.sent.append(exchange.payload)
+
+    def processor_name(self, opcode: int) -> str:
+        return f"processor of {opcode}"
+
+
+def raised(error: Exception) -> Exception:
+    """The error as it is once it was raised, so that it has a traceback."""
+
+    def fail() -> None:
+        raise error
+
+    try:
+        fail()
+    except Exception as caught:
+        return caught
+    raise AssertionError
+
+
+class Sending(SynchronousTestCase):
+    """What goes out, byte for byte."""
+
+    def setUp(self) -> None:
+        self.connection = FakeConnection()
+        self.client = Exchange(self.connection, Opcode.NEW_USERS)
+
+    def test_success(self) -> None:
+        """A success is its opcode alone."""
+        responses.send_success(self.client)
+        self.assertEqual(self.connection.sent, [b"\x01"])
+
+    def test_failure_says_why(self) -> None:
+        """A failure carries its reason in one byte."""
+        for reason in FailReason:
+            connection = FakeConnection()
+            responses.send_failure(Exchange(connection, ECHO), reason)
+            self.assertEqual(connection.sent, [bytes([2, reason])])
+
+    def test_failure_is_a_rejection_by_default(self) -> None:
+        """A failure without a reason given is reason 2."""
+        responses.send_failure(self.client)
+        self.assertEqual(self.connection.sent, [b"\x02\x02"])
+
+    def test_failure_without_a_reason(self) -> None:
+        """The reason ``None`` sends the empty body of the seed."""
+        responses.send_failure(self.client, None)
+        self.assertEqual(self.connection.sent, [b"\x02"])
+
+    def test_response_of_ones_own(self) -> None:
+        """``send`` takes any opcode and body."""
+        responses.send(self.client, 200, b"body")
+        self.assertEqual(self.connection.sent, [b"\xc8body"])
+
+    def test_opcode_is_one_byte(self) -> None:
+        """An opcode that is not one byte is refused, and the slot stays free."""
+        for opcode in (-1, 256):
+            self.assertRaises(ValueError, responses.send, self.client, opcode)
+        responses.send_success(self.client)
+        self.assertEqual(self.connection.sent, [b"\x01"])
+
+    def test_handle_knows_its_client(self) -> None:
+        """A handle gives the ip, the ids and the opcode, as the session has them now."""
+        self.assertEqual(
+            (self.client.ip, self.client.client_id, self.client.agency_id, self.client.opcode),
+            (PEER, None, None, 8),
+        )
+        session = self.connection.session
+        session.client_id, session.agency_id = UUID(int=5), 9
+        self.assertEqual((self.client.client_id, self.client.agency_id), (UUID(int=5), 9))
+        self.assertIs(self.client.session, session)
+
+    def test_from_the_reactors_thread(self) -> None:
+        """An answer given in the reactor's thread leaves at once, without the reactor."""
+        responses.send_success(self.client)
+        self.assertEqual(self.connection.sent, [b"\x01"])
+        self.assertEqual(self.connection.reactor.calls, [])
+
+    def test_from_another_thread(self) -> None:
+        """An answer given in another thread goes through ``callFromThread``."""
+        thread = threading.Thread(target=responses.send_success, args=(self.client,))
+        thread.start()
+        thread.join()
+        self.assertEqual(self.connection.sent, [])
+        self.assertFalse(self.client.settled)
+        ((function, args),) = self.connection.reactor.calls
+        function(*args)
+        self.assertEqual(self.connection.sent, [b"\x01"])
+        self.assertTrue(self.client.settled)
+
+    def test_second_answer_from_another_thread(self) -> None:
+        """Whoever comes second is not sent, in whatever thread it was."""
+        thread = threading.Thread(target=responses.send_failure, args=(self.client,))
+        thread.start()
+        thread.join()
+        responses.send_success(self.client)
+        with capturedLogs() as events:
+            for function, args in self.connection.reactor.calls:
+                function(*args)
+        self.assertEqual(self.connection.sent, [b"\x01"])
+        (warning,) = texts(events, LogLevel.warn)
+        self.assertIn("processor of 8", warning)
+
+
+class ProcessingErrors(SynchronousTestCase):
+    """``handle_processing_error``: a FAIL for the client, lines for the log."""
+
+    def handle(self, error: Exception, message: object) -> tuple[list[bytes], Sequence[Any]]:
+        connection = FakeConnection()
+        client = Exchange(connection, Opcode.NEW_USERS)
+        with capturedLogs() as events:
+            self.assertIs(responses.handle_processing_error(message, client, error), True)
+        self.flushLoggedErrors(type(error))
+        return connection.sent, events
+
+    def test_line_in_the_seeds_form(self) -> None:
+        """The error line is the seed's, with the batch's number and amount."""
+        _, events = self.handle(raised(BatchRejected("a store is closed")), batch(batch_number=7))
+        self.assertEqual(
+            texts(events, LogLevel.error),
+            [FORM.format(batch_number=7, amount=1, error="a store is closed")],
+        )
+
+    def test_message_that_is_no_batch(self) -> None:
+        """What a decoder of one's own made has neither a number nor an amount."""
+        _, events = self.handle(raised(TryAgainLater("full")), {"a": 1})
+        self.assertEqual(
+            texts(events, LogLevel.error),
+            [FORM.format(batch_number="-", amount="-", error="full")],
+        )
+
+    def test_reason_is_the_errors_own(self) -> None:
+        """An error of this package says which reason the client gets."""
+        for error, reason in (
+            (BatchRejected("no"), 2),
+            (TryAgainLater("later"), 1),
+            (ProtocolError("what"), 3),
+            (KeyError("x"), 2),
+        ):
+            sent, _ = self.handle(raised(error), batch())
+            self.assertEqual(sent, [bytes([2, reason])])
+
+    def test_foreign_error_with_a_reason_of_its_own(self) -> None:
+        """The ``reason`` of an error that is not of this package means something else."""
+        error = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+        sent, events = self.handle(raised(error), batch())
+        self.assertEqual(sent, [b"\x02\x02"])
+        self.assertEqual(len(texts(events, LogLevel.error)), 1)
+
+    def test_no_data_above_debug(self) -> None:
+        """Neither the text of a foreign error nor a row is in what is above debug."""
+        _, events = self.handle(raised(ValueError(f"bad birthdate {SECRET}")), batch())
+        above = [event for event in events if event["log_level"] > LogLevel.debug]
+        (line,) = texts(events, LogLevel.error)
+        self.assertRegex(line, r"\| error: ValueError at test_responses\.py:\d+$")
+        self.assertEqual(len(above), 1)
+        self.assertNotIn(SECRET, repr(above))
+
+    def test_traceback_at_debug(self) -> None:
+        """The traceback is there, with the error's text, at debug alone."""
+        _, events = self.handle(raised(ValueError(SECRET)), batch())
+        (event,) = [event for event in events if "log_failure" in event]
+        self.assertIs(event["log_level"], LogLevel.debug)
+        traceback = event["log_failure"].getTraceback()
+        self.assertIn(SECRET, traceback)
+        self.assertIn("in fail", traceback)
+
+    def test_answered_before(self) -> None:
+        """A message that has its answer gets no FAIL on top, and no warning of a second one."""
+        connection = FakeConnection()
+        client = Exchange(connection, Opcode.NEW_USERS)
+        responses.send_success(client)
+        with capturedLogs() as events:
+            responses.handle_processing_error(batch(), client, BatchRejected("too late"))
+        self.flushLoggedErrors(BatchRejected)
+        self.assertEqual(connection.sent, [b"\x01"])
+        self.assertEqual(len(texts(events, LogLevel.error)), 1)
+        self.assertEqual(texts(events, LogLevel.warn), [])
+
+
+class Describing(SynchronousTestCase):
+    """``describe``: an error in one line that holds no data."""
+
+    def test_own_error(self) -> None:
+        """The text of this package's errors is written for the log."""
+        self.assertEqual(responses.describe(raised(ProtocolError("row 3"))), "row 3")
+
+    def test_foreign_error(self) -> None:
+        """Of another error it is the kind and the innermost place, without a directory."""
+
+        def inner() -> None:
+            raise KeyError(SECRET)
+
+        try:
+            inner()
+        except KeyError as error:
+            text = responses.describe(error)
+        line = inner.__code__.co_firstlineno + 1
+        self.assertEqual(text, f"KeyError at test_responses.py:{line}")
+        self.assertNotIn(os.sep, text)
+
+    def test_never_raised(self) -> None:
+        """An error that was never raised comes from no place."""
+        self.assertEqual(responses.describe(KeyError(SECRET)), "KeyError")

@@ -1,0 +1,423 @@
+"""How long a client and a processor are waited for, and what becomes of them then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IPushProducer
+from twisted.internet.task import Clock
+from twisted.logger import LogLevel, capturedLogs
+from twisted.trial.unittest import SynchronousTestCase
+
+from cafeteria_orch.server import responses
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.timeouts import Deadline, Timeouts
+from cafeteria_orch.wire.opcodes import Opcode
+from tests.support.builders import (
+    ECHO,
+    FAIL,
+    SUCCESS,
+    Pending,
+    TCPTransport,
+    batch_frame,
+    connect,
+    echo,
+    frame,
+    lose,
+    numbered,
+    texts,
+)
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("start"), st.one_of(st.none(), st.integers(0, 9))),
+    st.tuples(st.sampled_from(("suspend", "resume", "cancel")), st.none()),
+    st.tuples(st.just("advance"), st.integers(0, 9)),
+)
+
+
+class DeadlineTests(SynchronousTestCase):
+    """The timer itself."""
+
+    @given(st.lists(ACTIONS, max_size=30))
+    def test_like_a_plain_one(self, actions: list[tuple[str, int | None]]) -> None:
+        """It is reached exactly when a timer would be that is counted down second by second."""
+        clock = Clock()
+        reached: list[float] = []
+        deadline = Deadline(clock, lambda: reached.append(clock.seconds()))
+        expected: list[float] = []
+        left: int | None = None
+        running = False
+        for action, value in [*actions, ("advance", 10)]:
+            if action != "advance":
+                getattr(deadline, action)(*([value] if action == "start" else []))
+            if action == "start":
+                left, running = value, value is not None
+            elif action == "suspend":
+                running = False
+            elif action == "resume":
+                running = left is not None
+            elif action == "cancel":
+                left, running = None, False
+            else:
+                # What is set to no time at all is reached when time is looked at.
+                for second in range((value or 0) + 1):
+                    if second:
+                        clock.advance(1)
+                        left = left - 1 if running and left else left
+                    else:
+                        clock.advance(0)
+                    if running and left == 0:
+                        expected.append(clock.seconds())
+                        left, running = None, False
+            self.assertEqual(deadline.is_set, running)
+        self.assertEqual(reached, expected)
+
+    def test_one_call(self) -> None:
+        """However often it is set, one call at most is on the reactor."""
+        clock = Clock()
+        deadline = Deadline(clock, lambda: None)
+        for seconds in (5, 9, 2, 7, 3):
+            deadline.start(seconds)
+            self.assertEqual(len(clock.getDelayedCalls()), 1)
+        deadline.cancel()
+        self.assertEqual(clock.getDelayedCalls(), [])
+
+
+class TimeoutTests(SynchronousTestCase):
+    """A connection on a clock, with an echo and a processor whose messages stay in hand."""
+
+    PENDING, SHARED = 41, 42
+
+    timeouts = Timeouts()
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.factory = OrchestratorFactory(self.clock, timeouts=self.timeouts)
+        self.pending = Pending()
+        self.factory.register_processor(ECHO, echo)
+        self.factory.register_processor(self.PENDING, self.pending)
+        self.factory.register_processor(self.SHARED, self.pending, pipelined=True)
+        self.protocol, self.transport = connect(self.factory)
+
+    def receive(self, data: bytes) -> None:
+        self.protocol.dataReceived(data)
+
+    def producer(self) -> IPushProducer:
+        producer: IPushProducer | None = self.transport.producer
+        assert producer is not None
+        return producer
+
+    def pass_time(self, seconds: float) -> None:
+        """Second by second, as a reactor that has something to do."""
+        for _ in range(int(seconds)):
+            self.clock.advance(1)
+
+    def assert_open(self) -> None:
+        self.assertFalse(self.transport.half_closed or self.transport.aborted)
+
+    def assert_closed_at(self, seconds: float) -> list[str]:
+        """It is open until then, and closes then; the warnings of that."""
+        with capturedLogs() as events:
+            self.pass_time(seconds - 1)
+            self.assert_open()
+            self.pass_time(1)
+        self.assertTrue(self.transport.half_closed)
+        return texts(events, LogLevel.warn)
+
+
+class FrameTimeoutTests(TimeoutTests):
+    """From a frame's first byte to its last."""
+
+    def test_half_frame(self) -> None:
+        """A frame that does not end is given up, with a warning and without an answer."""
+        self.receive(batch_frame()[:-3])
+        (warning,) = self.assert_closed_at(30)
+        self.assertIn("30 s, the limit of --frame-timeout, 3 bytes were missing", warning)
+        self.assertEqual(self.transport.value(), b"")
+
+    def test_trickle(self) -> None:
+        """It does not help to send a byte now and then, be it of the length or of the rest."""
+        data = batch_frame()
+        for end in (1, 3, 30):
+            self.protocol, self.transport = connect(self.factory)
+            self.receive(data[:1])
+            for number in range(1, end):
+                self.pass_time(0 if number < end - 20 else 1)
+                self.receive(data[number : number + 1])
+            self.assert_closed_at(30 - min(end - 1, 20))
+
+    def test_new_frame(self) -> None:
+        """Each frame has its own time, also one whose beginning comes with another's end."""
+        whole, half = numbered(1), numbered(2)[:4]
+        self.receive(half)
+        self.pass_time(29)
+        self.receive(numbered(2)[4:] + whole + half)
+        self.assertEqual(self.transport.value(), numbered(2, 1))
+        self.assert_closed_at(30)
+
+    def test_between_frames(self) -> None:
+        """Between two frames a client may be silent for ever."""
+        self.receive(numbered(1))
+        self.pass_time(1000)
+        self.assert_open()
+
+    def test_not_counted_while_held(self) -> None:
+        """While the server does not read, the client cannot send: that is not its time."""
+        self.receive(numbered(2)[:4])
+        self.pass_time(20)
+        self.factory.pauseProducing()
+        self.pass_time(1000)
+        self.assert_open()
+        self.factory.resumeProducing()
+        self.assert_closed_at(10)
+
+    def test_holds_do_not_renew_it(self) -> None:
+        """A client that trickles does not live on the server's being busy."""
+        self.receive(numbered(2)[:4])
+        for _ in range(29):
+            self.pass_time(1)
+            self.factory.pauseProducing()
+            self.factory.resumeProducing()
+        self.assert_closed_at(1)
+
+    def test_answered_first(self) -> None:
+        """What was whole before is answered before the connection closes."""
+        self.receive(frame(bytes([self.SHARED])) + numbered(2)[:4])
+        self.pass_time(30)
+        self.assert_open()
+        self.pending.finish()
+        self.assertEqual(self.transport.value(), frame(bytes([self.SHARED])))
+        self.assertTrue(self.transport.half_closed)
+
+    def test_what_a_drain_drops(self) -> None:
+        """Half a frame that a drain has dropped is not waited for any more."""
+        self.receive(frame(bytes([self.SHARED])) + numbered(2)[:4])
+        self.protocol.drain()
+        with capturedLogs() as events:
+            self.pass_time(40)
+        self.assertEqual(texts(events, LogLevel.warn), [])
+        self.assert_open()
+
+    def test_while_another_is_in_hand(self) -> None:
+        """The beginning of a frame that waits behind a message in hand has its time later."""
+        self.receive(frame(bytes([self.PENDING])) + numbered(2)[:4])
+        self.pass_time(50)
+        self.assert_open()
+        self.pending.finish()
+        self.assert_closed_at(30)
+
+    def test_answers_are_not_read(self) -> None:
+        """A client that does not read its answers is paused, then cut off."""
+        self.receive(numbered(1))
+        self.producer().pauseProducing()
+        self.assertEqual(self.transport.producerState, "paused")
+        with capturedLogs() as events:
+            self.pass_time(29)
+            self.assertFalse(self.transport.aborted)
+            self.pass_time(1)
+        self.assertTrue(self.transport.aborted)
+        (warning,) = texts(events, LogLevel.warn)
+        self.assertIn("did not read its answers for 30 s, the limit of --frame-timeout", warning)
+
+    def test_answers_are_read(self) -> None:
+        """One that reads them in time goes on."""
+        for _ in range(3):
+            self.producer().pauseProducing()
+            self.pass_time(29)
+            self.producer().resumeProducing()
+        self.receive(numbered(1))
+        self.pass_time(100)
+        self.assertEqual(self.transport.value(), numbered(1))
+        self.assert_open()
+
+    def test_answers_are_read_while_held(self) -> None:
+        """One that has read them is not cut off for what the server holds it for."""
+        for hold in (self.factory.pauseProducing, self.hold_in_hand):
+            self.protocol, self.transport = connect(self.factory)
+            hold()
+            for _ in range(3):
+                self.producer().pauseProducing()
+                self.pass_time(29)
+                self.producer().resumeProducing()
+                self.pass_time(29)
+            self.assert_open()
+            self.factory.resumeProducing()
+
+    def hold_in_hand(self) -> None:
+        self.receive(frame(bytes([self.PENDING])))
+
+    def test_answers_are_not_read_while_held(self) -> None:
+        """That the server holds it for other reasons too is no excuse."""
+        self.producer().pauseProducing()
+        self.factory.pauseProducing()
+        self.pass_time(30)
+        self.assertTrue(self.transport.aborted)
+
+    def test_nothing_is_left_behind(self) -> None:
+        """However a connection ends, no call of it stays on the reactor."""
+        for end in (lose, OrchestratorProtocol.abort, OrchestratorProtocol.drain):
+            protocol, _ = connect(self.factory)
+            protocol.dataReceived(numbered(2)[:4])
+            end(protocol)
+            lose(protocol)
+            self.assertEqual(self.clock.getDelayedCalls(), [])
+
+
+class IdleTimeoutTests(TimeoutTests):
+    """Between frames."""
+
+    timeouts = Timeouts(idle=10)
+
+    def assert_closed_at(self, seconds: float) -> list[str]:
+        with capturedLogs() as events:
+            self.assertEqual(super().assert_closed_at(seconds), [])
+        (line,) = (line for line in texts(events, LogLevel.info) if "close_connection" in line)
+        self.assertIn("idle for 10 s, the limit of --idle-timeout", line)
+        return []
+
+    def test_from_the_beginning(self) -> None:
+        """A client that never sends anything is idle."""
+        self.assert_closed_at(10)
+
+    def test_after_a_message(self) -> None:
+        """Every message begins it anew."""
+        for number in range(3):
+            self.pass_time(9)
+            self.receive(numbered(number))
+        self.assert_closed_at(10)
+
+    def test_never_while_in_hand(self) -> None:
+        """While a message is in hand nobody is idle; the time begins when it is done."""
+        for opcode in (self.PENDING, self.SHARED):
+            self.protocol, self.transport = connect(self.factory)
+            self.receive(frame(bytes([opcode])))
+            self.pass_time(50)
+            self.assert_open()
+            self.pending.finish()
+            self.assert_closed_at(10)
+
+    def test_not_in_a_frame(self) -> None:
+        """A frame that has begun is timed as a frame."""
+        self.receive(numbered(1)[:4])
+        self.assertEqual(len(TimeoutTests.assert_closed_at(self, 30)), 1)
+
+    def test_not_while_held(self) -> None:
+        """While the server does not read, nobody is idle."""
+        self.pass_time(5)
+        self.factory.pauseProducing()
+        self.pass_time(50)
+        self.assert_open()
+        self.factory.resumeProducing()
+        self.assert_closed_at(5)
+
+
+class ProcessingTimeoutTests(TimeoutTests):
+    """A processor that takes long, or never ends."""
+
+    def in_hand(self, *numbers: int, opcode: int) -> None:
+        for number in numbers:
+            self.receive(frame(bytes([opcode, number])))
+
+    def test_answered_for_it(self) -> None:
+        """The client is told to try again later, once, and the log names the processor."""
+        self.in_hand(1, opcode=self.PENDING)
+        with capturedLogs() as events:
+            self.pass_time(59)
+            self.assertEqual(self.transport.value(), b"")
+            self.pass_time(500)
+        self.assertEqual(self.transport.value(), FAIL + b"\x01")
+        (warning,) = texts(events, LogLevel.warn)
+        self.assertIn("takes longer than 60 s, the limit of --processing-timeout", warning)
+        self.assertIn("Pending object", warning)
+        self.assert_open()
+
+    def test_goes_on_when_it_ends(self) -> None:
+        """Nothing more is taken before the processor ends; then the connection goes on."""
+        self.in_hand(1, 2, opcode=self.PENDING)
+        self.pass_time(70)
+        self.assertEqual(len(self.pending.in_hand), 1)
+        self.assertEqual(self.transport.producerState, "paused")
+        with capturedLogs() as events:
+            self.pending.finish()
+        (warning,) = texts(events, LogLevel.warn)
+        self.assertIn("not sent", warning)
+        self.assertIn("took too long", warning)
+        self.pending.finish()
+        self.assertEqual(self.transport.value(), FAIL + b"\x01" + frame(bytes([self.PENDING, 2])))
+
+    def test_each_from_its_start(self) -> None:
+        """Of several in hand each has its own time, and the answers keep their order."""
+        self.in_hand(1, opcode=self.SHARED)
+        self.pass_time(40)
+        self.in_hand(2, 3, opcode=self.SHARED)
+        self.pass_time(20)
+        self.assertEqual(self.transport.value(), FAIL + b"\x01")
+        self.pending.in_hand.pop(0)
+        self.pending.finish()
+        self.pass_time(39)
+        self.assertEqual(self.transport.value(), FAIL + b"\x01" + frame(bytes([self.SHARED, 2])))
+        self.pass_time(1)
+        self.assertTrue(self.transport.value().endswith(FAIL + b"\x01"))
+
+    def test_not_what_waits(self) -> None:
+        """A message that waits for one in hand is not being processed yet."""
+        self.in_hand(1, opcode=self.SHARED)
+        self.in_hand(2, opcode=self.PENDING)
+        self.pass_time(50)
+        self.pending.finish()
+        self.transport.clear()
+        self.pass_time(59)
+        self.assertEqual(self.transport.value(), b"")
+        self.pass_time(1)
+        self.assertEqual(self.transport.value(), FAIL + b"\x01")
+
+    def test_nobody_waits_for_an_answer(self) -> None:
+        """A message that is not acknowledged gets no FAIL either."""
+        self.factory.register_processor(Opcode.FINISHED, self.pending, answers=False)
+        self.receive(frame(b"\x03"))
+        self.pass_time(100)
+        self.assertEqual(self.transport.value(), b"")
+
+    def test_answered_but_not_done(self) -> None:
+        """One that has answered may take as long as it likes."""
+
+        def answers_first(_: Any, client: responses.Exchange) -> Deferred[None]:
+            responses.send_success(client)
+            return Deferred()
+
+        self.factory.register_processor(43, answers_first)
+        self.receive(frame(b"\x2b"))
+        with capturedLogs() as events:
+            self.pass_time(100)
+        self.assertEqual(self.transport.value(), SUCCESS)
+        self.assertEqual(texts(events, LogLevel.warn), [])
+
+    def test_nothing_is_left_behind(self) -> None:
+        """A connection that is lost leaves no call on the reactor, nor one that is taken later."""
+        self.in_hand(1, 2, opcode=self.PENDING)
+        lose(self.protocol)
+        self.pending.finish()
+        self.pending.finish()
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+
+class UnlimitedTests(TimeoutTests):
+    """Without any limit."""
+
+    timeouts = Timeouts(None, None, None)
+
+    def test_for_ever(self) -> None:
+        """Half a frame, a hung processor, and a client that is silent stay."""
+        others: list[tuple[OrchestratorProtocol, TCPTransport]] = [
+            connect(self.factory) for _ in range(2)
+        ]
+        others[0][0].dataReceived(numbered(1)[:4])
+        self.receive(frame(bytes([self.PENDING])))
+        self.clock.advance(1e6)
+        for transport in (self.transport, others[0][1], others[1][1]):
+            self.assertFalse(transport.half_closed or transport.aborted)
+        self.assertEqual(self.clock.getDelayedCalls(), [])

@@ -1,0 +1,418 @@
+"""Several messages of a connection in hand at once, where their processor allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Exchange
+from cafeteria_orch.server.window import WINDOW, Window
+from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
+from cafeteria_orch.wire.messages import Finished, RawMessage, encode
+from tests.support.builders import ECHO, Pending, connect, echo, frame, lose, opcode_first
+
+from .test_responses import FakeConnection
+
+OTHER = ECHO + 1
+QUICK = ECHO + 2
+
+
+class WindowTests(SynchronousTestCase):
+    """The window by itself."""
+
+    def setUp(self) -> None:
+        self.window = Window()
+
+    def started(self, number: int = 1, *, shares: bool = True) -> list[Exchange]:
+        """So many messages that have come and are in hand."""
+        exchanges = [Exchange(FakeConnection(), ECHO) for _ in range(number)]
+        for exchange in exchanges:
+            self.window.add(exchange)
+            self.window.start(exchange)
+            if shares:
+                self.window.share()
+        return exchanges
+
+    def test_size(self) -> None:
+        """There are eight places; with the eighth taken it is busy."""
+        self.assertEqual(WINDOW, 8)
+        self.started(WINDOW - 1)
+        self.assertFalse(self.window.busy)
+        self.started()
+        self.assertTrue(self.window.busy)
+
+    def test_alone(self) -> None:
+        """One that shares the window with none makes it busy until it is done."""
+        (exchange,) = self.started(shares=False)
+        self.assertTrue(self.window.busy)
+        self.window.done(exchange)
+        self.assertFalse(self.window.busy)
+
+    def test_done_beside_one_that_is_being_started(self) -> None:
+        """It stays busy with one that is being started, whatever else is done meanwhile."""
+        (first,) = self.started()
+        self.started(shares=False)
+        self.window.done(first)
+        self.assertTrue(self.window.busy)
+
+    def test_place(self) -> None:
+        """A place is kept until that message and all before it are done."""
+        exchanges = self.started(WINDOW)
+        for exchange in exchanges[1:]:
+            self.window.done(exchange)
+        self.assertEqual(self.window.in_hand, {exchanges[0]})
+        self.assertTrue(self.window.busy)
+        self.window.done(exchanges[0])
+        self.assertFalse(self.window.busy)
+        self.started(WINDOW - 1)
+        self.assertFalse(self.window.busy)
+
+    def test_answers(self) -> None:
+        """An answer is taken out once, and after those of all messages before it."""
+        first, second, third = self.started(3)
+        for exchange, payload in ((second, b""), (third, b"3")):
+            exchange.payload, exchange.settled = payload, True
+            self.assertEqual(self.window.answers(), [])
+        first.payload, first.settled = b"1", True
+        self.assertEqual(self.window.answers(), [b"1", b"3"])
+        self.assertEqual(self.window.answers(), [])
+
+    def test_turn(self) -> None:
+        """What waits makes it busy, and is called once, when nothing is in hand."""
+        self.assertIsNone(self.window.turn())
+        first, second = self.started(2)
+        self.window.wait(self.setUp)
+        self.assertTrue(self.window.busy)
+        self.window.done(first)
+        self.assertIsNone(self.window.turn())
+        self.window.done(second)
+        self.assertTrue(self.window.busy)
+        self.assertEqual(self.window.turn(), self.setUp)
+        self.assertFalse(self.window.busy)
+        self.assertIsNone(self.window.turn())
+
+
+class PipelinedCase(SynchronousTestCase):
+    """A connection whose messages of ``ECHO`` share the window, and those of ``OTHER`` do not."""
+
+    framing = INT32
+    frame: Callable[[bytes], bytes] = staticmethod(frame)
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.pending, self.other = Pending(), Pending()
+        self.factory = OrchestratorFactory(self.clock)
+        self.factory.register_processor(ECHO, self.pending, pipelined=True)
+        self.factory.register_processor(OTHER, self.other)
+        self.factory.register_processor(QUICK, echo, pipelined=True)
+        self.protocol, self.transport = connect(self.factory)
+        self.malformed = self.frame(b"\x63")
+        self.finished = self.frame(encode(Finished(1)))
+
+    def numbered(self, *numbers: int, opcode: int = ECHO) -> bytes:
+        return b"".join(self.frame(bytes([opcode, number])) for number in numbers)
+
+    def send(self, *data: bytes) -> None:
+        self.protocol.dataReceived(b"".join(data))
+
+    def assert_taken(self, *numbers: int, pending: Pending | None = None) -> None:
+        messages = (pending or self.pending).messages
+        self.assertEqual([message.body[0] for message in messages], [*numbers])
+
+    def assert_answered(self, *answers: bytes) -> None:
+        """Exactly these payloads have gone out, as far as the framing lets them."""
+        if not self.framing.answers_have_bodies:
+            answers = tuple(answer[:1] for answer in answers)
+        self.assertEqual(self.transport.value(), b"".join(map(self.frame, answers)))
+
+    def assert_echoed(self, *numbers: int, then: tuple[bytes, ...] = ()) -> None:
+        self.assert_answered(*[bytes([ECHO, number]) for number in numbers], *then)
+
+    def finish_all(self) -> None:
+        for pending in (self.pending, self.other):
+            while pending.in_hand:
+                pending.finish()
+
+    @property
+    def reads(self) -> bool:
+        return self.transport.producerState == "producing"
+
+
+class Taking(PipelinedCase):
+    """What is taken into hand, and when is read."""
+
+    def test_pauses_at_the_eighth(self) -> None:
+        """Seven in hand, and it reads on; at the eighth it does not."""
+        self.send(self.numbered(*range(7)))
+        self.assertTrue(self.reads)
+        self.send(self.numbered(7))
+        self.assertFalse(self.reads)
+        self.assertEqual(self.protocol.in_hand, 8)
+
+    def test_resumes_with_a_free_place(self) -> None:
+        """With one of eight done it reads on, and takes one more."""
+        self.send(self.numbered(*range(8)))
+        self.pending.finish()
+        self.assertTrue(self.reads)
+        self.send(self.numbered(8, 9))
+        self.assert_taken(*range(9))
+        self.assertFalse(self.reads)
+
+    def test_rest_of_the_chunk_waits(self) -> None:
+        """What came in the same chunk behind the eighth is taken as places become free."""
+        self.send(self.numbered(*range(20)))
+        for done in range(12):
+            self.assert_taken(*range(8 + done))
+            self.pending.finish()
+        self.finish_all()
+        self.assert_echoed(*range(20))
+
+    def test_held_back_answers_are_bounded(self) -> None:
+        """Behind one that is never done only seven are taken, however quickly they are done."""
+        self.send(self.numbered(0))
+        self.send(*[self.numbered(number, opcode=QUICK) for number in range(1, 20)])
+        self.assertFalse(self.reads)
+        self.assertEqual(self.protocol.in_hand, 1)
+        self.assertEqual(len(self.protocol._window._slots), WINDOW)
+        self.finish_all()
+        self.assertTrue(self.reads)
+        quick = tuple(bytes([QUICK, number]) for number in range(1, 20))
+        self.assert_echoed(0, then=quick)
+
+    def test_other_processor_waits(self) -> None:
+        """One that does not allow it starts when all before it are done, and is alone then."""
+        self.send(self.numbered(1, 2), self.numbered(3, opcode=OTHER), self.numbered(4))
+        self.assertFalse(self.reads)
+        self.pending.finish()
+        self.assertEqual(self.other.messages, [])
+        self.pending.finish()
+        self.assert_taken(3, pending=self.other)
+        self.assert_taken(1, 2)
+        self.other.finish()
+        self.assert_taken(1, 2, 4)
+        self.assertTrue(self.reads)
+
+    def test_hold_keeps_the_waiting_one(self) -> None:
+        """One that waits for its turn is not taken while there is a hold."""
+        self.send(self.numbered(1), self.numbered(2, opcode=OTHER))
+        self.factory.pauseProducing()
+        self.pending.finish()
+        self.assertEqual(self.other.messages, [])
+        self.factory.resumeProducing()
+        self.assert_taken(2, pending=self.other)
+
+    def test_hold_that_comes_and_goes_in_a_processor(self) -> None:
+        """A sink that is full for a moment within a processor's call stops nothing."""
+
+        def processor(message: RawMessage, client: Exchange) -> Any:
+            self.factory.pauseProducing()
+            self.factory.resumeProducing()
+            return self.pending(message, client)
+
+        self.factory.register_processor(ECHO, processor, pipelined=True, replace=True)
+        self.send(self.numbered(1, 2, 3))
+        self.assert_taken(1, 2, 3)
+        self.assertTrue(self.reads)
+
+    def test_fewest_in_hand_come_first(self) -> None:
+        """When the sink has room again, who had fewest messages in hand is served first."""
+        others = [connect(self.factory)[0] for _ in range(3)]
+        for protocol, number in zip([self.protocol, *others], (3, 1, 2, 0)):
+            protocol.dataReceived(self.numbered(*[100 + number] * number))
+        self.factory.pauseProducing()
+        for protocol, number in zip([self.protocol, *others], (3, 1, 2, 0)):
+            protocol.dataReceived(self.numbered(number))
+        self.factory.resumeProducing()
+        self.assertEqual([message.body[0] for message in self.pending.messages[6:]], [0, 1, 2, 3])
+
+
+class Answering(PipelinedCase):
+    """Answers leave in the order of the messages."""
+
+    def test_out_of_order(self) -> None:
+        """Answers that come out of order are held back until those before them are there."""
+        self.send(self.numbered(1, 2, 3))
+        self.pending.in_hand.reverse()
+        self.pending.finish()
+        self.pending.finish()
+        self.assert_echoed()
+        self.pending.finish()
+        self.assert_echoed(1, 2, 3)
+        self.assertEqual(len(self.transport.writes), 1)
+
+    def test_early_answer(self) -> None:
+        """An answer leaves when it is given, though its processor is not done."""
+        self.send(self.numbered(1, 2))
+        message, client, _ = self.pending.in_hand[0]
+        echo(message, client)
+        self.assert_echoed(1)
+
+    def test_failure_in_the_middle(self) -> None:
+        """One that raises gets its FAIL in its place, and the others their answers."""
+        self.send(self.numbered(1, 2, 3))
+        _, _, deferred = self.pending.in_hand.pop(1)
+        deferred.errback(ValueError("two"))
+        self.assertTrue(self.reads)
+        self.finish_all()
+        self.assert_echoed(1, then=(b"\x02\x02", bytes([ECHO, 3])))
+        self.assertFalse(self.transport.half_closed)
+
+
+class Ending(PipelinedCase):
+    """How a connection ends whose messages are in hand."""
+
+    def assert_closes_after(self, *numbers: int, then: tuple[bytes, ...] = ()) -> None:
+        """With all done, these have been echoed, then it was closed."""
+        self.assertFalse(self.transport.half_closed or self.transport.disconnecting)
+        self.finish_all()
+        self.assert_echoed(*numbers, then=then)
+        self.assertTrue(self.transport.half_closed or self.transport.disconnecting)
+        lose(self.protocol)
+        self.assertEqual(self.factory.connections, set())
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_malformed(self) -> None:
+        """A malformed message behind three in hand: their answers, FAIL 3, and nothing more."""
+        self.send(self.numbered(1, 2, 3), self.malformed, self.numbered(4))
+        self.assert_closes_after(1, 2, 3, then=(b"\x02\x03",))
+        self.assert_taken(1, 2, 3)
+
+    def test_too_long(self) -> None:
+        """The same for a frame whose length is over the limit."""
+        data = self.frame(bytes([ECHO]) + bytes(self.factory.max_frame_bytes))
+        self.send(self.numbered(1, 2, 3), data[:9])
+        self.assert_closes_after(1, 2, 3, then=(b"\x02\x03",))
+
+    def test_finished(self) -> None:
+        """FINISHED behind three in hand closes when they are answered."""
+        self.send(self.numbered(1, 2, 3), self.finished)
+        self.assertIsNone(self.protocol.session.agency_id)
+        self.assert_closes_after(1, 2, 3)
+        self.assertEqual(self.protocol.session.agency_id, 1)
+
+    def test_half_close(self) -> None:
+        """A client that half-closes with three answers owed gets them, then the close."""
+        self.send(self.numbered(1, 2, 3))
+        self.protocol.readConnectionLost()
+        self.assert_closes_after(1, 2, 3)
+
+    def test_half_close_with_more_read(self) -> None:
+        """So does one of which more was read than could be taken."""
+        self.send(self.numbered(*range(12)), self.numbered(12, opcode=OTHER))
+        self.protocol.readConnectionLost()
+        self.assert_closes_after(*range(12), then=(bytes([OTHER, 12]),))
+
+    def test_lost(self) -> None:
+        """What was read whole of a client that is lost is handled all the same, and no more."""
+        self.send(self.numbered(*range(12)), self.numbered(12, opcode=OTHER))
+        lose(self.protocol)
+        self.assertEqual(len(self.factory.connections), 1)
+        self.finish_all()
+        self.assert_taken(*range(12))
+        self.assert_taken(12, pending=self.other)
+        self.assert_echoed()
+        self.assertEqual(self.factory.connections, set())
+
+    def test_returns_false(self) -> None:
+        """One that returns False: those in hand are answered, later ones not started."""
+        self.send(self.numbered(1, 2, 3))
+        self.pending.in_hand.insert(0, self.pending.in_hand.pop(1))
+        self.pending.finish(keep=False)
+        self.send(self.numbered(4))
+        self.assert_closes_after(1, 2, 3)
+        self.assert_taken(1, 2, 3)
+
+    def test_returns_false_before_one_that_waits(self) -> None:
+        """Nor is one that had come before, and waited for its turn."""
+        self.send(self.numbered(1, 2), self.numbered(3, opcode=OTHER))
+        self.pending.finish(keep=False)
+        self.assert_closes_after(1, 2)
+        self.assertEqual(self.other.messages, [])
+
+    def test_drain(self) -> None:
+        """A drain with five in hand and one waiting for its turn: five answers, then a close."""
+        self.send(self.numbered(1, 2, 3, 4, 5), self.numbered(6, opcode=OTHER))
+        drained = self.factory.drain()
+        self.assertNoResult(drained)
+        self.assert_closes_after(1, 2, 3, 4, 5)
+        self.assertEqual(self.other.messages, [])
+        self.successResultOf(drained)
+
+    def test_abort(self) -> None:
+        """After an abort nothing is sent; it is forgotten when the last in hand is done."""
+        self.send(self.numbered(1, 2))
+        self.protocol.abort()
+        lose(self.protocol)
+        self.pending.finish()
+        self.assertEqual(len(self.factory.connections), 1)
+        self.pending.finish()
+        self.assertEqual(self.factory.connections, set())
+        self.assert_echoed()
+
+    def crash(self, index: int) -> None:
+        """Have a fault of our own when a message in hand is done."""
+
+        def must_answer(_: int) -> bool:
+            raise RuntimeError("a fault of our own")
+
+        self.patch(self.factory, "must_answer", must_answer)
+        _, _, deferred = self.pending.in_hand.pop(index)
+        deferred.callback(True)
+        self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
+
+    def test_crash(self) -> None:
+        """A fault of our own in the middle: its FAIL in its place, the others', then a close."""
+        self.send(self.numbered(1, 2, 3))
+        self.crash(1)
+        self.send(self.numbered(4))
+        self.assert_closes_after(1, then=(b"\x02\x02", bytes([ECHO, 3])))
+        self.assert_taken(1, 2, 3)
+
+    def test_crash_while_in_hand(self) -> None:
+        """A message that cannot even be named in the log is done with all the same."""
+
+        class Nameless:
+            @property
+            def batch_number(self) -> int:
+                raise RuntimeError("a fault of our own")
+
+        self.factory.register_processor(
+            ECHO, self.pending, pipelined=True, decoder=lambda _: Nameless(), replace=True
+        )
+        self.send(self.numbered(1))
+        self.pending.in_hand.pop()[2].errback(ValueError("one"))
+        self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
+        self.assert_answered(b"\x02\x02")
+        self.assertTrue(self.transport.half_closed)
+
+    def test_crash_after_an_abort(self) -> None:
+        """A fault of our own when the connection is gone does not leave it unforgotten."""
+        self.send(self.numbered(1, 2))
+        self.protocol.abort()
+        lose(self.protocol)
+        self.pending.finish()
+        self.crash(0)
+        self.assertEqual(self.factory.connections, set())
+
+
+class OpcodeFirst:
+    """Makes a test of the one framing one of the other."""
+
+    framing = OPCODE_FIRST
+    frame = staticmethod(opcode_first)
+
+
+class OpcodeFirstTaking(OpcodeFirst, Taking):
+    """What is taken into hand, in the second framing."""
+
+
+class OpcodeFirstAnswering(OpcodeFirst, Answering):
+    """Answers in the second framing."""
+
+
+class OpcodeFirstEnding(OpcodeFirst, Ending):
+    """How a connection ends, in the second framing."""

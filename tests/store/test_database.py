@@ -1,0 +1,367 @@
+"""What a batch becomes in the store, and when it is a batch that was sent before."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from contextlib import closing
+from datetime import datetime, timezone
+from hashlib import blake2b
+from typing import Any
+from uuid import UUID
+
+from hypothesis import given
+from twisted.trial.unittest import SynchronousTestCase
+
+from cafeteria_orch.server.responses import Session
+from cafeteria_orch.store import sqlite as database_module
+from cafeteria_orch.store.sqlite import Database
+from cafeteria_orch.wire.messages import TableBatch, decode, encode
+from cafeteria_orch.wire.tables import (
+    STORES,
+    TRANSACTIONS,
+    USERS,
+)
+from tests.support.builders import NUMERIC_COLUMNS, PEER, USER_ROW, query, received
+from tests.support.strategies import table_batches
+
+NOW = 1_700_000_000.25
+NOW_TEXT = "2023-11-14 22:13:20.250"
+CLIENT = UUID(int=7)
+
+
+class Boom(Exception):
+    """What ends a transaction in a test."""
+
+
+class StoreCase(SynchronousTestCase):
+    """A test with an open store of its own."""
+
+    def setUp(self) -> None:
+        self.path = self.mktemp()
+        self.database = Database(self.path)
+        self.addCleanup(self.database.close)
+        self.session = Session(PEER, NOW)
+
+    def store(self, session: Session | None = None, **changes: Any) -> bool:
+        """Store a batch in a transaction of its own."""
+        with self.database.transaction():
+            return self.database.store_batch(received(**changes), session or self.session, NOW)
+
+    def query(self, sql: str) -> list[tuple[Any, ...]]:
+        """What another program reads in the store at this moment."""
+        return query(self.path, sql)
+
+    def count(self, table: str) -> int:
+        """How many rows a table has."""
+        ((rows,),) = self.query(f"SELECT count(*) FROM {table}")
+        return int(rows)
+
+
+class Batches(StoreCase):
+    """What is known of each batch."""
+
+    def test_entry(self) -> None:
+        """The entry of a batch holds all that was known of it."""
+        self.session.client_id = CLIENT
+        batch = received(table=STORES, rows=[("é",) * 8] * 3, batch_number=-5, status=9)
+        with self.database.transaction():
+            self.assertIs(self.database.store_batch(batch, self.session, NOW), True)
+        digest = blake2b(batch.body, digest_size=16).digest()
+        self.assertEqual(
+            self.query(
+                "SELECT id, session_id, client_id, opcode, batch_number, status, amount, digest,"
+                " received_at FROM batch"
+            ),
+            [(1, 1, str(CLIENT), 5, -5, 9, 3, digest, NOW_TEXT)],
+        )
+        self.assertEqual(self.query("SELECT DISTINCT batch_id FROM stores"), [(1,)])
+
+    def test_digest_of_the_body(self) -> None:
+        """The digest is that of the bytes that came, not of what was made of them."""
+        batch = TableBatch(USERS, 1, 0, (USER_ROW,), b"as it came")
+        with self.database.transaction():
+            self.database.store_batch(batch, self.session, NOW)
+        digest = blake2b(b"as it came", digest_size=16).digest()
+        self.assertEqual(self.query("SELECT digest FROM batch"), [(digest,)])
+
+    def test_times_are_utc(self) -> None:
+        """Times are UTC wherever the server stands, and SQLite can calculate with them."""
+        zone = os.environ.get("TZ")
+
+        def restore() -> None:
+            os.environ.pop("TZ", None)
+            if zone is not None:
+                os.environ["TZ"] = zone
+            time.tzset()
+
+        self.addCleanup(restore)
+        os.environ["TZ"] = "XYZ-9"
+        time.tzset()
+        with self.database.transaction():
+            self.database.store_batch(received(), self.session, NOW)
+            self.database.end_table("users", self.session, NOW)
+            self.database.finish_session(self.session, NOW)
+        for column, table in {
+            "received_at": "batch",
+            "connected_at": "session",
+            "finished_at": "session",
+            "received_at ": "table_eof",
+        }.items():
+            times = self.query(f"SELECT {column}, strftime('%s', {column}) FROM {table}")
+            self.assertEqual(times, [(NOW_TEXT, str(int(NOW)))], table)
+        moment = datetime.fromisoformat(NOW_TEXT).replace(tzinfo=timezone.utc)
+        self.assertEqual(moment.timestamp(), NOW)
+
+    def test_every_size(self) -> None:
+        """Batches of any size have all their rows in the store, in their order."""
+        for table, rest in ((USERS, ("", "", "")), (TRANSACTIONS, ("",) * 8)):
+            for size in (0, 1, 2, 255, 256, 257, 1000):
+                rows = [(str(number), *rest) for number in range(size)]
+                self.store(table=table, rows=rows, batch_number=size)
+                stored = self.query(
+                    f"SELECT {table.columns[0]} FROM {table.name} JOIN batch ON batch.id ="
+                    f" batch_id WHERE batch_number = {size} ORDER BY {table.name}.rowid"
+                )
+                self.assertEqual(stored, [row[:1] for row in rows])
+
+    def test_any_text(self) -> None:
+        """Text comes back whole: NULs, quotes, what lies beyond the first 65,536 points."""
+        row = ("\0a\0", "'\"; DROP TABLE users; --\r\n", "🍵\U0010ffff", "\ufeffñ\u2028")
+        self.store(rows=[row])
+        self.assertEqual(
+            self.query("SELECT user_id, gender, birthdate, registered_at FROM users"), [row]
+        )
+
+    @given(table_batches(max_rows=6))
+    def test_any_batch(self, sent: TableBatch) -> None:
+        """Whatever batch comes in, its text comes back, row by row, and its entry fits it."""
+        batch: TableBatch = decode(encode(sent))
+        with self.database.transaction():
+            self.assertTrue(self.database.store_batch(batch, self.session, NOW))
+        (entry,) = self.query(
+            "SELECT id, opcode, batch_number, status, amount FROM batch ORDER BY id DESC LIMIT 1"
+        )
+        self.assertEqual(entry[1:], (sent.opcode, sent.batch_number, sent.status, sent.amount))
+        text = [place for place, name in enumerate(sent.columns) if name not in NUMERIC_COLUMNS]
+        columns = ", ".join(sent.columns[place] for place in text)
+        self.assertEqual(
+            self.query(
+                f"SELECT {columns} FROM {sent.table.name} WHERE batch_id = {entry[0]}"
+                " ORDER BY rowid"
+            ),
+            [tuple(row[place] for place in text) for row in sent.rows],
+        )
+
+
+class Duplicates(StoreCase):
+    """A batch that is sent again is not stored twice."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.session.client_id = CLIENT
+        self.assertIs(self.store(), True)
+
+    def assert_batches(self, batches: int) -> None:
+        """So many batches of one row are in the store."""
+        self.assertEqual((self.count("batch"), self.count("users")), (batches, batches))
+
+    def test_same_connection(self) -> None:
+        """The same batch again in the same session is not stored."""
+        self.assertIs(self.store(), False)
+        self.assert_batches(1)
+
+    def test_other_connection(self) -> None:
+        """Nor is it when the same client sends it in another session."""
+        self.assertIs(self.store(Session("192.0.2.9", NOW, CLIENT)), False)
+        self.assert_batches(1)
+
+    def test_after_a_restart(self) -> None:
+        """Nor after the store was closed and opened again."""
+        self.database.close()
+        self.database = Database(self.path)
+        self.addCleanup(self.database.close)
+        self.assertIs(self.store(Session(PEER, NOW, CLIENT)), False)
+        self.assert_batches(1)
+
+    def test_in_one_transaction(self) -> None:
+        """Nor if the first of the two is not committed yet."""
+        batch = received(batch_number=2)
+        with self.database.transaction():
+            stored = [self.database.store_batch(batch, self.session, NOW) for _ in range(2)]
+        self.assertEqual(stored, [True, False])
+        self.assert_batches(2)
+
+    def test_other_number(self) -> None:
+        """The same rows as another batch are another batch."""
+        self.assertIs(self.store(batch_number=2), True)
+        self.assert_batches(2)
+
+    def test_same_digest_under_another_number(self) -> None:
+        """The number counts beside the digest, not only as a part of the bytes."""
+        for number in (8, 9):
+            batch = TableBatch(USERS, number, 0, (USER_ROW,), b"the same")
+            with self.database.transaction():
+                self.assertIs(self.database.store_batch(batch, self.session, NOW), True)
+
+    def test_other_rows(self) -> None:
+        """Other rows under the same number are another batch: numbers begin anew per file."""
+        self.assertIs(self.store(rows=[("8", "", "", "")]), True)
+        self.assert_batches(2)
+
+    def test_other_table(self) -> None:
+        """The same bytes for another table are another batch."""
+        empty = received(rows=[])
+        other = received(rows=[], table=STORES)
+        self.assertEqual(empty.body, other.body)
+        with self.database.transaction():
+            for batch in (empty, other):
+                self.assertIs(self.database.store_batch(batch, self.session, NOW), True)
+
+    def test_other_client(self) -> None:
+        """The same batch of another client is another batch."""
+        self.assertIs(self.store(Session(PEER, NOW, UUID(int=8))), True)
+        self.assert_batches(2)
+
+    def test_unknown_client(self) -> None:
+        """A client that has not said who it is has every batch stored."""
+        session = Session(PEER, NOW)
+        self.assertEqual([self.store(session) for _ in range(2)], [True, True])
+        self.assert_batches(3)
+
+    def test_rolled_back(self) -> None:
+        """A batch that was not committed was not sent before."""
+        batch = received(batch_number=2)
+        with self.assertRaises(Boom), self.database.transaction():
+            self.database.store_batch(batch, self.session, NOW)
+            raise Boom
+        self.assertIs(self.store(batch_number=2), True)
+        self.assert_batches(2)
+
+
+class Sessions(StoreCase):
+    """A connection's row."""
+
+    def sessions(self) -> list[tuple[Any, ...]]:
+        """All there are."""
+        return self.query("SELECT * FROM session")
+
+    def test_nothing_stored(self) -> None:
+        """A session that has stored nothing has no row."""
+        self.assertEqual(self.sessions(), [])
+
+    def test_first_batch(self) -> None:
+        """It is written with the first batch, and once."""
+        self.session.client_id = CLIENT
+        self.store()
+        row = (1, str(CLIENT), PEER, NOW_TEXT, None, None, None)
+        self.assertEqual(self.sessions(), [row])
+        self.store(batch_number=2)
+        with self.database.transaction():
+            self.database.end_table("users", self.session, NOW)
+        self.assertEqual(self.sessions(), [row])
+        self.assertEqual(self.query("SELECT DISTINCT session_id FROM batch"), [(1,)])
+
+    def test_common_name(self) -> None:
+        """A session whose certificate was verified has its common name."""
+        self.session.common_name = "agency-ñ"
+        self.store()
+        self.assertEqual(self.query("SELECT common_name FROM session"), [("agency-ñ",)])
+
+    def test_equal_sessions(self) -> None:
+        """Two connections of one client have a row each."""
+        self.store(Session(PEER, NOW))
+        self.store(Session(PEER, NOW))
+        self.assertEqual(self.count("session"), 2)
+        self.assertEqual(self.query("SELECT session_id FROM batch"), [(1,), (2,)])
+
+    def test_end_of_table(self) -> None:
+        """The end of a table is written once, with the last batch that was before it."""
+        for table in ("users", "stores", "users"):
+            with self.database.transaction():
+                self.database.end_table(table, self.session, NOW)
+        ends = self.query("SELECT * FROM table_eof ORDER BY rowid")
+        self.assertEqual(ends, [(1, "users", NOW_TEXT, 0), (1, "stores", NOW_TEXT, 0)])
+        self.store()
+        with self.database.transaction():
+            self.database.end_table("users", self.session, NOW)
+        self.assertIn((1, "users", NOW_TEXT, 1), self.query("SELECT * FROM table_eof"))
+        self.assertEqual(self.count("session"), 1)
+
+    def test_finish(self) -> None:
+        """The end of a session is written with its agency."""
+        self.store()
+        self.session.agency_id = 3
+        with self.database.transaction():
+            self.database.finish_session(self.session, NOW + 1)
+        finished_at = NOW_TEXT.replace(":20.", ":21.")
+        self.assertEqual(self.sessions(), [(1, None, PEER, NOW_TEXT, finished_at, 3, None)])
+
+    def test_finish_one_of_two(self) -> None:
+        """The end of one session is not that of another, and an agency need not be told."""
+        other = Session("192.0.2.9", NOW)
+        self.store(other)
+        self.store()
+        with self.database.transaction():
+            self.database.finish_session(self.session, NOW)
+        self.assertEqual(
+            self.query("SELECT ip, finished_at, agency_id FROM session"),
+            [("192.0.2.9", None, None), (PEER, NOW_TEXT, None)],
+        )
+
+
+class Transactions(StoreCase):
+    """All or nothing."""
+
+    def test_rollback(self) -> None:
+        """What raises inside a transaction is raised, and nothing of it is in the store."""
+        with self.assertRaises(Boom), self.database.transaction():
+            self.database.store_batch(received(), self.session, NOW)
+            self.database.end_table("users", self.session, NOW)
+            self.database.finish_session(self.session, NOW)
+            raise Boom
+        for table in ("session", "batch", "table_eof", "users"):
+            self.assertEqual(self.count(table), 0, table)
+
+    def test_session_after_a_rollback(self) -> None:
+        """A session whose row was rolled back gets it with the next commit."""
+        with self.assertRaises(Boom), self.database.transaction():
+            self.database.store_batch(received(), self.session, NOW)
+            raise Boom
+        self.store()
+        joined = self.query("SELECT ip, amount FROM batch JOIN session ON session.id = session_id")
+        self.assertEqual(joined, [(PEER, 1)])
+        self.assertEqual(self.count("session"), 1)
+
+    def test_session_before_a_rollback(self) -> None:
+        """A rollback does not cost the session a row that it had before."""
+        self.store()
+        with self.assertRaises(Boom), self.database.transaction():
+            self.database.store_batch(received(batch_number=2), self.session, NOW)
+            raise Boom
+        self.store(batch_number=3)
+        self.assertEqual(self.count("session"), 1)
+        self.assertEqual(
+            self.query("SELECT session_id, batch_number FROM batch"), [(1, 1), (1, 3)]
+        )
+
+    def test_not_seen_before_the_commit(self) -> None:
+        """Another program sees a batch whole or not at all."""
+        with self.database.transaction():
+            self.database.store_batch(received(), self.session, NOW)
+            self.assertEqual((self.count("batch"), self.count("users")), (0, 0))
+        self.assertEqual((self.count("batch"), self.count("users")), (1, 1))
+
+    def test_locked(self) -> None:
+        """While another program writes, a transaction fails after its time; then it works."""
+        self.patch(database_module, "BUSY_TIMEOUT", 0.01)
+        self.database.close()
+        self.database = Database(self.path)
+        self.addCleanup(self.database.close)
+        with closing(sqlite3.connect(self.path)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with self.assertRaises(sqlite3.OperationalError):
+                self.store()
+        self.assertEqual(self.count("session"), 0)
+        self.assertIs(self.store(), True)

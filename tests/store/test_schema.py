@@ -1,0 +1,243 @@
+"""A store of an older program is brought up to the present schema, and loses nothing by it."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from cafeteria_orch.server.responses import Session
+from cafeteria_orch.store import sqlite as database_module
+from cafeteria_orch.store.schema import SCHEMA_VERSION, statements
+from cafeteria_orch.store.sqlite import Database, StoreError, check_store
+from tests.support.builders import PEER, query, received
+from tests.support.disks import make_folder
+from tests.support.stores import Fault, FaultyConnection, connecting
+from tests.support.version_1 import make_version_1
+
+NOW = 1_700_000_000.25
+CLIENT = UUID(int=7)
+
+TABLES = {
+    "batch": "*",
+    "users": "rowid, *",
+    "table_eof": "*",
+    "session": "id, client_id, ip, connected_at, finished_at, agency_id",
+    "ingest_status": "session_id, client_id, agency_id, table_name, batches, rows,"
+    " first_received_at, last_received_at, complete",
+}
+"""What was in it, by columns that both versions have."""
+
+
+def contents(path: Path) -> dict[str, list[Any]]:
+    """All that a store of version 1 can hold."""
+    return {
+        table: query(str(path), f"SELECT {columns} FROM {table} ORDER BY 1, 2")
+        for table, columns in TABLES.items()
+    }
+
+
+def version(path: Path) -> int:
+    ((number,),) = query(str(path), "PRAGMA user_version")
+    return int(number)
+
+
+def columns(path: Path, table: str) -> list[Any]:
+    return query(str(path), f"SELECT * FROM pragma_table_info('{table}')")
+
+
+class UpgradeTestCase(SynchronousTestCase):
+    """A store of version 1."""
+
+    def setUp(self) -> None:
+        self.folder = make_folder(self)
+        self.path = self.folder / "store.sqlite3"
+        make_version_1(self.path)
+        self.before = contents(self.path)
+
+    def open(self, path: Path | None = None) -> Database:
+        database = Database(str(path or self.path))
+        self.addCleanup(database.close)
+        return database
+
+    def assert_upgraded(self, path: Path | None = None) -> None:
+        """It has the schema of a new store, and all that was in it."""
+        path = path or self.path
+        new = self.folder / "new.sqlite3"
+        Database(str(new)).close()
+        self.assertEqual(version(path), SCHEMA_VERSION)
+        self.assertEqual(contents(path), self.before)
+        for table in ("session", "batch", "table_eof", "users", "ingest_status"):
+            self.assertEqual(columns(path, table), columns(new, table), table)
+        self.assertEqual(query(str(path), "PRAGMA integrity_check"), [("ok",)])
+
+    def assert_version_1(self, path: Path | None = None) -> None:
+        """It is as the older program left it."""
+        path = path or self.path
+        self.assertEqual(version(path), 1)
+        self.assertNotIn("common_name", [column[1] for column in columns(path, "session")])
+        self.assertEqual(contents(path), self.before)
+
+
+class Upgrade(UpgradeTestCase):
+    """Opened to be written, it is upgraded."""
+
+    def test_rows(self) -> None:
+        """Rows, digests and all the rest stay as they were."""
+        self.open()
+        self.assert_upgraded()
+
+    def test_duplicates(self) -> None:
+        """A batch that the older program had stored is recognised when it comes again."""
+        database = self.open()
+        session = Session(PEER, NOW, CLIENT, common_name="agency-7")
+        with database.transaction():
+            self.assertIs(database.store_batch(received(), session, NOW), False)
+            self.assertIs(database.store_batch(received(batch_number=2), session, NOW), True)
+        found = query(str(self.path), "SELECT common_name FROM ingest_status ORDER BY session_id")
+        self.assertEqual(found, [(None,), (None,), ("agency-7",)])
+
+    def test_again(self) -> None:
+        """The second time there is nothing to do."""
+        self.open().close()
+        before = self.path.read_bytes()
+        self.open().close()
+        self.assert_upgraded()
+        self.assertEqual(self.path.read_bytes(), before)
+
+    def test_at_once(self) -> None:
+        """Of two that open it at the same time the second finds the work done."""
+        rivals = [self.open]
+
+        class Slow(sqlite3.Connection):
+            def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+                if sql == "BEGIN IMMEDIATE" and rivals:
+                    rivals.pop()()
+                return super().execute(sql, *parameters)
+
+        with connecting(Slow):
+            self.open()
+        self.assert_upgraded()
+
+    def test_older_program_goes_on(self) -> None:
+        """A program of version 1 that has it open writes on into it."""
+        with closing(sqlite3.connect(self.path)) as older:
+            self.open()
+            older.execute(
+                "INSERT INTO session (client_id, ip, connected_at) VALUES (NULL, 'x', 'y')"
+            )
+            older.commit()
+        self.assertEqual(query(str(self.path), "SELECT count(*) FROM session"), [(3,)])
+
+    def test_reader(self) -> None:
+        """A reader that is in the middle of something does not keep it from being upgraded."""
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT * FROM ingest_status").fetchall()
+            self.open()
+            self.assertEqual(len(reader.execute("SELECT * FROM session").fetchone()), 6)
+        self.assert_upgraded()
+
+    def test_without_the_view(self) -> None:
+        """Where somebody had dropped the view there is one again."""
+        with closing(sqlite3.connect(self.path)) as store:
+            store.execute("DROP VIEW ingest_status")
+        self.open()
+        self.assert_upgraded()
+
+
+class Interrupted(UpgradeTestCase):
+    """What ends it in the middle leaves a store of one version or the other."""
+
+    def snapshots(self, open_store: Callable[[], object]) -> list[Path]:
+        """The store as a kill would leave it, before each statement and after the last one."""
+        taken: list[Path] = []
+
+        def take() -> None:
+            copy = self.folder / f"killed-{len(taken)}.sqlite3"
+            for suffix in ("", "-wal"):
+                source = Path(f"{self.path}{suffix}")
+                if source.exists():
+                    shutil.copyfile(source, f"{copy}{suffix}")
+            taken.append(copy)
+
+        class Watched(sqlite3.Connection):
+            def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+                take()
+                return super().execute(sql, *parameters)
+
+        with connecting(Watched):
+            open_store()
+        take()
+        return taken
+
+    def test_killed(self) -> None:
+        """Killed anywhere it is the one or the other, and the next start completes it."""
+        versions = []
+        for copy in self.snapshots(self.open):
+            versions.append(version(copy))
+            if versions[-1] == 1:
+                self.assert_version_1(copy)
+            Database(str(copy)).close()
+            self.assert_upgraded(copy)
+        self.assertEqual(versions, sorted(versions))
+        self.assertEqual(set(versions), {1, SCHEMA_VERSION})
+        self.assertGreater(versions.count(1), len(list(statements(1))))
+
+    def test_killed_while_it_is_made(self) -> None:
+        """The same of a new store: there is nothing in it, or all of it."""
+        self.path = self.folder / "fresh.sqlite3"
+        self.before = {table: [] for table in TABLES}
+        for copy in self.snapshots(self.open):
+            Database(str(copy)).close()
+            self.assert_upgraded(copy)
+
+    def test_fails(self) -> None:
+        """Whatever statement fails, it is said in one line, and the store is as it was."""
+        for statement in (*statements(1), "COMMIT"):
+
+            class Broken(FaultyConnection):
+                fault = Fault(statement)
+
+            with connecting(Broken), self.assertRaises(StoreError) as caught:
+                self.open()
+            self.assertEqual(
+                str(caught.exception), f"the store {self.path} cannot be opened: disk I/O error"
+            )
+            self.assert_version_1()
+        self.open()
+        self.assert_upgraded()
+
+
+class Checking(UpgradeTestCase):
+    """``check_store`` tries the upgrade, and leaves it to the one who opens the store."""
+
+    def test_no_trace(self) -> None:
+        """A start that fails for another reason leaves the store to the older program."""
+        before = self.path.read_bytes()
+        check_store(str(self.path))
+        self.assertEqual([*self.folder.iterdir()], [self.path])
+        self.assertEqual(self.path.read_bytes(), before)
+
+    def test_cannot_be_upgraded(self) -> None:
+        """What would keep it from being upgraded is found."""
+        with closing(sqlite3.connect(self.path)) as store:
+            store.execute("ALTER TABLE session ADD COLUMN common_name TEXT")
+        with self.assertRaisesRegex(StoreError, "cannot be opened: duplicate column name"):
+            check_store(str(self.path))
+
+    def test_locked(self) -> None:
+        """Nor can it be while somebody else writes."""
+        self.patch(database_module, "BUSY_TIMEOUT", 0.01)
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for open_store in (check_store, Database):
+                with self.assertRaisesRegex(StoreError, "cannot be opened: database is locked"):
+                    open_store(str(self.path))
+        self.assert_version_1()

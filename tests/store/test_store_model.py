@@ -1,0 +1,390 @@
+"""A model of the store: whatever clients, cuts, restarts and faults do, each batch is there once."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections import Counter, deque
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import current_thread
+from typing import Any, NamedTuple
+from unittest.mock import patch
+from uuid import UUID
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from twisted.internet.error import ConnectionLost
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SkipTest, SynchronousTestCase
+
+from cafeteria_orch.server.connection import OrchestratorProtocol
+from cafeteria_orch.server.counters import Outcome, Tally
+from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.store import sink as sqlite
+from cafeteria_orch.store.sink import SqliteSink, _commit, _Job
+from cafeteria_orch.store.sqlite import Database
+from cafeteria_orch.wire.errors import BatchRejected
+from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
+from cafeteria_orch.wire.tables import STORES, USERS
+from tests.support.builders import TCPTransport, batch_frame, connect, frame
+from tests.support.stores import Fault, FaultyConnection, connecting
+
+CLIENTS = (None, UUID(int=1), UUID(int=2))
+TABLES = (USERS, STORES)
+MOST_CONNECTIONS = 5
+MOST_WAITING = 3
+AMOUNTS = (0, 1, 300)
+"""How many rows the batches have that differ in nothing else."""
+
+
+class Key(NamedTuple):
+    """What tells a batch from another. All of its rows hold these."""
+
+    client: UUID | None
+    table: int
+    number: int
+    amount: int
+
+    def frame(self) -> bytes:
+        table = TABLES[self.table]
+        rows = [[str(tuple(self))] + ["x"] * (len(table.columns) - 1)] * self.amount
+        return batch_frame(table=table, rows=rows, batch_number=self.number)
+
+
+class End(NamedTuple):
+    """What is sent when no more batches of a table come."""
+
+    client: UUID | None
+    table: int
+
+    def frame(self) -> bytes:
+        return frame(encode(end_of_table(TABLES[self.table].name)))
+
+
+@dataclass
+class Client:
+    """A connection, and what was sent by it that has no answer yet."""
+
+    id: UUID | None
+    protocol: OrchestratorProtocol
+    transport: TCPTransport
+    unanswered: deque[Key | End | None] = field(default_factory=deque)
+    has_finished: bool = False
+
+    def send(self, message: Key | End) -> None:
+        # What comes after a FINISHED is not looked at any more.
+        if not self.has_finished:
+            self.unanswered.append(message)
+            self.protocol.dataReceived(message.frame())
+
+    def answers(self) -> list[bytes]:
+        data, answers = self.transport.value(), []
+        self.transport.clear()
+        while data:
+            end = 4 + int.from_bytes(data[:4], "big")
+            answers.append(data[4:end])
+            data = data[end:]
+        return answers
+
+
+class InlineSink(SqliteSink):
+    """Its writer works when it is told to, in the thread of the test."""
+
+    database: Database
+    connection: sqlite3.Connection
+
+    def start(self) -> None:
+        with connecting(FaultyConnection) as connections:
+            self.database = Database(self._path)
+        (self.connection,) = connections
+        # No power fails here.
+        self.connection.execute("PRAGMA synchronous = OFF")
+        self._thread = current_thread()
+
+    def work(self, most: int) -> bool:
+        """Commit what waits, so many messages at most; whether there were any."""
+        group: list[_Job] = []
+        while len(group) < most and not self._jobs.empty():
+            job = self._jobs.get()
+            assert job is not None
+            group.append(job)
+        if group:
+            self._report(group, _commit(self.database, group))
+        return bool(group)
+
+
+class StoreModel(RuleBasedStateMachine):
+    """Clients of three kinds, the server, and what is known of every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = TemporaryDirectory()
+        self.path = str(Path(self.folder.name) / "store.sqlite3")
+        self.patch = patch.object(sqlite, "MOST_WAITING_BATCHES", MOST_WAITING)
+        self.patch.start()
+        self.acknowledged: Counter[Key] = Counter()
+        # Sent over connections that were cut, or answered with a FAIL that may not be true.
+        self.uncertain: Counter[Key] = Counter()
+        self.ended: set[End] = set()
+        self.sent: list[Key] = []
+        self.faults = 0
+        # Since the last start, and before it.
+        self.committed = 0
+        self.stored_before = 0
+        self.start()
+
+    def start(self) -> None:
+        self.clients: list[Client] = []
+        self.factory = OrchestratorFactory(Clock())
+        self.sink = InlineSink(self.factory.reactor, self.path)
+        self.sink.register(self.factory)
+        self.sink.start()
+
+    def teardown(self) -> None:
+        self.restart(is_killed=False)
+        self.check_store()
+        self.sink.database.close()
+        self.patch.stop()
+        self.folder.cleanup()
+
+    @precondition(lambda self: len(self.clients) < MOST_CONNECTIONS)
+    @rule(identity=st.sampled_from(CLIENTS))
+    def connect(self, identity: UUID | None) -> None:
+        client = Client(identity, *connect(self.factory))
+        self.clients.append(client)
+        if identity is not None:
+            client.unanswered.append(None)
+            client.protocol.dataReceived(frame(encode(ClientHello(identity))))
+
+    @precondition(lambda self: self.clients)
+    @rule(
+        which=st.integers(0, MOST_CONNECTIONS - 1),
+        table=st.sampled_from(range(len(TABLES))),
+        number=st.integers(1, 2),
+        amount=st.sampled_from(AMOUNTS),
+    )
+    def send(self, which: int, table: int, number: int, amount: int) -> None:
+        client = self.client(which)
+        self.sent.append(Key(client.id, table, number, amount))
+        client.send(self.sent[-1])
+
+    @precondition(lambda self: self.clients and self.sent)
+    @rule(which=st.integers(0, MOST_CONNECTIONS - 1), batch=st.integers(0, 9))
+    def repeat(self, which: int, batch: int) -> None:
+        """A client sends what was sent before, maybe by another, maybe acknowledged."""
+        client = self.client(which)
+        client.send(self.sent[-1 - batch % len(self.sent)]._replace(client=client.id))
+
+    @precondition(lambda self: self.clients)
+    @rule(which=st.integers(0, MOST_CONNECTIONS - 1))
+    def resend(self, which: int) -> None:
+        """A client that knows what became of its batches sends the others again."""
+        client = self.client(which)
+        for key in list(self.uncertain):
+            if key.client == client.id and not self.acknowledged[key]:
+                client.send(key)
+
+    @precondition(lambda self: self.clients)
+    @rule(which=st.integers(0, MOST_CONNECTIONS - 1), table=st.sampled_from(range(len(TABLES))))
+    def end_table(self, which: int, table: int) -> None:
+        client = self.client(which)
+        client.send(End(client.id, table))
+
+    @precondition(lambda self: self.clients)
+    @rule(which=st.integers(0, MOST_CONNECTIONS - 1), agency_id=st.none() | st.integers(0, 9))
+    def finish(self, which: int, agency_id: int | None) -> None:
+        client = self.client(which)
+        client.has_finished = True
+        client.protocol.dataReceived(frame(encode(Finished(agency_id))))
+
+    @precondition(lambda self: self.clients)
+    @rule(which=st.integers(0, MOST_CONNECTIONS - 1), part=st.binary(max_size=9))
+    def cut(self, which: int, part: bytes) -> None:
+        """The connection is lost, between frames or inside of one."""
+        client = self.client(which)
+        if part:
+            client.protocol.dataReceived(b"\0\0\1" + part)
+        self.lose(client)
+
+    @rule(most=st.integers(1, 4))
+    def work(self, most: int) -> None:
+        self.sink.work(most)
+
+    @rule(
+        statement=st.sampled_from(["BEGIN", "SAVEPOINT", "INSERT INTO users", "COMMIT"]),
+        outcome=st.sampled_from(["failed", "undone"]),
+    )
+    def fail(self, statement: str, outcome: str) -> None:
+        """The disk has a fault, and what the server says is true."""
+        self.fail_with(Fault(statement, "failed" if statement == "BEGIN" else outcome))
+
+    @rule()
+    def fail_after_commit(self) -> None:
+        """The disk has a fault, and what was not acknowledged is stored nevertheless."""
+        self.uncertain.update(self.fail_with(Fault("COMMIT", "done")))
+        self.stored_before = self.stored().total() - self.counts()[Outcome.COMMITTED]
+
+    @rule()
+    def reject(self) -> None:
+        """The store objects to what one batch says."""
+        self.fail_with(Fault("INSERT INTO stores", error=sqlite3.IntegrityError))
+
+    @rule(is_killed=st.booleans())
+    def restart(self, is_killed: bool) -> None:
+        while not is_killed and self.sink.work(4):
+            pass
+        self.collect()
+        self.check_accounts()
+        for client in list(self.clients):
+            self.lose(client)
+        self.sink.database.close()
+        stored = self.stored()
+        # What is not stored by now never will be.
+        self.uncertain = Counter({key: stored[key] for key in self.uncertain if stored[key]})
+        self.committed = 0
+        self.stored_before = stored.total()
+        self.start()
+
+    @invariant()
+    def check_accounts(self) -> None:
+        """Every batch that was received is in one of the counts, and in the right one."""
+        self.collect()
+        counts = self.counts()
+        committed, duplicates = counts[Outcome.COMMITTED], counts[Outcome.DUPLICATE]
+        in_hand = Counter(
+            exchange.opcode
+            for connection in self.factory.connections
+            for exchange in connection._window.in_hand
+        )
+        for table in TABLES:
+            assert self.factory.counters.tallies[table.opcode].in_hand == in_hand[table.opcode]
+        assert counts.received == committed + duplicates + counts.failed + counts.in_hand
+        assert committed + duplicates >= self.committed
+        assert 0 <= counts.in_hand <= self.sink._waiting_batches
+        assert self.sink._waiting_batches == self.sink._jobs.qsize()
+
+    @invariant()
+    def check_store(self) -> None:
+        """The store is what was acknowledged, and possibly what was not answered."""
+        self.collect()
+        stored = self.stored()
+        assert stored.total() == self.stored_before + self.counts()[Outcome.COMMITTED]
+        possible = self.acknowledged + self.uncertain
+        for client in self.clients:
+            possible.update(key for key in client.unanswered if isinstance(key, Key))
+        for key in stored | possible:
+            least, most = self.acknowledged[key], possible[key]
+            if key.client is not None:
+                least, most = min(least, 1), min(most, 1)
+            assert least <= stored[key] <= most, (key, least, stored[key], most)
+
+    def counts(self) -> Tally:
+        return self.factory.counters.total()
+
+    def client(self, which: int) -> Client:
+        return self.clients[which % len(self.clients)]
+
+    def lose(self, client: Client) -> None:
+        self.clients.remove(client)
+        self.uncertain.update(key for key in client.unanswered if isinstance(key, Key))
+        client.protocol.connectionLost(Failure(ConnectionLost()))
+
+    def fail_with(self, fault: Fault) -> list[Key]:
+        """Have the next group meet with a fault; the batches that were answered with FAIL."""
+        connection = self.sink.connection
+        assert isinstance(connection, FaultyConnection)
+        connection.fault = fault
+        self.sink.work(4)
+        self.faults += connection.fault is None
+        connection.fault = None
+        return self.collect()
+
+    def collect(self) -> list[Key]:
+        """Note what clients were answered; the batches whose answer was FAIL."""
+        failed = []
+        for client in list(self.clients):
+            for answer in client.answers():
+                message = client.unanswered.popleft()
+                is_success = answer == b"\x01"
+                assert is_success or (self.faults and answer in (b"\x02\x01", b"\x02\x02")), answer
+                if is_success and isinstance(message, Key):
+                    self.acknowledged[message] += 1
+                    self.committed += 1
+                elif is_success and isinstance(message, End):
+                    self.ended.add(message)
+                elif isinstance(message, Key):
+                    failed.append(message)
+            if client.transport.half_closed:
+                assert not client.unanswered
+                self.lose(client)
+        return failed
+
+    def stored(self) -> Counter[Key]:
+        """All batches that are stored; that each is whole, and belongs to its client."""
+        with closing(sqlite3.connect(self.path)) as store:
+            assert store.execute("PRAGMA foreign_key_check").fetchall() == []
+            sessions = dict(store.execute("SELECT id, client_id FROM session"))
+            for end in self.ended:
+                query = "SELECT session_id FROM table_eof WHERE table_name = ?"
+                ids = store.execute(query, (TABLES[end.table].name,))
+                assert (None if end.client is None else str(end.client)) in {
+                    sessions[session_id] for (session_id,) in ids
+                }
+            rows: dict[int, list[Any]] = {}
+            for table in TABLES:
+                cells = f"SELECT batch_id, {table.columns[0]} FROM {table.name}"
+                for batch_id, cell in store.execute(cells):
+                    rows.setdefault(batch_id, []).append(cell)
+            stored: Counter[Key] = Counter()
+            for batch_id, session_id, client_id, opcode, number, amount in store.execute(
+                "SELECT id, session_id, client_id, opcode, batch_number, amount FROM batch"
+            ):
+                identity = None if client_id is None else UUID(client_id)
+                table_index = [table.opcode for table in TABLES].index(opcode)
+                key = Key(identity, table_index, number, amount)
+                assert sessions[session_id] == client_id
+                assert rows.pop(batch_id, []) == [str(tuple(key))] * amount
+                stored[key] += 1
+            assert rows == {}
+        return stored
+
+
+class StoreModelTests(SynchronousTestCase):
+    """The store, driven by Hypothesis."""
+
+    def test_model(self) -> None:
+        """Store = acknowledged batches and possibly those in flight; the counts add up."""
+        self.run_model(80)
+
+    @pytest.mark.slow
+    def test_model_at_length(self) -> None:
+        """The same, many times as often."""
+        # pytest has its marker for that.
+        if "PYTEST_VERSION" not in os.environ and os.environ.get("CAFEORCH_SLOW") != "1":
+            raise SkipTest("it takes minutes; CAFEORCH_SLOW=1 runs it")
+        self.run_model(4000)
+
+    def run_model(self, examples: int) -> None:
+        run_state_machine_as_test(
+            StoreModel,
+            settings=settings(
+                max_examples=examples,
+                stateful_step_count=30,
+                deadline=None,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+        self.flushLoggedErrors(BatchRejected)

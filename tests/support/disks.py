@@ -1,0 +1,210 @@
+"""A server that runs as an operator runs it, on a store that a test damages."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from twisted.trial.unittest import SkipTest, SynchronousTestCase
+
+from cafeteria_orch.wire.messages import ClientHello, encode
+
+from .builders import batch_frame, frame
+
+ANSWER_WITHIN = 2.0
+"""How long, in seconds, a client may wait for its FAIL."""
+
+DEADLINE = 20.0
+
+_ROOT = Path(__file__).parent.parent.parent
+# A child runs this tree, whatever is installed.
+_PYTHONPATH = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+ENVIRONMENT = {**os.environ, "PYTHONPATH": _PYTHONPATH}
+TWISTD = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Poll until something holds."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not in time"
+        time.sleep(0.01)
+
+
+def make_folder(test: SynchronousTestCase) -> Path:
+    folder = Path(test.mktemp()).absolute()
+    folder.mkdir()
+    return folder
+
+
+def mount_small_disk(test: SynchronousTestCase, size: str) -> Path:
+    """Mount a file system of its own for a test; skip the test where that is not allowed."""
+    folder = make_folder(test)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SkipTest(f"mounting is not allowed: {error}") from error
+    test.addCleanup(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
+    return folder
+
+
+def fill_disk(folder: Path) -> Path:
+    """Take all the room that is left on a disk.
+
+    :return: the file that does so.
+    """
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 16, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+    return filler
+
+
+@contextmanager
+def holding(store: Path, *statements: str) -> Iterator[None]:
+    """Have another process hold on to a store.
+
+    Another one, since a process loses its locks on a file when it closes that file, however
+    it had opened it.
+    """
+    program = (
+        "import sqlite3, sys; store = sqlite3.connect(sys.argv[1], isolation_level=None);"
+        " [store.execute(statement).fetchall() for statement in sys.argv[2:]];"
+        " print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(store), *statements]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"\n"
+        yield
+
+
+class ServerProcess:
+    """``twistd -n cafeorch`` on a store."""
+
+    def __init__(self, test: SynchronousTestCase, store: Path) -> None:
+        self.store = store
+        folder = make_folder(test)
+        self._log = folder / "log"
+        command = [*TWISTD, "-n", "--pidfile=", "cafeorch", "--port=0", f"--store={store}"]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        test.addCleanup(self.kill)
+        wait_until(self._listens, "the server listens")
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def log(self) -> str:
+        """What it has written."""
+        return self._log.read_text()
+
+    def complaints(self) -> list[str]:
+        """The lines of its log that are more than information."""
+        return [line for line in self.log().splitlines() if re.search("#(warn|error)", line)]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(DEADLINE)
+
+    def stop(self) -> None:
+        """Have it drain; its log is whole then."""
+        self.process.terminate()
+        # It ends by the signal that it was sent, as twistd does.
+        assert self.process.wait(DEADLINE) == -signal.SIGTERM, self.log()
+
+    def connect(self, test: SynchronousTestCase) -> BlockingClient:
+        return BlockingClient(test, self._port)
+
+    def ask(self, sql: str) -> list[Any]:
+        """Ask the store while the server runs: what is committed."""
+        # A reader must not need room on the disk.
+        with closing(sqlite3.connect(f"file:{self.store}?mode=ro", uri=True)) as store:
+            return store.execute(sql).fetchall()
+
+    def stored(self) -> list[int]:
+        """The numbers of the batches of users that are stored; each is whole, or this fails."""
+        batches = self.ask(
+            "SELECT batch_number, amount, count(users.user_id)"
+            " FROM batch LEFT JOIN users ON users.batch_id = batch.id"
+            " WHERE opcode = 8 GROUP BY batch.id ORDER BY batch.id"
+        )
+        assert all(amount == rows for _, amount, rows in batches), batches
+        assert self.ask("SELECT count(*) FROM users") == [(sum(row[1] for row in batches),)]
+        return [number for number, _, _ in batches]
+
+    def _listens(self) -> bool:
+        assert self.is_running, self.log()
+        address = re.search(r"address: 127\.0\.0\.1:(\d+)$", self.log(), re.MULTILINE)
+        if address is None:
+            return False
+        self._port = int(address[1])
+        return True
+
+
+class BlockingClient:
+    """Says who it is, and asks for one answer after the other."""
+
+    def __init__(self, test: SynchronousTestCase, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), DEADLINE)
+        test.addCleanup(self.close)
+        self.send(frame(encode(ClientHello(UUID(int=1)))))
+        assert self.receive() == b"\x01"
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def send(self, data: bytes) -> None:
+        self._socket.sendall(data)
+
+    def receive(self, within: float = DEADLINE) -> bytes:
+        """The payload of the next answer."""
+        deadline = time.monotonic() + within
+        length = int.from_bytes(self._read(4, deadline), "big")
+        return self._read(length, deadline)
+
+    def store(self, **changes: Any) -> None:
+        """Have a batch stored."""
+        self.send(batch_frame(**changes))
+        answer = self.receive()
+        assert answer == b"\x01", answer
+
+    def be_put_off(self, **changes: Any) -> None:
+        """Send a batch that is not taken now, and be told so in time."""
+        self.send(batch_frame(**changes))
+        answer = self.receive(ANSWER_WITHIN)
+        assert answer == b"\x02\x01", answer
+
+    def _read(self, size: int, deadline: float) -> bytes:
+        data = b""
+        while len(data) < size:
+            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+            chunk = self._socket.recv(size - len(data))
+            assert chunk, "the server has closed the connection"
+            data += chunk
+        return data

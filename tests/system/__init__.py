@@ -1,0 +1,1 @@
+"""The whole thing: processes, kills, disks, packaging, documents."""

@@ -1,0 +1,182 @@
+"""The examples in ``docs/``: what they say to systemd and to docker fits the program."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from unittest.mock import patch
+
+from twisted.scripts._twistd_unix import ServerOptions
+from twisted.trial.unittest import SkipTest, SynchronousTestCase
+
+from cafeteria_orch.daemon.options import ENVIRONMENT_PREFIX, Options
+from cafeteria_orch.daemon.service import DEFAULT_DRAIN_TIMEOUT
+from tests.support.disks import make_folder
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+DOCKER_PATIENCE = 10.0
+"""How long, in seconds, docker waits for a container to stop."""
+
+
+def options_of(command: Sequence[str], environment: dict[str, str]) -> Options:
+    """What a command line of ``twistd`` means to the server, in an environment.
+
+    :raises SystemExit: if it is not understood.
+    """
+    config = ServerOptions()
+    with patch.dict(os.environ, environment, clear=True):
+        config.parseOptions(list(command))
+    assert isinstance(config.subOptions, Options)
+    assert config["nodaemon"]
+    assert not config["pidfile"]
+    return config.subOptions
+
+
+def settings(text: str) -> dict[str, str]:
+    """The variables for the server that a text gives values to."""
+    return dict(re.findall(rf"\b({ENVIRONMENT_PREFIX}[A-Z_]+)=(\S+)", text))
+
+
+class ExampleTestCase(SynchronousTestCase):
+    """An example is understood by the program."""
+
+    def assert_known(self, text: str) -> None:
+        """All the server's variables that are named are options of it."""
+        names = re.findall(rf"\b{ENVIRONMENT_PREFIX}([A-Z_]+)", text)
+        self.assertNotEqual(names, [])
+        known = {name.rstrip("=") for name in Options().longOpt}
+        for name in names:
+            self.assertIn(name.lower().replace("_", "-"), known)
+
+
+class Units(ExampleTestCase):
+    """``cafeorch.service`` and ``cafeorch.socket``."""
+
+    def setUp(self) -> None:
+        self.service = (DOCS / "cafeorch.service").read_text()
+        self.socket = (DOCS / "cafeorch.socket").read_text()
+
+    def values(self, key: str, unit: str | None = None) -> list[str]:
+        """All that a unit says of something."""
+        return re.findall(rf"(?m)^{key}=(.*)$", unit or self.service)
+
+    def value(self, key: str, unit: str | None = None) -> str:
+        """What it says of something once."""
+        (value,) = self.values(key, unit)
+        return value
+
+    def test_command(self) -> None:
+        """The command is understood, and the store is in the folder that may be written."""
+        program, *command = shlex.split(self.value("ExecStart"))
+        self.assertEqual(Path(program).name, "twistd")
+        environment = dict(entry.split("=", 1) for entry in self.values("Environment"))
+        options = options_of(command, environment)
+        folder = Path("/var/lib", self.value("StateDirectory"))
+        self.assertEqual(Path(options["store"]).parent, folder)
+        self.assertEqual(self.value("WorkingDirectory"), str(folder))
+
+    def test_names(self) -> None:
+        """There are such options."""
+        self.assert_known(self.service)
+        self.assert_known(self.socket)
+
+    def test_stop(self) -> None:
+        """The server has the time for its drain, and some to write its log."""
+        self.assertGreaterEqual(float(self.value("TimeoutStopSec")), DEFAULT_DRAIN_TIMEOUT + 5)
+
+    def test_notifications(self) -> None:
+        """The manager waits for what the server says to it, and the server may say it."""
+        self.assertEqual(self.value("Type"), "notify")
+        self.assertGreater(float(self.value("WatchdogSec")), 0)
+        self.assertIn("AF_UNIX", self.value("RestrictAddressFamilies").split())
+
+    def test_reload(self) -> None:
+        """A reload is the signal that the server survives."""
+        self.assertEqual(self.value("ExecReload"), "/bin/kill -HUP $MAINPID")
+
+    def test_descriptors(self) -> None:
+        """All connections that are allowed get a descriptor, and something is left."""
+        options = options_of(["--nodaemon", "--pidfile=", "cafeorch"], {})
+        self.assertGreater(int(self.value("LimitNOFILE")), options["max-connections"] + 100)
+
+    def test_tls(self) -> None:
+        """Nothing forbids the memory that pyOpenSSL's callbacks are made in."""
+        self.assertEqual(self.values("MemoryDenyWriteExecute"), [])
+
+    def test_socket(self) -> None:
+        """What the server is told to listen to is what the socket is called, and is."""
+        options = options_of(["--nodaemon", "--pidfile=", "cafeorch"], settings(self.socket))
+        name = self.value("FileDescriptorName", self.socket)
+        self.assertEqual(options["listen"], [f"systemd:domain=INET:name={name}"])
+        # A port without an address is a socket of IPv6.
+        self.assertRegex(self.value("ListenStream", self.socket), r"^\d+\.\d+\.\d+\.\d+:\d+$")
+
+    def test_verify(self) -> None:
+        """The manager finds nothing wrong with them; the program and its user need not be here."""
+        if shutil.which("systemd-analyze") is None:
+            raise SkipTest("there is no systemd-analyze here")
+        folder = make_folder(self)
+        service = re.sub(r"(?m)^(User|Group)=.*\n", "", self.service)
+        service = service.replace(shlex.split(self.value("ExecStart"))[0], "/bin/true")
+        (folder / "cafeorch.service").write_text(service)
+        (folder / "cafeorch.socket").write_text(self.socket)
+        found = subprocess.run(
+            ["systemd-analyze", "verify", *folder.iterdir()],
+            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+        )
+        self.assertEqual((found.returncode, found.stdout), (0, ""))
+
+
+class Image(ExampleTestCase):
+    """``Dockerfile``."""
+
+    def setUp(self) -> None:
+        text = (DOCS / "Dockerfile").read_text()
+        self.text = text
+        lines = re.sub(r"\\\n\s*", "", re.sub(r"(?m)^#.*\n", "", text)).splitlines()
+        self.instructions = [line.partition(" ")[::2] for line in lines if line]
+
+    def value(self, instruction: str) -> str:
+        """What is said with an instruction that stands there once."""
+        (value,) = [value for name, value in self.instructions if name == instruction]
+        return value
+
+    def test_command(self) -> None:
+        """The command is understood, and the store is on the volume."""
+        program, *command = json.loads(self.value("CMD"))
+        self.assertEqual(program, "twistd")
+        options = options_of(command, settings(self.value("ENV")))
+        self.assertEqual(str(Path(options["store"]).parent), self.value("VOLUME"))
+        self.assertEqual(options["interface"], "0.0.0.0")
+        self.assertEqual(str(options["port"]), self.value("EXPOSE"))
+
+    def test_stop(self) -> None:
+        """The signal is one that drains, which is over before docker loses its patience."""
+        options = options_of(["--nodaemon", "--pidfile=", "cafeorch"], settings(self.value("ENV")))
+        self.assertEqual(self.value("STOPSIGNAL"), "SIGTERM")
+        self.assertLess(options["drain-timeout"], DOCKER_PATIENCE)
+
+    def test_user(self) -> None:
+        """Who runs it is not root, and is known by number."""
+        self.assertRegex(self.value("USER"), "^[1-9][0-9]*:[1-9][0-9]*$")
+
+    def test_health(self) -> None:
+        """It is asked for where the server answers."""
+        metrics = settings(self.value("ENV"))["CAFEORCH_METRICS"]
+        _, port, *_ = metrics.split(":")
+        check = re.sub(r"^.* CMD ", "", self.value("HEALTHCHECK"))
+        self.assertIn(f"http://127.0.0.1:{port}/livez", json.loads(check)[-1])
+
+    def test_names(self) -> None:
+        """There are such options."""
+        self.assert_known(self.text)

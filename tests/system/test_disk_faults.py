@@ -1,0 +1,345 @@
+"""The disk or the file fails while the server runs: FAIL in time, nothing lost, it recovers."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+from twisted.logger import capturedLogs, formatEvent
+from twisted.trial.unittest import SkipTest, SynchronousTestCase
+
+from cafeteria_orch.store.sink import OUTAGE_INTERVAL
+from cafeteria_orch.wire.tables import STORES
+from tests.support.builders import SUCCESS, USER_ROW, batch_frame, connect
+from tests.support.disks import ServerProcess, fill_disk, holding, make_folder, mount_small_disk
+from tests.support.stores import TRY_AGAIN, SinkTestCase
+
+LARGE = [USER_ROW] * 4000
+"""Rows that need room wherever they come to rest."""
+
+STORE_ROW = ("1", "G Coffee", "Jalan 1", "50480", "Kuala Lumpur", "KL", "3.1", "101.7")
+
+
+class DiskTestCase(SynchronousTestCase):
+    """A server with a store in which there is one batch."""
+
+    def start(self, folder: Path | None = None) -> None:
+        self.store = (folder or make_folder(self)) / "store.sqlite3"
+        self.server = ServerProcess(self, self.store)
+        self.client = self.server.connect(self)
+        self.client.store(batch_number=1)
+
+    def assert_outage(self, begin: Callable[[], object], end: Callable[[], object]) -> None:
+        """While it lasts every batch gets FAIL 1 in time; then all is as it was before."""
+        begin()
+        for number in range(2, 7):
+            self.client.be_put_off(batch_number=number, rows=LARGE)
+        end()
+        # The same bytes again, over the same connection, to the same process.
+        for number in range(2, 7):
+            self.client.store(batch_number=number, rows=LARGE)
+        self.assertEqual(self.server.stored(), [*range(1, 7)])
+        self.client.close()
+        self.server.stop()
+        began, ended = self.server.complaints()
+        self.assertRegex(began, r"#error\] action: store \| result: fail \| error: .*\w")
+        self.assertRegex(ended, r"#warn\] action: store \| result: success \| refused: 5 \|")
+
+
+class FullDiskTests(DiskTestCase):
+    """There is no room left."""
+
+    def test_full_file_system(self) -> None:
+        """A full disk puts batches off, leaves no part of one, and ends when there is room."""
+        folder = mount_small_disk(self, "8m")
+        self.start(folder)
+
+        def end() -> None:
+            self.assertEqual(self.server.stored(), [1])
+            filler.unlink()
+
+        filler = folder / "filler"
+        self.assert_outage(lambda: fill_disk(folder), end)
+
+    def test_file_size_limit(self) -> None:
+        """The same where it is the process that may write no longer files."""
+        if not hasattr(resource, "prlimit"):
+            raise SkipTest("the limits of another process cannot be set here")
+        self.start()
+        kind = resource.RLIMIT_FSIZE
+        before = resource.prlimit(self.server.process.pid, kind)
+
+        def limit(soft: int) -> None:
+            resource.prlimit(self.server.process.pid, kind, (soft, before[1]))
+
+        def end() -> None:
+            self.assertEqual(self.server.stored(), [1])
+            limit(before[0])
+
+        self.assert_outage(lambda: limit(100_000), end)
+
+    def test_small_batches_go_on(self) -> None:
+        """A batch that does not fit costs itself: one that does is stored after it."""
+        self.start(mount_small_disk(self, "256k"))
+        self.client.be_put_off(batch_number=2, rows=LARGE)
+        self.client.store(batch_number=3)
+        self.assertEqual(self.server.stored(), [1, 3])
+
+
+class LockedTests(DiskTestCase):
+    """Another process has the store, and keeps it."""
+
+    def test_locked(self) -> None:
+        """A lock puts batches off, and is over when it is."""
+        self.start()
+        holder = holding(self.store, "BEGIN EXCLUSIVE")
+        self.assert_outage(holder.__enter__, lambda: holder.__exit__(None, None, None))
+
+    def test_many_clients(self) -> None:
+        """Each of many clients hears in time: they do not wait for the lock in turn."""
+        self.start()
+        clients = [self.server.connect(self) for _ in range(30)]
+        with holding(self.store, "BEGIN IMMEDIATE"):
+            for number, client in enumerate(clients, 2):
+                client.send(batch_frame(batch_number=number))
+            self.assertEqual({client.receive(within=2) for client in clients}, {b"\x02\x01"})
+
+    def test_short_lock(self) -> None:
+        """A lock that is over soon costs nobody anything."""
+        self.start()
+        with closing(sqlite3.connect(self.store, isolation_level=None)) as holder:
+            holder.execute("BEGIN IMMEDIATE")
+            self.client.send(batch_frame(batch_number=2))
+            time.sleep(0.2)
+        self.assertEqual(self.client.receive(), b"\x01")
+        self.assertEqual(self.server.complaints(), [])
+
+
+class MovedTests(DiskTestCase):
+    """The store is not where it was."""
+
+    def setUp(self) -> None:
+        self.start()
+        self.away = make_folder(self)
+
+    def move(self, pattern: str, source: Path, target: Path) -> None:
+        for path in source.glob(pattern):
+            path.rename(target / path.name)
+
+    def assert_moving_is_an_outage(self, pattern: str) -> None:
+        home = self.store.parent
+        self.assert_outage(
+            lambda: self.move(pattern, home, self.away),
+            lambda: self.move(pattern, self.away, home),
+        )
+
+    def test_moved(self) -> None:
+        """The file alone is moved away, and put back."""
+        self.assert_moving_is_an_outage("*.sqlite3")
+
+    def test_moved_with_its_wal(self) -> None:
+        """The file is moved away with all that belongs to it, and put back."""
+        self.assert_moving_is_an_outage("*.sqlite3*")
+
+    def test_deleted(self) -> None:
+        """What is stored in a file without a name is lost: nothing is acknowledged."""
+        os.link(self.store, self.away / "saved")
+        self.assert_outage(self.store.unlink, lambda: (self.away / "saved").rename(self.store))
+
+    def test_replaced(self) -> None:
+        """Another file in its place is not the store, and is left as it is."""
+        self.store.rename(self.away / "saved")
+        self.store.write_bytes(b"something else")
+        self.client.be_put_off(batch_number=2)
+        self.assertEqual(self.store.read_bytes(), b"something else")
+        (self.away / "saved").rename(self.store)
+        self.client.store(batch_number=2)
+        self.assertEqual(self.server.stored(), [1, 2])
+
+    def test_wal_deleted(self) -> None:
+        """A WAL without a name is lost when the process is killed: nothing goes into it."""
+        self.store.with_name(f"{self.store.name}-wal").unlink()
+        self.client.send(batch_frame(batch_number=2))
+        answer = self.client.receive(within=2)
+        self.server.kill()
+        if answer == b"\x01":
+            with closing(sqlite3.connect(self.store)) as store:
+                numbers = store.execute("SELECT batch_number FROM batch").fetchall()
+            self.assertIn((2,), numbers)
+        else:
+            self.assertEqual(answer, b"\x02\x01")
+
+
+class CorruptTests(DiskTestCase):
+    """Somebody writes into the file, or cuts it off, while the server has it open."""
+
+    def setUp(self) -> None:
+        self.start()
+        for number in range(2, 31):
+            self.client.store(batch_number=number, rows=[USER_ROW] * 300)
+        self.random = random.Random(3)
+
+    def checkpoint(self) -> None:
+        """Have all that is stored in the file itself."""
+        with closing(sqlite3.connect(self.store, timeout=10)) as store:
+            busy, *_ = store.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        self.assertFalse(busy)
+
+    def write(self, path: Path, offset: int, data: bytes) -> bytes:
+        """Overwrite a part of a file; what stood there."""
+        with path.open("r+b") as file:
+            file.seek(offset)
+            before = file.read(len(data))
+            file.seek(offset)
+            file.write(data)
+        return before
+
+    def touch(self) -> None:
+        """Write into the store as another program may: its pages are to be read anew."""
+        with closing(sqlite3.connect(self.store, isolation_level=None)) as store:
+            store.execute("UPDATE session SET finished_at = random()")
+
+    def send_on(self, first: int = 100) -> list[int]:
+        """Send a few batches more: those that were acknowledged; the others get FAIL 1."""
+        acknowledged = []
+        for number in range(first, first + 10):
+            self.client.send(batch_frame(batch_number=number, rows=[USER_ROW] * 300))
+            answer = self.client.receive(within=2)
+            self.assertIn(answer, (b"\x01", b"\x02\x01"))
+            if answer == b"\x01":
+                acknowledged.append(number)
+        self.assertTrue(self.server.is_running)
+        return acknowledged
+
+    def test_one_table(self) -> None:
+        """A page that is no page puts off the batches that need it; the others are stored."""
+        ((page,),) = self.server.ask("SELECT rootpage FROM sqlite_master WHERE name = 'stores'")
+        ((page_size,),) = self.server.ask("PRAGMA page_size")
+        self.checkpoint()
+        offset = (page - 1) * page_size
+        before = self.write(self.store, offset, b"\xff" * page_size)
+        self.touch()
+        stores = {"table": STORES, "rows": [STORE_ROW], "batch_number": 40}
+        self.client.be_put_off(**stores)
+        self.client.store(batch_number=31)
+        self.client.be_put_off(**stores)
+        self.assertEqual(self.server.stored(), [*range(1, 32)])
+        self.write(self.store, offset, before)
+        self.touch()
+        self.client.store(**stores)
+        self.assertEqual(self.server.ask("SELECT store_name FROM stores"), [("G Coffee",)])
+        self.assertEqual(self.server.ask("PRAGMA integrity_check"), [("ok",)])
+
+    def assert_goes_on(self, end: Callable[[], object]) -> None:
+        """What is acknowledged after the damage is there, when the server has ended."""
+        self.touch()
+        ((last,),) = self.server.ask("SELECT max(rowid) FROM users")
+        acknowledged = self.send_on()
+        self.client.close()
+        end()
+        with closing(sqlite3.connect(self.store)) as store:
+            rows = store.execute(
+                "SELECT batch_number, count(*) FROM users JOIN batch ON batch.id = batch_id"
+                f" WHERE users.rowid > {last} GROUP BY batch_number"
+            ).fetchall()
+        self.assertEqual(rows, [(number, 300) for number in acknowledged])
+
+    def test_middle_of_the_file(self) -> None:
+        """The middle of the file is lost: what comes later is put off or safe from a kill."""
+        self.checkpoint()
+        size = self.store.stat().st_size
+        self.write(self.store, size // 3, self.random.randbytes(size // 3))
+        self.assert_goes_on(self.server.kill)
+
+    def test_middle_of_the_wal(self) -> None:
+        """The same with the WAL, up to a kill: no reader of a WAL gets past what is no WAL."""
+        wal = self.store.with_name(f"{self.store.name}-wal")
+        size = wal.stat().st_size
+        self.write(wal, size // 3, self.random.randbytes(size // 3))
+        self.assert_goes_on(self.server.stop)
+
+    def test_header(self) -> None:
+        """A file that is no database any more puts everything off, until it is one again."""
+        self.checkpoint()
+        before = self.write(self.store, 0, self.random.randbytes(100))
+        self.client.be_put_off(batch_number=31, rows=LARGE)
+        self.write(self.store, 0, before)
+        self.touch()
+        self.client.store(batch_number=31, rows=LARGE)
+        self.assertEqual(self.server.stored(), [*range(1, 32)])
+
+    def test_cut_off(self) -> None:
+        """A file that was cut off in the middle puts batches off, the process stays."""
+        self.checkpoint()
+        os.truncate(self.store, self.store.stat().st_size // 2)
+        self.touch()
+        self.assertEqual(self.send_on(), [])
+
+
+class ReadOnlyTests(SinkTestCase):
+    """The store may not be written, and how the log tells of it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.start()
+        self.sent = 0
+
+    def send(self) -> bytes:
+        self.sent += 1
+        protocol, transport = connect(self.factory)
+        protocol.dataReceived(batch_frame(batch_number=self.sent))
+        return self.pump_answers(transport)[0]
+
+    def test_read_only(self) -> None:
+        """A store that became read-only puts batches off, and takes them when it may."""
+        self.assertEqual(self.send(), SUCCESS)
+        self.connection.execute("PRAGMA query_only = ON")
+        self.assertEqual([self.send(), self.send()], [TRY_AGAIN] * 2)
+        self.connection.execute("PRAGMA query_only = OFF")
+        self.assertEqual(self.send(), SUCCESS)
+        self.assertEqual(self.batch_numbers(), [1, 4])
+        self.assert_accounts(committed=2, failed=2)
+
+    def test_log(self) -> None:
+        """One line at the start, one at the end, and the count once in a while between."""
+        failed = "action: store | result: fail"
+        error = "attempt to write a readonly database"
+        with capturedLogs() as events:
+            self.send()
+            self.connection.execute("PRAGMA query_only = ON")
+            for wait in (0, 1, OUTAGE_INTERVAL, 1, 1, OUTAGE_INTERVAL - 1):
+                self.reactor.advance(wait)
+                self.send()
+            self.connection.execute("PRAGMA query_only = OFF")
+            self.reactor.advance(1)
+            self.send()
+            self.send()
+        lines = [formatEvent(event) for event in events]
+        self.assertEqual(
+            [line for line in lines if line.startswith("action: store")],
+            [
+                f"{failed} | error: the store takes nothing now: {error}",
+                f"{failed} | refused: 3 | seconds: 61.0",
+                f"{failed} | refused: 6 | seconds: 122.0",
+                "action: store | result: success | refused: 6 | seconds: 123.0",
+            ],
+        )
+
+    def test_next_outage(self) -> None:
+        """Each outage has its own lines and its own count."""
+        with capturedLogs() as events:
+            for _ in range(2):
+                self.connection.execute("PRAGMA query_only = ON")
+                self.send()
+                self.connection.execute("PRAGMA query_only = OFF")
+                self.send()
+        lines = [formatEvent(event) for event in events]
+        self.assertEqual(len([line for line in lines if "store | result: fail" in line]), 2)
+        ends = [line for line in lines if "store | result: success" in line]
+        self.assertEqual(ends, ["action: store | result: success | refused: 1 | seconds: 0.0"] * 2)

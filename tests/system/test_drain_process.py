@@ -1,0 +1,266 @@
+"""The drain of a real server under load: nothing is lost, and nothing holds it for long."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from tests.support.builders import ECHO, SUCCESS, batch_frame, frame
+from tests.support.crowds import Crowd, stored_batches
+from tests.support.processes import (
+    DAEMON,
+    FOREGROUND,
+    ROOT,
+    TWIST,
+    Client,
+    ProcessTestCase,
+    Server,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    Tests = ProcessTestCase
+else:
+    Tests = object
+
+STORE = "cafeorch.sqlite3"
+RECEIVED = "action: data_message_received | opcode: 8"
+DRAINED = "action: drain | result: success"
+ENDED = "error: not over in time, the process is ended at kinds.py:20"
+GIVEN_UP = "error: closed before they were done"
+
+# They sleep in short pieces: Python does not notice a signal that comes just as a sleep begins.
+PROCESSORS = f"""
+import threading
+import time
+from pathlib import Path
+from twisted.internet.defer import Deferred
+from twisted.internet.threads import deferToThread
+
+def plain(message, client):
+    Path("in-hand").touch()
+    while True:
+        try:
+            time.sleep(0.01)
+        except Exception:
+            pass
+
+def swallowing(message, client):
+    Path("in-hand").touch()
+    while True:
+        try:
+            time.sleep(0.01)
+        except BaseException:
+            pass
+
+def deferred(message, client):
+    Path("in-hand").touch()
+    return Deferred()
+
+def thread(message, client):
+    Path("in-hand").touch()
+    threading.Event().wait()
+
+def pool(message, client):
+    return deferToThread(thread, message, client)
+
+def register(factory):
+    name = Path("kind").read_text()
+    factory.register_processor({ECHO}, globals()[name], blocking=name == "thread")
+"""
+
+
+class Draining(ProcessTestCase):
+    """A signal in the midst of everything."""
+
+    def check_drain(self, number: signal.Signals, *, idle: int, half: int, busy: int) -> None:
+        """All that was stored was acknowledged, and nothing else, in the time there is."""
+        server = self.start("--drain-timeout=5")
+        crowd = Crowd(server.port, idle=idle, half=half, busy=busy)
+        self.addCleanup(crowd.close)
+        crowd.run_until_busy(3)
+        began = time.monotonic()
+        server.signal(number)
+        crowd.run(server.gone, "the server has ended")
+        seconds = time.monotonic() - began
+        crowd.run_until_over()
+        stored = stored_batches(self.folder / STORE)
+        figures = f"{number.name}: {seconds:.2f} s, {crowd}, stored: {len(stored)}"
+        self.assertLess(seconds, 6.0, figures)
+        self.assertEqual(crowd.acknowledged, stored, figures)
+        self.assertEqual({answer for each in crowd.busy for answer in each.answers}, {SUCCESS})
+        self.assertEqual([each for each in crowd.idle + crowd.half if each.answers], [])
+        self.assertEqual(server.status(), -number)
+        self.assertFalse(server.pid_file.exists())
+        self.assertEqual(server.log.count(RECEIVED), len(stored))
+        self.assertIn(DRAINED, server.log)
+        self.assertTrue(server.log.endswith("Server Shut Down.\n"), server.log[-200:])
+        self.assertEqual(server.text("stderr"), "")
+
+    def test_sigterm(self) -> None:
+        """SIGTERM with 200 idle clients, 50 amid a frame and 20 that send without a pause."""
+        self.check_drain(signal.SIGTERM, idle=200, half=50, busy=20)
+
+    def test_sigint(self) -> None:
+        """SIGINT is the same."""
+        self.check_drain(signal.SIGINT, idle=20, half=5, busy=5)
+
+    def test_sighup(self) -> None:
+        """SIGHUP 100 times under load cuts nobody off, and nothing goes unanswered."""
+        server = self.start()
+        crowd = Crowd(server.port, busy=20)
+        self.addCleanup(crowd.close)
+        crowd.run_until_busy(1)
+        for _ in range(100):
+            server.signal(signal.SIGHUP)
+            crowd.step()
+        crowd.finish()
+        sent = sum(member.sent for member in crowd.busy)
+        stored = stored_batches(self.folder / STORE)
+        reloads = server.log.count("action: reload")
+        figures = f"SIGHUP: {crowd}, stored: {len(stored)}, lines: {reloads}"
+        self.assertEqual([member.over for member in crowd.busy if member.over], [], figures)
+        self.assertEqual(len(crowd.acknowledged), sent, figures)
+        self.assertEqual(crowd.acknowledged, stored, figures)
+        self.assertGreater(reloads, 0, figures)
+
+
+class TwistedsOwn(ProcessTestCase):
+    """What ``twistd`` does with a server of Twisted's own: ours is to be no different."""
+
+    def check_status(self, number: signal.Signals) -> None:
+        """It dies of the signal, once it has shut down."""
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = ["web", "--listen=tcp:0:interface=127.0.0.1"]
+        server = Server(self.folder, FOREGROUND, command, environment)
+        self.addCleanup(server.clean_up)
+        port = wait_until(lambda: re.search(r"starting on (\d+)", server.log), "it listens")[1]
+        with closing(Client(int(port))) as client:
+            client.send(b"GET / HTTP/1.0\r\n\r\n")
+            client.read(1)
+        server.signal(number)
+        self.assertEqual(server.status(), -number)
+        self.assertFalse(server.pid_file.exists())
+
+    def test_sigterm(self) -> None:
+        """Of SIGTERM."""
+        self.check_status(signal.SIGTERM)
+
+    def test_sigint(self) -> None:
+        """Of SIGINT."""
+        self.check_status(signal.SIGINT)
+
+
+class HangingTests(Tests):
+    """A processor that hangs, in whatever way, holds nothing for long."""
+
+    def hang(self, kind: str, drain_timeout: float) -> None:
+        """A server with a message in hand that never ends, more of the kind, and honest batches."""
+        (self.folder / "kinds.py").write_text(PROCESSORS)
+        (self.folder / "kind").write_text(kind)
+        options = (f"--drain-timeout={drain_timeout}", "--processors=kinds:register")
+        self.server = self.start(*options)
+        self.honest, *others = (self.client(self.server) for _ in range(4))
+        # So many are in hand at once: some have still to be acknowledged when the other hangs.
+        self.honest.send(b"".join(batch_frame(batch_number=number) for number in range(50)))
+        self.assertEqual(self.honest.read(5), SUCCESS)
+        for other in others:
+            other.send(frame(bytes([ECHO])))
+        wait_until((self.folder / "in-hand").exists, "the message is in hand")
+
+    def stop(self, seconds: float, status: signal.Signals = signal.SIGTERM) -> None:
+        """SIGTERM ends it within some seconds, by a signal, and no pidfile is left."""
+        began = time.monotonic()
+        self.server.signal(signal.SIGTERM)
+        self.server.wait_until_gone()
+        taken = time.monotonic() - began
+        self.acknowledged = 1 + len(self.honest.read_to_the_end()) // len(SUCCESS)
+        self.stored = len(stored_batches(self.folder / STORE))
+        figures = f"{taken:.2f} s, acknowledged: {self.acknowledged}, stored: {self.stored}"
+        self.assertLess(taken, seconds, figures)
+        self.assertFalse(self.server.pid_file.exists())
+        if not self.starter.is_daemon:
+            self.assertEqual(self.server.status(), -status)
+        self.assertEqual(self.server.text("stderr"), "")
+
+    def check_timeout(self, kind: str, line: str) -> None:
+        """One signal and the drain timeout are enough; what is stored is acknowledged."""
+        self.hang(kind, 1)
+        self.stop(2.0)
+        self.assertEqual(self.acknowledged, self.stored)
+        self.assertIn(line, self.server.log)
+        self.assertIn(self.starter.last_line, self.server.log.splitlines()[-1])
+
+    def check_second(self, kind: str, line: str) -> None:
+        """A second signal ends it at once, as the first would have."""
+        self.hang(kind, 60)
+        # Two of a kind, or in the same moment, might become one or change places.
+        self.server.signal(signal.SIGINT)
+        time.sleep(0.1)
+        self.stop(1.0, signal.SIGINT)
+        self.assertIn(line, self.server.log)
+
+    def test_plain(self) -> None:
+        """A plain one that never returns is interrupted, and named."""
+        self.check_timeout("plain", "error: kinds.py:12 does not return: interrupted")
+
+    def test_swallowing(self) -> None:
+        """One that cannot be interrupted is ended with the process; the last line names it."""
+        self.hang("swallowing", 1)
+        self.stop(2.0)
+        self.assertLessEqual(self.acknowledged, self.stored)
+        self.assertIn(ENDED, self.server.log.splitlines()[-1])
+
+
+class Foreground(HangingTests, ProcessTestCase):
+    """``twistd -n cafeorch``."""
+
+    starter = FOREGROUND
+
+    def test_thread(self) -> None:
+        """A blocking one that never returns does not hold it."""
+        self.check_timeout("thread", GIVEN_UP)
+
+    def test_deferred(self) -> None:
+        """One whose Deferred never fires does not."""
+        self.check_timeout("deferred", GIVEN_UP)
+
+    def test_pool(self) -> None:
+        """One that hangs in the reactor's own threads, which it waits for, does not."""
+        self.check_timeout("pool", GIVEN_UP)
+
+    def test_second_plain(self) -> None:
+        """A second SIGTERM interrupts a plain one at once."""
+        self.check_second("plain", "error: kinds.py:12 does not return: interrupted")
+
+    def test_second_swallowing(self) -> None:
+        """It ends the process if that is swallowed."""
+        self.check_second("swallowing", ENDED)
+
+    def test_second_thread(self) -> None:
+        """It ends a drain that waits for a thread."""
+        self.check_second("thread", GIVEN_UP)
+
+    def test_second_deferred(self) -> None:
+        """It ends one that waits for a Deferred."""
+        self.check_second("deferred", GIVEN_UP)
+
+    def test_second_pool(self) -> None:
+        """It ends one that waits for a thread of the reactor."""
+        self.check_second("pool", GIVEN_UP)
+
+
+class Daemon(HangingTests, ProcessTestCase):
+    """``twistd cafeorch``."""
+
+    starter = DAEMON
+
+
+class Twist(HangingTests, ProcessTestCase):
+    """``twist cafeorch``."""
+
+    starter = TWIST

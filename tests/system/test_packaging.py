@@ -1,0 +1,266 @@
+"""What is installed: from the folder, for editing, as a wheel; each in an environment of its own."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tarfile
+import tempfile
+import venv
+import weakref
+from collections.abc import Mapping
+from configparser import ConfigParser
+from pathlib import Path
+from typing import ClassVar
+from zipfile import ZipFile
+
+from twisted.trial.unittest import SkipTest, SynchronousTestCase
+
+ROOT = Path(__file__).parent.parent.parent
+SOURCES = ("cafeteria_orch", "twisted")
+PLUGIN = "twisted/plugins/cafeorch_plugin.py"
+CODEC_SOURCE = "cafeteria_orch/wire/_rows.pyx"
+CODEC = re.compile(r"cafeteria_orch/wire/_rows\..+\.(so|pyd)")
+"""What it is compiled to."""
+
+
+def has_compiler() -> bool:
+    """Whether there is what the row codec is compiled with."""
+    compiler = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return shutil.which(compiler.split()[0]) is not None and header.is_file()
+
+
+def run(
+    *command: object,
+    folder: Path,
+    check: bool = True,
+    settings: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command that sees nothing of this environment; its output, which a failure shows."""
+    hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CAFEORCH_PURE")
+    shown = {name: value for name, value in os.environ.items() if name not in hidden}
+    completed = subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        env={**shown, **(settings or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if check and completed.returncode:
+        raise AssertionError(f"{command} ended with {completed.returncode}:\n{completed.stdout}")
+    return completed
+
+
+def runtime_requirements() -> list[str]:
+    """What the project needs to run, as its file says."""
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return setup["options"]["install_requires"].split()
+
+
+def build_requirements() -> list[str]:
+    """What it needs to be built."""
+    text = (ROOT / "pyproject.toml").read_text()
+    requires = re.search(r"^requires = (\[.*\])$", text, re.MULTILINE)
+    assert requires is not None
+    return list(ast.literal_eval(requires[1]))
+
+
+class Environment:
+    """A virtual environment without a pip of its own, which saves seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder, symlinks=True)
+        self.programs = folder / "bin"
+        self.packages = next(folder.glob("lib/python*/site-packages"))
+
+
+class Workshop:
+    """A copy of the project, all that it depends on, and what was built of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.elsewhere = folder / "elsewhere"
+        self.elsewhere.mkdir()
+        self._tools = folder / "tools"
+        self._wheels = folder / "wheels"
+        venv.create(self._tools, symlinks=True, with_pip=True)
+        needed = run(
+            *(self._tools / "bin" / "python", "-m", "pip", "wheel", "-q"),
+            *("--wheel-dir", self._wheels, *runtime_requirements(), *build_requirements()),
+            folder=folder,
+            check=False,
+        )
+        if needed.returncode:
+            raise SkipTest(f"what the project needs is not to be had: {needed.stdout}")
+        self.source = self.copy("source")
+        self.pip("install", *build_requirements())
+        self.sdist, self.wheel = self.build("sdist", "sdist"), self.build("wheel", "wheel")
+
+    def copy(self, name: str) -> Path:
+        """A copy of the project's files, so that building leaves nothing beside them."""
+        target = self.folder / name
+        target.mkdir()
+        for path in ROOT.iterdir():
+            if path.is_file():
+                shutil.copy(path, target)
+        for source in SOURCES:
+            built = ("_rows.c", "_rows.*.so", "_rows.*.pyd")
+            junk = shutil.ignore_patterns("__pycache__", "dropin.cache", *built)
+            shutil.copytree(ROOT / source, target / source, ignore=junk)
+        return target
+
+    def pip(self, command: str, *arguments: object, into: Environment | None = None) -> None:
+        """Run pip on what is here already."""
+        where = () if into is None else ("--python", into.programs / "python")
+        offline = ("--no-index", "--find-links", self._wheels)
+        program = self._tools / "bin" / "python"
+        options = (*where, command, "-q", *offline)
+        run(program, "-m", "pip", *options, *arguments, folder=self.elsewhere)
+
+    def build(self, kind: str, name: str, **settings: str) -> Path:
+        """Build a distribution, with such settings in the environment."""
+        target = self.folder / f"built_{name}"
+        code = f"from setuptools import build_meta; build_meta.build_{kind}({str(target)!r})"
+        source = self.copy(f"build_{name}")
+        run(self._tools / "bin" / "python", "-c", code, folder=source, settings=settings)
+        (built,) = target.iterdir()
+        return built
+
+
+class Packaging(SynchronousTestCase):
+    """What is built, and what is installed of it."""
+
+    _shared: ClassVar[list[Workshop | SkipTest]] = []
+
+    @property
+    def workshop(self) -> Workshop:
+        """What takes long to make, and is made when the first test asks for it."""
+        if not self._shared:
+            folder = Path(tempfile.mkdtemp())
+            # Trial knows no tearDownClass.
+            weakref.finalize(type(self), shutil.rmtree, folder)
+            try:
+                self._shared.append(Workshop(folder))
+            except SkipTest as unavailable:
+                self._shared.append(unavailable)
+        workshop = self._shared[0]
+        if isinstance(workshop, SkipTest):
+            raise workshop
+        return workshop
+
+    def check_install(self, *arguments: object) -> Environment:
+        """What ``pip install`` gives works from another directory."""
+        workshop = self.workshop
+        environment = Environment(Path(tempfile.mkdtemp(dir=workshop.folder)))
+        workshop.pip("install", "--no-compile", *arguments, into=environment)
+
+        def output(program: str, *options: str) -> str:
+            command = (environment.programs / program, *options)
+            return run(*command, folder=workshop.elsewhere).stdout
+
+        self.assertRegex(output("twistd", "--help"), r"(?m)^ +cafeorch ")
+        self.assertRegex(output("twistd", "--help"), r"(?m)^ +web ")
+        self.assertIn("--drain-timeout", output("twistd", "cafeorch", "--help"))
+        self.assertIn("--batch-rows", output("cafeorch-send", "--help"))
+        self.assertIn("--warmup", output("cafeorch-bench", "--help"))
+        return environment
+
+    def test_install(self) -> None:
+        """``pip install .``: the plugin stands beside Twisted's own, which are still there."""
+        environment = self.check_install(self.workshop.copy("install"))
+        self.assertTrue((environment.packages / PLUGIN).is_file())
+
+    def test_editable_install(self) -> None:
+        """``pip install -e .``: the plugin is found in the folder itself."""
+        environment = self.check_install("-e", self.workshop.copy("editable"))
+        self.assertFalse((environment.packages / PLUGIN).exists())
+
+    def codec(self, environment: Environment, **settings: str) -> str:
+        """Which row codec is taken by what is installed there."""
+        code = "from cafeteria_orch.wire.codec import CODEC; print(CODEC)"
+        command = (environment.programs / "python", "-c", code)
+        return run(*command, folder=self.workshop.elsewhere, settings=settings).stdout.strip()
+
+    def test_with_a_compiler(self) -> None:
+        """Where it can be, the row codec is compiled, and taken unless the pure one is asked for."""
+        if not has_compiler():
+            raise SkipTest("there is no C compiler, or no Python.h")
+        self.assertEqual(len(list(filter(CODEC.fullmatch, contents(self.workshop.wheel)))), 1)
+        environment = self.check_install(self.workshop.wheel)
+        self.assertEqual(self.codec(environment), "compiled")
+        self.assertEqual(self.codec(environment, CAFEORCH_PURE="1"), "pure")
+
+    def test_without_a_compiler(self) -> None:
+        """Where there is none, the build succeeds all the same, and the pure codec serves."""
+        wheel = self.workshop.build("wheel", "without_compiler", CC="false")
+        self.assertEqual(list(filter(CODEC.fullmatch, contents(wheel))), [])
+        self.assertEqual(self.codec(self.check_install(wheel)), "pure")
+
+    def test_wheel(self) -> None:
+        """The wheel has all of the package, its type marker, the plugin, and no more."""
+        names = {
+            name
+            for name in contents(self.workshop.wheel)
+            if "-info/" not in name and not CODEC.fullmatch(name)
+        }
+        source = self.workshop.source
+        expected = {
+            path.relative_to(source).as_posix()
+            for folder in SOURCES
+            for path in (source / folder).rglob("*")
+            if path.is_file()
+        }
+        # What it is compiled from is of no use to those who install it.
+        self.assertEqual(names, expected - {CODEC_SOURCE})
+        self.assertIn("cafeteria_orch/py.typed", names)
+        self.assertIn("cafeteria_orch/wire/_rows.pyi", names)
+        self.assertIn(PLUGIN, names)
+        for shadow in ("twisted/__init__.py", "twisted/plugins/__init__.py"):
+            self.assertNotIn(shadow, names)
+
+    def test_sdist(self) -> None:
+        """The source distribution has all that it takes to build the same wheel."""
+        folder = self.workshop.folder / "from_sdist"
+        self.workshop.pip("wheel", "--no-deps", "--wheel-dir", folder, self.workshop.sdist)
+        (wheel,) = folder.glob("*.whl")
+        self.assertEqual(wheel.name, self.workshop.wheel.name)
+        rebuilt, built = contents(wheel), contents(self.workshop.wheel)
+        self.assertEqual(set(rebuilt), set(built))
+        # The compiled module differs by the folder that it was built in.
+        differing = {name for name in built if rebuilt[name] != built[name]}
+        self.assertEqual({name for name in differing if not CODEC.fullmatch(name)}, set())
+        with tarfile.open(self.workshop.sdist) as archive:
+            names = {name.partition("/")[2] for name in archive.getnames()}
+        for needed in (CODEC_SOURCE, "cafeteria_orch/wire/_rows.pyi", "cafeteria_orch/py.typed"):
+            self.assertIn(needed, names)
+        self.assertNotIn("cafeteria_orch/wire/_rows.c", names)
+
+    def test_metadata(self) -> None:
+        """Twisted alone is needed to run; the version is the package's."""
+        files = contents(self.workshop.wheel)
+        (metadata,) = [text for name, text in files.items() if name.endswith("/METADATA")]
+        lines = metadata.decode().partition("\n\n")[0].splitlines()
+        required = [line for line in lines if line.startswith("Requires-Dist")]
+        always = [line for line in required if "extra ==" not in line]
+        self.assertEqual(len(always), 1)
+        self.assertRegex(always[0], "^Requires-Dist: Twisted>=26.10")
+        version = re.search(r'__version__ = "(.+)"', files["cafeteria_orch/__init__.py"].decode())
+        assert version is not None
+        self.assertIn(f"Version: {version[1]}", lines)
+
+
+def contents(wheel: Path) -> Mapping[str, bytes]:
+    """A wheel's files, but for the list of their digests."""
+    with ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/RECORD")]
+        return {name: archive.read(name) for name in names}

@@ -1,0 +1,260 @@
+"""The store cannot be used when the server starts: one line, a status, the file untouched."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import sqlite3
+import subprocess
+from contextlib import closing
+from pathlib import Path
+
+from twisted.trial.unittest import SkipTest, SynchronousTestCase
+
+from cafeteria_orch.store.schema import SCHEMA_VERSION
+from cafeteria_orch.store.sqlite import Database
+from tests.support.disks import (
+    DEADLINE,
+    ENVIRONMENT,
+    TWISTD,
+    ServerProcess,
+    fill_disk,
+    holding,
+    make_folder,
+    mount_small_disk,
+)
+from tests.support.version_1 import make_version_1
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All that is in a folder; what SQLite makes anew when it is missing is not."""
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.stat().st_size and path.is_file() and not path.name.endswith("-shm")
+    }
+
+
+class StartTestCase(SynchronousTestCase):
+    """A folder for the store, and a start that is to fail."""
+
+    def setUp(self) -> None:
+        self.use(make_folder(self))
+
+    def use(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = folder / "store.sqlite3"
+
+    def make_store(self) -> None:
+        Database(str(self.store)).close()
+
+    def run_server(self, *options: str, port: int = 0) -> tuple[int, str]:
+        """Start it, and wait until it has ended."""
+        command = [*TWISTD, *options, "cafeorch", f"--port={port}", f"--store={self.store}"]
+        ended = subprocess.run(
+            command,
+            check=False,
+            cwd=make_folder(self),
+            env=ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=DEADLINE,
+        )
+        return ended.returncode, ended.stdout
+
+    def assert_refused(self, why: str, *options: str) -> None:
+        """One clear line, a status that is not zero, and nothing in the folder has changed."""
+        before = contents(self.folder)
+        status, output = self.run_server(*(options or ("-n",)))
+        self.assertEqual(status, 1, output)
+        self.assertEqual(output.count("\n"), 1, output)
+        self.assertRegex(output, rf"^cafeorch: .*{self.store.name}.*{why}")
+        self.assertEqual(contents(self.folder), before)
+
+
+class FileTests(StartTestCase):
+    """It is not a file that the store can be."""
+
+    def test_rubbish(self) -> None:
+        """A file that is no database."""
+        self.store.write_bytes(random.Random(1).randbytes(10_000))
+        self.assert_refused("file is not a database")
+
+    def test_text(self) -> None:
+        """A file that is shorter than the header of a database."""
+        self.store.write_text("important\n")
+        self.assert_refused("file is not a database")
+
+    def test_corrupt_header(self) -> None:
+        """A store whose first bytes are lost."""
+        self.make_store()
+        with self.store.open("r+b") as file:
+            file.write(bytes(16))
+        self.assert_refused("file is not a database")
+
+    def test_corrupt_schema(self) -> None:
+        """A store whose first page is lost, but for the header."""
+        self.make_store()
+        with self.store.open("r+b") as file:
+            file.seek(100)
+            file.write(b"\xff" * 3000)
+        self.assert_refused("malformed")
+
+    def test_cut_off(self) -> None:
+        """A store of which only the beginning is left."""
+        self.make_store()
+        os.truncate(self.store, 5000)
+        self.assert_refused("malformed")
+
+    def test_newer_version(self) -> None:
+        """A store that a newer program made is left to it."""
+        self.make_store()
+        with closing(sqlite3.connect(self.store)) as store:
+            store.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+        self.assert_refused(f"version {SCHEMA_VERSION + 1}.*run the newer program")
+
+    def test_database_of_something_else(self) -> None:
+        """A database of another program is left to it."""
+        with closing(sqlite3.connect(self.store)) as store:
+            store.execute("CREATE TABLE notes (text)")
+        self.assert_refused("database of something else: name another --store")
+
+    def test_folder(self) -> None:
+        """A folder is no file."""
+        self.store.mkdir()
+        self.assert_refused("unable to open database file")
+
+    def test_missing_folder(self) -> None:
+        """There is no such folder, and none is made."""
+        self.store = self.folder / "missing" / "store.sqlite3"
+        self.assert_refused("unable to open database file")
+
+    def test_long_name(self) -> None:
+        """A name that no file can have."""
+        self.store = self.folder / ("x" * 300)
+        self.assert_refused("cannot be opened")
+
+    def test_not_allowed(self) -> None:
+        """A file that belongs to somebody else."""
+        if os.geteuid() == 0:
+            raise SkipTest("root may do everything")
+        self.make_store()
+        self.store.chmod(0o400)
+        self.assert_refused("readonly database")
+
+    def test_daemon(self) -> None:
+        """The same without -n: it is said before there is a daemon to say it to nobody."""
+        self.store.write_text("important\n")
+        self.assert_refused("file is not a database", "--pidfile=")
+
+    def test_empty_file(self) -> None:
+        """A file with nothing in it becomes the store."""
+        self.store.touch()
+        server = ServerProcess(self, self.store)
+        server.connect(self).store(batch_number=1)
+        self.assertEqual(server.stored(), [1])
+
+
+class LockedTests(StartTestCase):
+    """Somebody else has the store."""
+
+    def test_locked(self) -> None:
+        """A store that another process writes into, and does not stop to."""
+        self.make_store()
+        with holding(self.store, "BEGIN IMMEDIATE"):
+            self.assert_refused("database is locked")
+
+    def test_locked_older_store(self) -> None:
+        """The same of a store of an older program, which cannot be upgraded meanwhile."""
+        make_version_1(self.store)
+        with holding(self.store, "BEGIN IMMEDIATE"):
+            self.assert_refused("database is locked")
+
+    def test_locked_for_good(self) -> None:
+        """A store that another process keeps from all others."""
+        self.make_store()
+        with holding(self.store, "PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE"):
+            self.assert_refused("database is locked")
+
+
+class DiskTests(StartTestCase):
+    """The disk takes nothing."""
+
+    def setUp(self) -> None:
+        self.use(mount_small_disk(self, "1m"))
+
+    def make_read_only(self) -> None:
+        command = ["mount", "-o", "remount,ro", str(self.folder)]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def test_full(self) -> None:
+        """There is a store, and no room left."""
+        self.make_store()
+        fill_disk(self.folder)
+        self.assert_refused("cannot be opened")
+
+    def test_full_without_store(self) -> None:
+        """There is no store, and no room for one: nothing of it is left behind."""
+        fill_disk(self.folder)
+        self.assert_refused("cannot be opened")
+
+    def test_full_after_a_kill(self) -> None:
+        """What a killed server has left in the WAL stays there until there is room again."""
+        server = ServerProcess(self, self.store)
+        client = server.connect(self)
+        for number in range(1, 6):
+            client.store(batch_number=number, rows=[("7", "female", "x" * 40, "y")] * 300)
+        server.kill()
+        filler = fill_disk(self.folder)
+        before = contents(self.folder)
+        # There is no telling whether the room that it has suffices for a start.
+        second: ServerProcess | None = None
+        try:
+            second = ServerProcess(self, self.store)
+        except AssertionError:
+            self.assertEqual(contents(self.folder), before)
+        filler.unlink()
+        third = second or ServerProcess(self, self.store)
+        third.connect(self).store(batch_number=6)
+        self.assertEqual(third.stored(), [*range(1, 7)])
+
+    def test_read_only(self) -> None:
+        """There is a store on a disk that may not be written."""
+        self.make_store()
+        self.make_read_only()
+        self.assert_refused("cannot be opened")
+
+    def test_read_only_older_store(self) -> None:
+        """There is a store of an older program there, which cannot be upgraded."""
+        make_version_1(self.store)
+        self.make_read_only()
+        self.assert_refused("cannot be opened")
+
+    def test_read_only_without_store(self) -> None:
+        """There is no store on a disk that may not be written."""
+        self.make_read_only()
+        self.assert_refused("cannot be opened")
+
+
+class CheckTests(StartTestCase):
+    """The store is fine, but something else is not."""
+
+    def assert_no_trace(self) -> None:
+        before = contents(self.folder)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            status, output = self.run_server("-n", port=taken.getsockname()[1])
+        self.assertEqual(status, 1, output)
+        self.assertIn("in use", output)
+        self.assertEqual(contents(self.folder), before)
+
+    def test_store(self) -> None:
+        """A store is left as it was."""
+        self.make_store()
+        self.assert_no_trace()
+
+    def test_no_store(self) -> None:
+        """No store is made."""
+        self.assert_no_trace()

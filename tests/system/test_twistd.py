@@ -1,0 +1,296 @@
+"""Real processes: ``twistd -n``, a daemon and ``twist``, from their start to their end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.support.builders import ECHO, SUCCESS, batch_frame, frame
+from tests.support.processes import (
+    DAEMON,
+    FOREGROUND,
+    HELLO,
+    TWIST,
+    ProcessTestCase,
+    Server,
+    free_port,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    Tests = ProcessTestCase
+else:
+    Tests = object
+
+STORED = "action: data_message_received | opcode: 8 | amount: 1 | status: Continue"
+DRAINED = "action: drain | result: success"
+
+PROCESSORS = f"""
+from cafeteria_orch.server import responses
+
+def echo(factory):
+    factory.register_processor({ECHO}, lambda body, client: responses.send(client, {ECHO}, body),
+                               decoder=bytes)
+"""
+
+JSON_LOGGER = """
+from twisted.logger import jsonFileLogObserver
+
+def observer():
+    return jsonFileLogObserver(open("events.json", "w"), recordSeparator="")
+"""
+
+
+def users(store: Path) -> int:
+    """How many users a store has."""
+    with closing(sqlite3.connect(store)) as database:
+        (count,) = database.execute("SELECT count(*) FROM users").fetchone()
+        return int(count)
+
+
+class EveryStarter(Tests):
+    """What holds however a server is started."""
+
+    def check_stop(self, number: signal.Signals) -> None:
+        """A signal ends it in good order: what it has acknowledged is stored and logged."""
+        server = self.start()
+        client = self.client(server)
+        client.send(batch_frame() * 3)
+        self.assertEqual(client.read(15), SUCCESS * 3)
+        client.close()
+        server.signal(number)
+        server.wait_until_gone()
+        if not self.starter.is_daemon:
+            self.assertEqual(server.status(), -number)
+        self.assertFalse(server.pid_file.exists())
+        self.assertEqual(server.log.count(STORED), 3)
+        self.assertIn(DRAINED, server.log)
+        last_line = server.log.splitlines()[-1]
+        self.assertTrue(last_line.endswith(self.starter.last_line), last_line)
+        self.assertEqual(server.text("stderr"), "")
+        self.assertEqual(users(self.folder / "cafeorch.sqlite3"), 3)
+
+    def test_sigterm(self) -> None:
+        """SIGTERM ends it, with a SIGTERM's exit status, no pidfile, and a whole log."""
+        self.check_stop(signal.SIGTERM)
+
+    def test_sigint(self) -> None:
+        """So does SIGINT."""
+        self.check_stop(signal.SIGINT)
+
+    def test_sighup(self) -> None:
+        """SIGHUP does not kill it, and leaves a line in the log."""
+        server = self.start("--store=none")
+        client = self.client(server)
+        server.signal(signal.SIGHUP)
+        server.wait_until_logged("action: reload | result: ignored")
+        client.send(batch_frame())
+        self.assertEqual(client.read(5), SUCCESS)
+
+    def test_restart(self) -> None:
+        """It can be started again at once, though a client was connected when it was stopped."""
+        server = self.start("--store=none")
+        client = self.client(server)
+        client.send(HELLO)
+        self.assertEqual(client.read(5), SUCCESS)
+        server.signal(signal.SIGTERM)
+        # The server closes first: it is its port that has to wait for stray packets.
+        self.assertEqual(client.read(1), b"")
+        client.close()
+        server.wait_until_gone()
+        again = self.start("--store=none", "--port", str(server.port))
+        self.assertEqual(again.port, server.port)
+
+    def check_refused(self, *arguments: str, naming: str) -> None:
+        """It ends with one line on standard error and status 1, and leaves nothing behind."""
+        before = {path.name for path in self.folder.iterdir()}
+        server = self.launch(*arguments)
+        self.assertEqual(server.status(), 1)
+        server.wait_until_gone()
+        self.assertRegex(server.text("stderr"), r"\Acafeorch: [^\n]+\n\Z")
+        self.assertIn(naming, server.text("stderr"))
+        self.assertEqual(server.text("stdout"), "")
+        after = {path.name for path in self.folder.iterdir()}
+        self.assertEqual(after - before - {"stdout", "stderr"}, set())
+
+    def test_port_in_use(self) -> None:
+        """A port that is taken ends it."""
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = str(other.getsockname()[1])
+            self.check_refused("--port", port, naming=port)
+
+    def test_unwritable_store(self) -> None:
+        """A store that cannot be written ends it."""
+        self.check_refused("--port=0", "--store=missing/cafe.db", naming="missing/cafe.db")
+
+    def test_bad_processors(self) -> None:
+        """Processors that cannot be imported end it."""
+        self.check_refused("--port=0", "--processors=missing:register", naming="missing")
+
+    def test_bad_option(self) -> None:
+        """A bad value ends it."""
+        self.check_refused("--port=x", naming="--port")
+
+    def test_bad_endpoint(self) -> None:
+        """An endpoint that cannot listen ends it."""
+        self.check_refused("--listen=unix:missing/x", "--store=none", naming="missing/x")
+
+
+class Foreground(EveryStarter, ProcessTestCase):
+    """``twistd -n cafeorch``."""
+
+    starter = FOREGROUND
+
+
+class Daemon(EveryStarter, ProcessTestCase):
+    """``twistd cafeorch``."""
+
+    starter = DAEMON
+
+    def test_start(self) -> None:
+        """The program ends with status 0 and without a word when the server has started."""
+        server = self.start("--store=none")
+        self.assertEqual(server.status(), 0)
+        self.assertEqual(server.text("stdout") + server.text("stderr"), "")
+
+    def test_files_of_ones_own(self) -> None:
+        """``--logfile`` and ``--pidfile`` say where they are."""
+        server = self.launch("--port=0", twistd=("--logfile=my.log", "--pidfile=my.pid"))
+        server.log_file, server.pid_file = self.folder / "my.log", self.folder / "my.pid"
+        server.wait_until_served()
+        server.signal(signal.SIGTERM)
+        server.wait_until_gone()
+        self.assertFalse(server.pid_file.exists())
+        self.assertIn(DRAINED, server.log)
+        self.assertFalse((self.folder / "twistd.log").exists())
+
+
+class Twist(EveryStarter, ProcessTestCase):
+    """``twist cafeorch``."""
+
+    starter = TWIST
+
+
+class Logging(ProcessTestCase):
+    """Where the log goes."""
+
+    def stop(self, server: Server) -> None:
+        """Stop a server in good order."""
+        server.signal(signal.SIGTERM)
+        server.wait_until_gone()
+        self.assertEqual(server.status(), -signal.SIGTERM)
+        self.assertEqual(server.text("stderr"), "")
+
+    def test_log_file(self) -> None:
+        """``--logfile`` has all of it, and standard output none."""
+        server = self.launch("--port=0", "--store=none", twistd=("--logfile=my.log",))
+        server.log_file = self.folder / "my.log"
+        server.wait_until_served()
+        self.stop(server)
+        self.assertTrue(server.log.endswith("Server Shut Down.\n"), server.log)
+        self.assertEqual(server.text("stdout"), "")
+
+    def test_rotation(self) -> None:
+        """SIGUSR1 puts the log file aside and begins a new one; no line is lost."""
+        server = self.launch("--port=0", "--store=none", twistd=("--logfile=my.log",))
+        server.log_file = self.folder / "my.log"
+        server.wait_until_served()
+        server.signal(signal.SIGUSR1)
+        wait_until((self.folder / "my.log.1").exists, "the log is rotated")
+        with closing(self.client(server)) as client:
+            client.send(batch_frame())
+            client.read(5)
+        self.stop(server)
+        whole = server.text("my.log.1") + server.log
+        self.assertNotIn(STORED, server.text("my.log.1"))
+        for line in ("action: listen", STORED, DRAINED, "Server Shut Down."):
+            self.assertIn(line, whole)
+
+    def test_pid_file(self) -> None:
+        """``--pidfile`` has the process, as long as it runs."""
+        server = self.start("--store=none", twistd=("--pidfile=my.pid",))
+        self.assertEqual(int(server.text("my.pid")), server.pid)
+        self.stop(server)
+        self.assertFalse((self.folder / "my.pid").exists())
+
+    def launch_unseen(self, *twistd: str) -> Server:
+        """A server whose log is not where it could be read from."""
+        port = free_port()
+        where = ("--port", str(port), "--store=none")
+        environment = {"PYTHONPATH": f"{Path(__file__).parent.parent.parent}:{self.folder}"}
+        server = self.launch(*where, twistd=twistd, environment=environment)
+        server.port = port
+        server.wait_until_served()
+        return server
+
+    def test_syslog(self) -> None:
+        """With ``--syslog`` it writes nothing itself, and runs."""
+        server = self.launch_unseen("--syslog")
+        self.stop(server)
+        self.assertEqual(server.text("stdout"), "")
+
+    def test_logger(self) -> None:
+        """``--logger`` names a factory of observers, which get its events with their fields."""
+        (self.folder / "cafe_logger.py").write_text(JSON_LOGGER)
+        server = self.launch_unseen("--logger=cafe_logger.observer")
+        with closing(self.client(server)) as client:
+            client.send(batch_frame())
+            self.assertEqual(client.read(5), SUCCESS)
+        self.stop(server)
+        events = [json.loads(line) for line in server.text("events.json").splitlines()]
+        self.assertIn((8, 1), [(event.get("opcode"), event.get("amount")) for event in events])
+        self.assertEqual(server.text("stdout"), "")
+
+
+class Stopping(ProcessTestCase):
+    """What may not keep a server from ending, and what is left of it."""
+
+    def test_idle_client(self) -> None:
+        """A client that stays, and does not close, does not keep it."""
+        server = self.start("--store=none")
+        client = self.client(server)
+        client.send(HELLO)
+        client.read(5)
+        server.signal(signal.SIGTERM)
+        server.wait_until_gone()
+        self.assertEqual(server.status(), -signal.SIGTERM)
+
+    def test_killed(self) -> None:
+        """What was acknowledged is stored when it is killed, and not twice when sent again."""
+        for _ in range(2):
+            server = self.start("--store=kept.db")
+            client = self.client(server)
+            client.send(HELLO + b"".join(batch_frame(batch_number=n) for n in range(20)))
+            self.assertEqual(client.read(21 * 5), SUCCESS * 21)
+            server.signal(signal.SIGKILL)
+            server.wait_until_gone()
+            self.assertEqual(server.status(), -signal.SIGKILL)
+            self.assertEqual(users(self.folder / "kept.db"), 20)
+
+
+class Processors(ProcessTestCase):
+    """``--processors`` and ``--store`` name what lies in the working directory."""
+
+    def test_working_directory(self) -> None:
+        """A module in the working directory gives the server an opcode of its own."""
+        (self.folder / "cafe.py").write_text(PROCESSORS)
+        server = self.start("--processors=cafe:echo")
+        client = self.client(server)
+        sent = frame(bytes([ECHO]) + b"2x1")
+        client.send(sent + batch_frame())
+        self.assertEqual(client.read(len(sent) + 5), sent + SUCCESS)
+
+    def test_rundir(self) -> None:
+        """``--rundir`` does not move the store."""
+        (self.folder / "run").mkdir()
+        server = self.start("--store=kept.db", twistd=("--rundir=run",))
+        client = self.client(server)
+        client.send(batch_frame())
+        self.assertEqual(client.read(5), SUCCESS)
+        self.assertEqual(users(self.folder / "kept.db"), 1)
+        self.assertFalse((self.folder / "run" / "kept.db").exists())

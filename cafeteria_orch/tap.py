@@ -27,6 +27,7 @@ from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
 
 from . import __version__
+from .common.clock import measure_monotonic_time, wall_time
 from .daemon.descriptors import allow_connections
 from .daemon.options import Options, refusal
 from .daemon.service import OrchestratorService, ServiceMonitor
@@ -36,7 +37,7 @@ from .edge.tls import CertificateError, ServerTLS
 from .observe.logs import BufferedLogObserver
 from .server.factory import OrchestratorFactory
 from .server.timeouts import Timeouts
-from .store.sink import SqliteSink
+from .store.sink import Sink
 from .store.sqlite import StoreError, check_store
 from .store.totals import Completeness
 
@@ -54,6 +55,7 @@ def makeService(options: Options) -> IService:
     # Importing it installs it, and which one it is is for twistd to say.
     from twisted.internet import reactor  # noqa: PLC0415
 
+    measure_monotonic_time(reactor)
     has_gates = options["tls-cert"] is not None or options["proxy-protocol"]
     most = allow_connections(options["max-connections"], each=2 if has_gates else 1)
     try:
@@ -67,6 +69,7 @@ def makeService(options: Options) -> IService:
             timeouts=Timeouts(
                 options["idle-timeout"], options["frame-timeout"], options["processing-timeout"]
             ),
+            wall_time=wall_time,
             log_level=options["log-level"],
         )
     except ValueError as error:
@@ -77,7 +80,7 @@ def makeService(options: Options) -> IService:
             check_store(options["store"])
         except StoreError as error:
             raise refusal(str(error)) from error
-        sink = SqliteSink(reactor, options["store"])
+        sink = Sink(reactor, options["store"])
         sink.register(factory)
     for name in options["processors"]:
         _load_processors(name, factory)
@@ -128,7 +131,7 @@ def _gates(
 
 
 def _monitor(
-    reactor: Any, factory: OrchestratorFactory, sink: SqliteSink | None, options: Options
+    reactor: Any, factory: OrchestratorFactory, sink: Sink | None, options: Options
 ) -> ServiceMonitor | None:
     description = options["metrics"]
     if description is None:

@@ -19,7 +19,7 @@ from twisted.python.failure import Failure
 
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.store.interfaces import ISink
+from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.wire.codec import CODEC
 
 from .descriptors import DescriptorReporter
@@ -76,7 +76,7 @@ class OrchestratorService(Service):
         factory: OrchestratorFactory,
         endpoints: Sequence[IStreamServerEndpoint],
         *,
-        sink: ISink | None = None,
+        sink: Sink | None = None,
         drain_timeout: float = DEFAULT_DRAIN_TIMEOUT,
         log_observer: BufferedLogObserver | None = None,
         notifier: SystemdNotifier | None = None,

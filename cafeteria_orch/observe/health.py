@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cafeteria_orch.store.interfaces import ISink
+from cafeteria_orch.store.sink import Sink
 
 
 class Health:
@@ -13,7 +13,7 @@ class Health:
     :ivar is_draining: whether it is stopping; to be set.
     """
 
-    def __init__(self, sink: ISink | None = None) -> None:
+    def __init__(self, sink: Sink | None = None) -> None:
         self.sink = sink
         self.is_started = False
         self.is_draining = False

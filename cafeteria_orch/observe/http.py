@@ -16,7 +16,7 @@ from twisted.python.failure import Failure
 from twisted.web import http
 
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.store.interfaces import ISink
+from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.totals import Completeness
 
 from .health import Health
@@ -72,7 +72,7 @@ class Monitor:
         endpoint: IStreamServerEndpoint,
         version: str,
         *,
-        sink: ISink | None = None,
+        sink: Sink | None = None,
         completeness: Completeness | None = None,
     ) -> None:
         self.site = Site(reactor, self.respond)

@@ -62,14 +62,14 @@ class Status:
         self._problems = problems
         self._completeness = completeness
         self._version = version
-        self._started_at: float = reactor.seconds()
+        self._started_at: float = factory.wall_time()
         self._samples: deque[_Sample] = deque(maxlen=SAMPLES + 1)
         self._sampling = LoopingCall(self._take_sample)
         self._sampling.clock = reactor
 
     def start(self) -> None:
         """The server starts: take samples from now on."""
-        self._started_at = self._reactor.seconds()
+        self._started_at = self._factory.wall_time()
         self._sampling.start(SAMPLE_INTERVAL)
 
     def stop(self) -> None:
@@ -85,7 +85,7 @@ class Status:
         total = self._factory.counters.total()
         self._samples.append(
             _Sample(
-                self._reactor.seconds(),
+                self._factory.wall_time(),
                 total.accepted_rows,
                 total.accepted,
                 self._factory.received_bytes,
@@ -101,7 +101,7 @@ class Status:
         shown = nlargest(MOST_CONNECTIONS, connections, key=lambda each: each.received_bytes)
         return {
             "version": self._version,
-            "time": self._reactor.seconds(),
+            "time": self._factory.wall_time(),
             "started_at": self._started_at,
             "state": health.state,
             "reason": health.refusal,

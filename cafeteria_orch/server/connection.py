@@ -82,7 +82,7 @@ class OrchestratorProtocol(FlowReceiver):
         if is_tcp and isinstance(peer, (IPv4Address, IPv6Address)):
             self.transport.setTcpNoDelay(True)
         ip = getattr(self.address or peer, "host", "unix")
-        now = self.reactor.seconds()
+        now = self.handler.wall_time()
         self.session = Session(ip, now, common_name=self.common_name)
         super().connectionMade()
         self.handler.connection_made(self)

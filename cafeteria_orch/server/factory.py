@@ -18,6 +18,7 @@ from twisted.python.reflect import fullyQualifiedName
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
+from cafeteria_orch.common.clock import WallTime
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, SNIFFABLE_BELOW, Framing
 from cafeteria_orch.wire.messages import DECODERS, Decoder, RawMessage
 from cafeteria_orch.wire.opcodes import RESPONSES, BatchStatus, Opcode
@@ -55,6 +56,7 @@ class _Registration(NamedTuple):
     name: str
     answers: bool
     pipelined: bool
+    times_out: bool
 
 
 @implementer(IPushProducer)
@@ -73,6 +75,8 @@ class OrchestratorFactory(ServerFactory):
     :param max_in_flight_bytes: how much the frames of all connections may take together, from
         their first bytes until they are processed.
     :param timeouts: how long clients and processors are waited for.
+    :param wall_time: says what time it is, in seconds since the epoch; the reactor's own clock
+        if it is not given.
     :param log_level: what is less important than this is not even put together.
     :ivar counters: what came and what became of it.
     :raises ValueError: if the framing is to be told by the first byte, and the limit is too
@@ -91,6 +95,7 @@ class OrchestratorFactory(ServerFactory):
         max_connections_per_host: int | None = None,
         max_in_flight_bytes: int = DEFAULT_MAX_IN_FLIGHT_BYTES,
         timeouts: Timeouts = DEFAULT_TIMEOUTS,
+        wall_time: WallTime | None = None,
         log_level: NamedConstant = LogLevel.info,
     ) -> None:
         self.reactor = reactor
@@ -107,6 +112,7 @@ class OrchestratorFactory(ServerFactory):
         self.turns = Turns(reactor)
         self.counters = Counters()
         self.timeouts = timeouts
+        self.wall_time: WallTime = wall_time or reactor.seconds
         self.in_flight = InFlight(reactor, max_in_flight_bytes, max_frame_bytes)
         self._limits = ConnectionLimits(
             reactor, self.counters, max_connections, max_connections_per_host
@@ -140,6 +146,7 @@ class OrchestratorFactory(ServerFactory):
         blocking: bool = False,
         answers: bool = True,
         pipelined: bool = False,
+        times_out: bool = True,
         decoder: Decoder | None = None,
         replace: bool = False,
     ) -> None:
@@ -154,6 +161,8 @@ class OrchestratorFactory(ServerFactory):
         :param pipelined: let it have up to :data:`~.window.WINDOW` messages of a
             connection in hand at once, with others that allow it too. It answers in any
             order; the answers leave in that of the messages.
+        :param times_out: say ``False`` if the processing timeout does not hold for it: it has
+            a patience of its own, as a store has.
         :param decoder: makes the message of the body's bytes, raising ``ValueError`` if
             they are malformed. Without it, a message of the wire is decoded as the wire
             says, and any other is a :class:`~cafeteria_orch.wire.messages.RawMessage`.
@@ -177,7 +186,9 @@ class OrchestratorFactory(ServerFactory):
                 " say replace=True to take its place"
             )
         call = partial(self._call_in_thread, processor) if blocking else processor
-        self._processors[opcode] = _Registration(call, _name_of(processor), answers, pipelined)
+        self._processors[opcode] = _Registration(
+            call, _name_of(processor), answers, pipelined, times_out
+        )
         default = DECODERS.get(opcode, partial(RawMessage, opcode))
         self.decoders[opcode] = default if decoder is None else decoder
         self.counters.take_times(opcode)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from cafeteria_orch.common.clock import WallTime
 from cafeteria_orch.wire.framing import Framing
 from cafeteria_orch.wire.messages import Decoder
 
@@ -19,6 +20,7 @@ class MessageHandler(Protocol):
     """Handles the messages of its connections, and keeps account of them."""
 
     reactor: Any
+    wall_time: WallTime
     max_frame_bytes: int
     framing: Framing | None
     turns: Turns

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from cafeteria_orch.server import responses
 from cafeteria_orch.server.counters import Outcome
@@ -24,7 +23,6 @@ from cafeteria_orch.wire.messages import Finished, TableBatch
 from cafeteria_orch.wire.opcodes import FailReason, Opcode
 from cafeteria_orch.wire.tables import TABLES
 
-from .interfaces import ISink, StoreSizes
 from .sqlite import Database
 
 MOST_WAITING_BATCHES = 1024
@@ -51,14 +49,20 @@ _SQLITE_ERROR = 1
 _log = Logger()
 
 
+class StoreSizes(NamedTuple):
+    """Bytes: of a store's file, and of what is written ahead of it."""
+
+    file: int
+    wal: int
+
+
 class _Job(NamedTuple):
     write: Callable[[Database], object]
     size: int
     done: Deferred[Any]
 
 
-@implementer(ISink)
-class SqliteSink:
+class Sink:
     """Stores batches in an SQLite file, and acknowledges each when it is on disk.
 
     Batches that wait together are committed together, in the order in which they came.
@@ -123,7 +127,7 @@ class SqliteSink:
 
     def _store_batch(self, batch: TableBatch, client: Exchange) -> Deferred[Outcome | bool]:
         self._factory.log_data_message(batch, client)
-        now = self._reactor.seconds()
+        now = self._factory.wall_time()
 
         def write(database: Database) -> bool:
             return database.store_batch(batch, client.session, now)
@@ -132,7 +136,7 @@ class SqliteSink:
 
     def _end_table(self, end: TableBatch, client: Exchange) -> Deferred[Outcome | bool]:
         self._factory.log_data_message(end, client)
-        now = self._reactor.seconds()
+        now = self._factory.wall_time()
         table_name = end.rows[0][0] or ""
 
         def write(database: Database) -> bool:
@@ -143,7 +147,7 @@ class SqliteSink:
 
     def _finish_session(self, _: Finished, client: Exchange) -> Deferred[bool]:
         self._factory.log_finished(client)
-        now = self._reactor.seconds()
+        now = self._factory.wall_time()
 
         def write(database: Database) -> None:
             database.finish_session(client.session, now)

@@ -329,7 +329,7 @@ class Processors(TapTestCase):
         """The store has registered its own by then: ``replace=True`` takes their place."""
         factory: Any = self.make("--processors=cafe_processors:users")._factory
         self.assertEqual(factory.processor_name(8), "cafe_processors.process")
-        self.assertIn("SqliteSink", factory.processor_name(7))
+        self.assertIn("Sink", factory.processor_name(7))
 
     def test_opcode_that_is_taken(self) -> None:
         """Without ``replace=True`` the opcode, its processor and the way out are named."""

@@ -130,7 +130,7 @@ class Values(MetricsTestCase):
         self.assertEqual(self.value("store_up"), 1)
         self.assertEqual(self.value("store_bytes"), 4096)
         self.assertEqual(self.value("draining"), 0)
-        self.sink.refusal = "disk full"
+        self.sink.reason = "disk full"
         self.health.is_draining = True
         self.assertEqual(self.value("store_up"), 0)
         self.assertEqual(self.value("draining"), 1)

@@ -65,7 +65,7 @@ class Answers(MonitorTestCase):
 
     def test_alive(self) -> None:
         """Whoever answers is alive, whatever state it is in."""
-        self.sink.refusal = "disk full"
+        self.sink.reason = "disk full"
         self.assertEqual(self.ask("/livez")[::2], (200, b"ok\n"))
 
     def test_metrics(self) -> None:
@@ -232,9 +232,9 @@ class Ready(MonitorTestCase):
     def test_refusing(self) -> None:
         """It does not while the store refuses; the reason is one line."""
         self.watched().startService()
-        self.sink.refusal = "disk full\nor so"
+        self.sink.reason = "disk full\nor so"
         self.check(503, "disk full or so")
-        self.sink.refusal = None
+        self.sink.reason = None
         self.check(200, "ok")
 
     def test_without_a_store(self) -> None:

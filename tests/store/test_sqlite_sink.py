@@ -21,8 +21,7 @@ from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
 from cafeteria_orch.store import sqlite as database_module
-from cafeteria_orch.store.interfaces import ISink
-from cafeteria_orch.store.sink import SqliteSink
+from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.sqlite import Database, StoreError
 from cafeteria_orch.wire.errors import TryAgainLater
 from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
@@ -84,7 +83,7 @@ class SinkCase(TestCase):
     def setUp(self) -> None:
         self.path = self.mktemp()
         self.factory = OrchestratorFactory(reactor, timeouts=PATIENT)
-        self.sink = SqliteSink(reactor, self.path)
+        self.sink = Sink(reactor, self.path)
         self.sink.register(self.factory)
 
     def start(self) -> None:
@@ -237,7 +236,7 @@ class Storing(SinkCase):
                 return 86400.5
 
         path = self.mktemp()
-        sink = SqliteSink(Yesterday(), path)
+        sink = Sink(Yesterday(), path)
         factory = OrchestratorFactory(Clock())
         sink.register(factory)
         sink.start()
@@ -375,9 +374,9 @@ class Starting(SynchronousTestCase):
     def setUp(self) -> None:
         self.threads = threading.enumerate()
 
-    def make(self, path: str) -> SqliteSink:
+    def make(self, path: str) -> Sink:
         """A sink that is registered and not started."""
-        sink = SqliteSink(reactor, path)
+        sink = Sink(reactor, path)
         sink.register(OrchestratorFactory(Clock()))
         return sink
 
@@ -400,7 +399,7 @@ class Starting(SynchronousTestCase):
 
     def test_interface(self) -> None:
         """It is what the service knows as a sink."""
-        verifyObject(ISink, self.make(self.mktemp()))
+        verifyObject(Sink, self.make(self.mktemp()))
 
 
 class Logging(SinkCase):

@@ -33,7 +33,7 @@ from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.counters import Outcome, Tally
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.store import sink as sqlite
-from cafeteria_orch.store.sink import SqliteSink, _commit, _Job
+from cafeteria_orch.store.sink import Sink, _commit, _Job
 from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
@@ -99,7 +99,7 @@ class Client:
         return answers
 
 
-class InlineSink(SqliteSink):
+class InlineSink(Sink):
     """Its writer works when it is told to, in the thread of the test."""
 
     database: Database

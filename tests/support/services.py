@@ -16,7 +16,7 @@ from zope.interface import implementer
 
 from cafeteria_orch.daemon.service import OrchestratorService
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.store.interfaces import ISink, StoreSizes
+from cafeteria_orch.store.sink import Sink, StoreSizes
 
 from .builders import ECHO, Pending, TCPTransport, connect, lose, numbered
 
@@ -71,14 +71,17 @@ class RecordingEndpoint:
         return succeed(port)
 
 
-@implementer(ISink)
-class RecordingSink:
+class RecordingSink(Sink):
     """A sink that counts, and closes when the test says so."""
 
     def __init__(self, stop: Callable[[], Deferred[None]] = lambda: succeed(None)) -> None:
         self.calls: list[str] = []
-        self.refusal: str | None = None
-        self._stop = stop
+        self.reason: str | None = None
+        self._stop_when = stop
+
+    @property
+    def refusal(self) -> str | None:
+        return self.reason
 
     def register(self, factory: OrchestratorFactory) -> None:
         self.calls.append("register")
@@ -91,7 +94,7 @@ class RecordingSink:
 
     def stop(self) -> Deferred[None]:
         self.calls.append("stop")
-        return self._stop()
+        return self._stop_when()
 
 
 def raising(error: Exception) -> Callable[[], Any]:

@@ -18,7 +18,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.counters import Outcome, Tally
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.store.sink import SqliteSink
+from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.sqlite import Database
 
 from .builders import FAIL, SUCCESS, TCPTransport, batch_frame, connect
@@ -108,7 +108,7 @@ class SinkTestCase(SynchronousTestCase):
         self.path = self.mktemp()
         self.reactor = self.reactor_class()
         self.factory = OrchestratorFactory(self.reactor)
-        self.sink = SqliteSink(self.reactor, self.path)
+        self.sink = Sink(self.reactor, self.path)
         self.sink.register(self.factory)
 
     def start(self, connection_class: type[sqlite3.Connection] = sqlite3.Connection) -> None:

@@ -89,9 +89,7 @@ class Collector:
             counters.failed_handshakes,
         )
         yield _counter("received_bytes", "Bytes read from clients.", factory.received_bytes)
-        yield _gauge(
-            "in_flight_bytes", "Bytes of frames that are not done.", factory.in_flight.bytes
-        )
+        yield _gauge("in_flight_bytes", "Bytes of frames that are not done.", factory.memory.used)
         yield from self._messages()
         yield _histogram(
             "batch_duration_seconds",
@@ -114,7 +112,7 @@ class Collector:
         )
         for label, tally in self._factory.counters.batches():
             received.add_metric([label], tally.received)
-            in_hand.add_metric([label], tally.in_hand)
+            in_hand.add_metric([label], tally.in_progress)
             for outcome in Outcome:
                 values = [label, outcome.name.lower()]
                 batches.add_metric(values, tally.outcomes[outcome])

@@ -107,7 +107,7 @@ class Status:
             "reason": health.refusal,
             "rates": self._rates(),
             "received_bytes": factory.received_bytes,
-            "in_flight_bytes": factory.in_flight.bytes,
+            "in_flight_bytes": factory.memory.used,
             "store": None if sink is None else sink.sizes()._asdict(),
             "connections": {
                 "open": len(connections),
@@ -142,7 +142,7 @@ class Status:
             "batches": connection.batches,
             "rows": connection.rows,
             "bytes": connection.received_bytes,
-            "in_hand": connection.in_hand,
+            "in_hand": connection.in_progress,
             "connected_at": session.connected_at,
         }
 
@@ -150,7 +150,7 @@ class Status:
         return {
             "table": label,
             "received": tally.received,
-            "in_hand": tally.in_hand,
+            "in_hand": tally.in_progress,
             "failed": tally.failed,
             "rows": tally.accepted_rows,
             **{outcome.name.lower(): tally[outcome] for outcome in Outcome},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from itertools import accumulate
 
@@ -52,15 +52,20 @@ FAILED = (Outcome.REJECTED, Outcome.TRY_AGAIN, Outcome.MALFORMED)
 
 _FAIL = bytes([Opcode.BATCH_RECV_FAIL])
 
-ANSWERED: Mapping[bytes, int] = {
-    # A FAIL says what it will for a reason: but for two of them it is a rejection.
-    _FAIL: int(Outcome.REJECTED),
-    **{_FAIL + bytes([reason]): int(Outcome.REJECTED) for reason in range(256)},
-    _FAIL + bytes([FailReason.TRY_AGAIN]): int(Outcome.TRY_AGAIN),
-    _FAIL + bytes([FailReason.MALFORMED]): int(Outcome.MALFORMED),
-}
-"""The outcome that an answer says, as a plain number, which is a faster index than an enum's;
-any other answer is :attr:`Outcome.PROCESSED`."""
+_SUCCESS = bytes([Opcode.BATCH_RECV_SUCCESS])
+_REASONS = {FailReason.TRY_AGAIN: Outcome.TRY_AGAIN, FailReason.MALFORMED: Outcome.MALFORMED}
+
+
+def outcome_of(answer: bytes) -> Outcome:
+    """The outcome that an answer tells its client.
+
+    :param answer: its payload; empty if there is none.
+    """
+    if answer == _SUCCESS or answer[:1] != _FAIL:
+        return Outcome.PROCESSED
+    reason = answer[1] if len(answer) == 2 else FailReason.REJECTED
+    return _REASONS.get(reason, Outcome.REJECTED)  # type: ignore[call-overload,no-any-return]
+
 
 _CONTROL_NAMES: dict[int, str] = {
     opcode: opcode.name.lower()
@@ -79,7 +84,7 @@ _NAMES = {UNKNOWN: "unknown"} | _CONTROL_NAMES | _TABLE_NAMES
 class Tally:
     """What became of the messages of one opcode.
 
-    :ivar received: that came: those that are in hand, and all that something became of.
+    :ivar received: that came: those in progress, and those that something became of.
     :ivar outcomes: how many there were of each :class:`Outcome`.
     :ivar rows: the rows of those.
     :ivar is_batch: whether they are batches, and not of the wire's own few.
@@ -98,8 +103,20 @@ class Tally:
     def __getitem__(self, outcome: Outcome) -> int:
         return self.outcomes[outcome]
 
+    def start(self) -> None:
+        """A message has come, and is in progress."""
+        self.received += 1
+
+    def finish(self, outcome: Outcome, rows: int) -> None:
+        """Something became of a message that was in progress.
+
+        :param rows: that are in it.
+        """
+        self.outcomes[outcome] += 1
+        self.rows[outcome] += rows
+
     @property
-    def in_hand(self) -> int:
+    def in_progress(self) -> int:
         """How many are being processed: they came, and nothing has become of them yet."""
         return self.received - sum(self.outcomes)
 
@@ -185,8 +202,8 @@ class Counters:
     def refused(self, opcode: int, outcome: Outcome) -> None:
         """A message came and was refused before it was processed."""
         tally = self.tallies[opcode]
-        tally.received += 1
-        tally.outcomes[outcome] += 1
+        tally.start()
+        tally.finish(outcome, 0)
 
     def batches(self) -> Iterator[tuple[str, Tally]]:
         """The batches by table, or by what stands for one: the wire's, and any that came."""

@@ -27,8 +27,8 @@ from . import responses
 from .connection import OrchestratorProtocol
 from .counters import Counters
 from .limits import ConnectionLimits
-from .memory import DEFAULT_MAX_IN_FLIGHT_BYTES, InFlight
-from .reading import Hold
+from .memory import DEFAULT_MAX_IN_FLIGHT_BYTES, MemoryBudget
+from .reading import Pause
 from .responses import Exchange
 from .timeouts import DEFAULT_TIMEOUTS, Timeouts
 from .turns import Turns
@@ -113,7 +113,7 @@ class OrchestratorFactory(ServerFactory):
         self.counters = Counters()
         self.timeouts = timeouts
         self.wall_time: WallTime = wall_time or reactor.seconds
-        self.in_flight = InFlight(reactor, max_in_flight_bytes, max_frame_bytes)
+        self.memory = MemoryBudget(reactor, max_in_flight_bytes, max_frame_bytes, timeouts.frame)
         self._limits = ConnectionLimits(
             reactor, self.counters, max_connections, max_connections_per_host
         )
@@ -158,7 +158,7 @@ class OrchestratorFactory(ServerFactory):
             from there.
         :param answers: say ``False`` if it may be done without having answered; otherwise
             that gives FAIL, and a warning.
-        :param pipelined: let it have up to :data:`~.window.WINDOW` messages of a
+        :param pipelined: let it have up to :data:`~.window.MAX_IN_PROGRESS` messages of a
             connection in hand at once, with others that allow it too. It answers in any
             order; the answers leave in that of the messages.
         :param times_out: say ``False`` if the processing timeout does not hold for it: it has
@@ -226,9 +226,14 @@ class OrchestratorFactory(ServerFactory):
         return self.is_data_message(opcode) and (registration is None or registration.answers)
 
     def is_pipelined(self, opcode: int) -> bool:
-        """Whether others may be in hand while a message of this opcode is."""
+        """Whether messages like it may be in progress beside a message of this opcode."""
         registration = self._processors.get(opcode)
         return registration is not None and registration.pipelined
+
+    def times_out(self, opcode: int) -> bool:
+        """Whether the processing timeout holds for messages of this opcode."""
+        registration = self._processors.get(opcode)
+        return registration is None or registration.times_out
 
     def processor_name(self, opcode: int) -> str:
         """Who processes messages of this opcode: a name for the log."""
@@ -323,7 +328,7 @@ class OrchestratorFactory(ServerFactory):
         """Take no more messages of any connection."""
         self._paused = True
         # Who has fewer messages in the sink's hands comes before who has more.
-        by_share = sorted(self.connections - self._held.keys(), key=lambda each: each.in_hand)
+        by_share = sorted(self.connections - self._held.keys(), key=lambda each: each.in_progress)
         for connection in by_share:
             self._hold(connection)
 
@@ -333,7 +338,7 @@ class OrchestratorFactory(ServerFactory):
         while self._held and not self._paused:
             connection = next(iter(self._held))
             del self._held[connection]
-            connection.release(Hold.SINK)
+            connection.resume(Pause.SINK)
 
     def stopProducing(self) -> None:
         """The sink is gone: its processors will say so."""
@@ -345,7 +350,7 @@ class OrchestratorFactory(ServerFactory):
         """
         self._draining = True
         for connection in list(self.connections):
-            connection.drain()
+            connection.end()
         if not self.connections:
             return succeed(None)
         waiting: Deferred[None] = Deferred()
@@ -365,7 +370,7 @@ class OrchestratorFactory(ServerFactory):
 
     def _hold(self, connection: OrchestratorProtocol) -> None:
         self._held[connection] = None
-        connection.hold(Hold.SINK)
+        connection.pause(Pause.SINK)
 
     def _report_drained(self) -> None:
         waiting, self._drained = self._drained, []

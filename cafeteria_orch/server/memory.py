@@ -1,113 +1,228 @@
-"""How much memory the messages of all connections may take, and who may go on when it is short."""
+"""The memory budget: how many bytes the frames of all connections may take together.
+
+The rules:
+
+1. A connection holds the bytes that it has buffered and those of its messages in progress.
+2. Memory is short from half of the limit on. Until then every connection is read.
+3. While it is short, a connection that has begun a frame is read only with a reservation: for all
+   that may be missing of that frame, which is a whole frame until its length is known. The
+   reservation shrinks as the length becomes known and as bytes come.
+4. Reservations are given in the order in which connections ask, as far as the limit allows.
+5. Half frames alone must not fill the limit: if nobody has a reservation and most of what is held
+   is not in progress, the first that asks gets one all the same.
+6. While a connection waits, reservations must be used: one whose bytes come more slowly than the
+   frame timeout demands, over :data:`PACE_INTERVAL`, costs its client the connection.
+
+So the frames of all connections exceed the limit by one frame at most (rule 5), and by one chunk
+for each connection that waits: it is read before it is known to begin a frame.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from twisted.internet.interfaces import IDelayedCall
 
 DEFAULT_MAX_IN_FLIGHT_BYTES = 256 * 1024 * 1024
-"""Bytes of frames, as they came."""
+"""Bytes of frames, as they come."""
 
-PACE_INTERVAL = 2.0
-"""How often, in seconds, it is asked whether those that were admitted make use of it."""
+PACE_INTERVAL = 1.5
+"""The seconds over which the use of a reservation is judged."""
 
-
-class Waiter(Protocol):
-    """A connection that may not read on for now."""
-
-    @property
-    def missing(self) -> int:
-        """How many bytes are still to come of a frame that has begun; 0 between frames."""
-
-    def admit(self) -> None:
-        """Read on until the frame that has begun is whole, or the next one has begun.
-
-        What is missing of it is to be set aside, by :meth:`InFlight.change`.
-        """
-
-    def keep_pace(self) -> None:
-        """Others wait: close, unless the frame comes as fast as it has to."""
+_CHECK_INTERVAL = PACE_INTERVAL / 6
 
 
-class InFlight:
-    """Counts the bytes of all frames that have begun and are not done.
-
-    Up to half of the limit whoever sends is read. Beyond it connections go on in turn, each for
-    one frame, whose memory is set aside before: so what has begun can be ended, and no number of
-    half frames keeps the whole ones out. A connection that has to wait holds one chunk, which is
-    all that the limit may be exceeded by. Who was admitted and does not send keeps the others
-    waiting for a moment only.
+class MemoryBudget:
+    """The sum of what all connections hold and have reserved, and the queue of those that wait.
 
     :param reactor: for time.
     :param limit: bytes.
-    :param longest: the longest frame, in bytes.
-    :ivar bytes: that are held, or set aside.
-    :ivar in_hand: those of them that processors have.
+    :param max_frame_bytes: the longest frame.
+    :param frame_timeout: seconds that a frame may take; ``None`` for any time.
+    :ivar used: bytes that are held or reserved.
+    :ivar in_progress: those of them that processors have.
     """
 
-    def __init__(self, reactor: Any, limit: int, longest: int) -> None:
-        self._reactor = reactor
+    def __init__(
+        self, reactor: Any, limit: int, max_frame_bytes: int, frame_timeout: float | None
+    ) -> None:
+        self.reactor = reactor
+        self.frame_timeout = frame_timeout
+        self.used = 0
+        self.in_progress = 0
         self._limit = limit
-        self._longest = longest
-        self.bytes = 0
-        self.in_hand = 0
-        # Ordered sets: who came first is the first.
-        self._waiting: dict[Waiter, None] = {}
-        self._admitted: dict[Waiter, None] = {}
-        self._admitting = False
-        self._pace: IDelayedCall | None = None
+        self._max_frame_bytes = max_frame_bytes
+        # Ordered sets: the first is the one that came first.
+        self._waiting: dict[MemoryShare, None] = {}
+        self._reserving: dict[MemoryShare, None] = {}
+        self._granting = False
+        self._pace_call: IDelayedCall | None = None
 
     @property
     def is_short(self) -> bool:
-        """Whether a frame that is not whole must wait for its turn."""
-        return self.bytes >= self._limit // 2
+        """Whether a frame that has begun needs a reservation."""
+        return self.used >= self._limit // 2
 
-    def change(self, by: int) -> None:
-        """A connection holds more bytes, or fewer."""
-        self.bytes += by
-        if by < 0:
-            self._admit()
+    def change(self, used: int, in_progress: int) -> None:
+        """Add to the sums what a share has changed by."""
+        self.used += used
+        self.in_progress += in_progress
+        if used < 0 and self._waiting:
+            self._grant()
 
-    def wait(self, waiter: Waiter) -> None:
-        """Have a connection admitted when it is its turn."""
-        self._waiting[waiter] = None
-        self._admit()
+    def ask(self, share: MemoryShare) -> None:
+        """Put a connection into the queue for a reservation."""
+        self._waiting[share] = None
+        self._grant()
 
-    def leave(self, waiter: Waiter) -> None:
-        """A connection does not wait any more, and needs nothing that is set aside."""
-        self._waiting.pop(waiter, None)
-        if self._admitted.pop(waiter, waiter) is None:
-            self._admit()
+    def leave(self, share: MemoryShare) -> None:
+        """A connection neither waits for a reservation nor has one any more."""
+        self._waiting.pop(share, None)
+        self._reserving.pop(share, None)
+        self._grant()
 
-    def _admit(self) -> None:
-        # Who is admitted may be done at once, and calls this again.
-        if self._admitting:
+    def _grant(self) -> None:
+        # A connection may use up its reservation at once, and call this again.
+        if self._granting:
             return
-        self._admitting = True
+        self._granting = True
         try:
-            while self._waiting and self._has_room():
-                waiter = next(iter(self._waiting))
-                del self._waiting[waiter]
-                # One between frames may have nothing more to send: nobody is to wait for it.
-                if waiter.missing:
-                    self._admitted[waiter] = None
-                waiter.admit()
+            while self._waiting:
+                share = next(iter(self._waiting))
+                if not self._has_room(share.max_missing):
+                    break
+                del self._waiting[share]
+                self._reserving[share] = None
+                share.reserve(self.reactor.seconds())
         finally:
-            self._admitting = False
-        if self._waiting and self._admitted and self._pace is None:
-            self._pace = self._reactor.callLater(PACE_INTERVAL, self._check_pace)
+            self._granting = False
+        if self._waiting and self._reserving and self._pace_call is None:
+            self._pace_call = self.reactor.callLater(_CHECK_INTERVAL, self._check_paces)
 
-    def _check_pace(self) -> None:
-        self._pace = None
-        if self._waiting:
-            for waiter in list(self._admitted):
-                waiter.keep_pace()
-            self._admit()
-
-    def _has_room(self) -> bool:
-        if self.bytes + self._longest <= self._limit:
+    def _has_room(self, needed: int) -> bool:
+        if self.used + needed <= self._limit:
             return True
-        # Half frames alone fill it, and none of them would ever end: one may.
-        in_hand_share = max(self._limit // 2, self._longest)
-        return not self._admitted and self.in_hand + self._longest <= in_hand_share
+        max_in_progress = max(self._limit // 2, self._max_frame_bytes)
+        return not self._reserving and self.in_progress + needed <= max_in_progress
+
+    def _check_paces(self) -> None:
+        self._pace_call = None
+        if self._waiting and self.frame_timeout is not None:
+            now = self.reactor.seconds()
+            for share in list(self._reserving):
+                share.check_pace(now, self.frame_timeout)
+        self._grant()
+
+
+class MemoryShare:
+    """What one connection holds of the budget.
+
+    :param budget: of all connections.
+    :param granted: called when the connection gets the reservation that it waits for.
+    :param too_slow: called when its client does not use the reservation while others wait.
+    :ivar max_missing: how many bytes may be missing of the frame that has begun.
+    :ivar is_waiting: whether the connection waits for a reservation.
+    :ivar is_reserved: whether it has one.
+    """
+
+    __slots__ = (
+        "_budget",
+        "_granted",
+        "_held",
+        "_in_progress",
+        "_judged_at",
+        "_missing_then",
+        "_received",
+        "_received_then",
+        "_too_slow",
+        "_used",
+        "is_reserved",
+        "is_waiting",
+        "max_missing",
+    )
+
+    def __init__(
+        self, budget: MemoryBudget, granted: Callable[[], None], too_slow: Callable[[], None]
+    ) -> None:
+        self._budget = budget
+        self._granted = granted
+        self._too_slow = too_slow
+        self.is_waiting = False
+        self.is_reserved = False
+        self.max_missing = 0
+        # What the connection holds, how much of that is in progress, and what the budget counts.
+        self._held = 0
+        self._in_progress = 0
+        self._used = 0
+        # When the use of the reservation was last judged, what had come and what was missing then.
+        self._received = 0
+        self._judged_at = 0.0
+        self._received_then = 0
+        self._missing_then = 0
+
+    def update(self, buffered: int, in_progress: int, max_missing: int, received: int) -> None:
+        """Tell what the connection holds now.
+
+        :param buffered: the bytes of no message in progress.
+        :param in_progress: the bytes of the messages in progress.
+        :param max_missing: how many bytes may be missing of the frame that has begun.
+        :param received: the bytes that have come since the connection was made.
+        """
+        self._received = received
+        self.max_missing = max_missing
+        self._held = buffered + in_progress
+        moved, self._in_progress = in_progress - self._in_progress, in_progress
+        self._account(moved)
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether the connection may be read (rules 2 and 3)."""
+        return self.is_reserved or not self._held or not self._budget.is_short
+
+    def ask(self) -> None:
+        """Wait for a reservation for the frame that has begun."""
+        self.is_waiting = True
+        self._budget.ask(self)
+
+    def reserve(self, now: float) -> None:
+        """Have the reservation that the connection waits for. For the budget to call."""
+        self.is_waiting = False
+        self.is_reserved = True
+        self._judge_from(now)
+        self._account(0)
+        self._granted()
+
+    def leave(self) -> None:
+        """The frame is whole, or the connection ends: neither wait nor reserve."""
+        if self.is_waiting or self.is_reserved:
+            self.is_waiting = self.is_reserved = False
+            self._account(0)
+            self._budget.leave(self)
+
+    def check_pace(self, now: float, frame_timeout: float) -> None:
+        """Judge the use of the reservation, if an interval is over (rule 6)."""
+        elapsed = now - self._judged_at
+        if elapsed < PACE_INTERVAL:
+            return
+        received = self._received - self._received_then
+        required = self._missing_then * min(1.0, elapsed / frame_timeout)
+        self._judge_from(now)
+        if received < required:
+            self._too_slow()
+
+    def _judge_from(self, now: float) -> None:
+        self._judged_at = now
+        self._received_then = self._received
+        self._missing_then = self.max_missing
+
+    def _account(self, moved: int) -> None:
+        """Bring the budget's sums up to date.
+
+        :param moved: the bytes that have got into progress, or out of it.
+        """
+        used = self._held + self.max_missing if self.is_reserved else self._held
+        # A reserved frame takes as much as before once it is in progress.
+        if used != self._used or moved:
+            changed, self._used = used - self._used, used
+            self._budget.change(changed, moved)

@@ -1,115 +1,308 @@
-"""Closing so that the last answer arrives, and telling how the input of a connection ended."""
+"""A stream of bytes, cut into payloads; and a close that lets the last answer arrive."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from enum import Enum
+from itertools import chain
 from typing import Any
 
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import (
     IDelayedCall,
     IHalfCloseableProtocol,
+    IPushProducer,
     ISSLTransport,
     ITCPTransport,
 )
+from twisted.protocols.basic import Int32StringReceiver
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from cafeteria_orch.server.frames import FrameReceiver
+from cafeteria_orch.wire.errors import FrameTooLong
+from cafeteria_orch.wire.framing import INT32, FrameDecoder, Framing
+
+from .reading import Pause, Reading
+from .turns import Turns
 
 CLOSE_TIMEOUT = 2.0
 """How long, in seconds, an orderly close waits for the peer before it becomes an abort."""
 
+MAX_MESSAGES = 16
+"""How many messages of a connection are handled before others are served, if it has no turn."""
+
+MAX_MESSAGES_IN_TURN = 256
+"""How many are handled in one turn."""
+
+TURN_SECONDS = 0.002
+"""How long, in seconds, a connection's messages are handled before others are served."""
+
 _READ_SIZE = 65536
 
 
-@implementer(IHalfCloseableProtocol)
-class ClosingReceiver(FrameReceiver):
-    """A :class:`FrameReceiver` that ends in good order, whichever side ends it.
+class State(Enum):
+    """What a connection still does."""
 
-    ``inputEnded()`` and ``flush()`` are hooks, and those of the base class.
+    OPEN = "takes messages"
+    ENDING = "takes no more messages, and answers those in progress"
+    CLOSING = "has sent its last answer, and waits for the peer to close"
+    LOST = "has no transport any more; messages that were read whole are still processed"
 
-    :ivar reactor: for time.
+
+_NEXT: Mapping[State, frozenset[State]] = {
+    State.OPEN: frozenset({State.ENDING, State.CLOSING, State.LOST}),
+    State.ENDING: frozenset({State.CLOSING, State.LOST}),
+    State.CLOSING: frozenset({State.LOST}),
+    State.LOST: frozenset(),
+}
+
+
+@implementer(IHalfCloseableProtocol, IPushProducer)
+class FrameReceiver(Int32StringReceiver):
+    """An :class:`Int32StringReceiver` that is linear, fair, and closes in good order.
+
+    It is one to its users: ``stringReceived``, ``lengthLimitExceeded``, ``sendString`` and
+    ``MAX_LENGTH`` are those of the stock class. It decodes by itself, since the stock class joins
+    all it holds at every chunk, which is quadratic in the length of a frame, and delivers a frame
+    again where ``stringReceived`` pauses and resumes.
+
+    Payloads are delivered while there is no pause reason, and a few at a time: a chunk may hold
+    13,000 of them, and other connections are served in between.
+
+    To its transport it is the producer of answers: while the transport holds too many of them, the
+    connection takes no messages.
+
+    ``settle()``, ``end()`` and ``may_grow`` are hooks.
+
+    :param reactor: for time.
+    :param turns: of all connections.
+    :param reading: the pause reasons of this one.
+    :param max_length: the longest payload, in bytes.
+    :param framing: ``None`` leaves it to the first byte.
+    :ivar state: what the connection still does.
+    :ivar received_bytes: the number of bytes that have come.
     """
 
-    reactor: Any
+    transport: Any
+    state = State.OPEN
+    received_bytes = 0
 
-    _closing = False
     _input_over = False
-    _lost = False
-    _was_reset = False
+    # How the input ended, until that is dealt with.
+    _input_end = ""
+    _is_read = True
+    _delivering = False
+    _has_turn = False
+    # A payload that came out of its frame and has to wait.
+    _held: bytes | None = None
     _abort_call: IDelayedCall | None = None
 
-    def framesDelivered(self) -> None:
-        """All that is whole was delivered, or delivery was paused."""
-        if self._input_over and not self.paused:
-            self.inputEnded()
+    def __init__(
+        self,
+        reactor: Any,
+        turns: Turns,
+        reading: Reading,
+        max_length: int,
+        framing: Framing | None,
+    ) -> None:
+        self.reactor = reactor
+        self.reading = reading
+        self.MAX_LENGTH = max_length
+        self._turns = turns
+        self._decoder = FrameDecoder(max_length, framing)
 
-    def readConnectionLost(self) -> None:
-        """The client sends no more. What it is owed still goes out."""
-        self._input_over = True
-        if self._closing:
-            self.transport.loseConnection()
-        elif not self.paused:
-            self.inputEnded()
+    def dataReceived(self, data: bytes) -> None:
+        """Take bytes from the transport; deliver the payloads that are whole."""
+        self.received_bytes += len(data)
+        if self.state is State.OPEN:
+            self._decoder.feed(data)
+            self.deliver()
 
-    def writeConnectionLost(self) -> None:
-        """Our half-close has gone out."""
+    def deliver(self) -> None:
+        """Deliver payloads as far as the pause reasons and the turn allow; then settle."""
+        if self._delivering:
+            return
+        self._delivering = True
+        try:
+            if not self.reading.reasons:
+                self._deliver()
+        except FrameTooLong as error:
+            self.lengthLimitExceeded(error.length)
+        finally:
+            self._delivering = self._has_turn = False
+        self.settle()
 
-    def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
-        """The connection is gone."""
-        self._lost = self._input_over = True
-        # Many a client closes TLS without saying so by TLS: that looks like a reset, and is none.
-        is_tls = ISSLTransport.providedBy(self.transport)
-        self._was_reset = reason.check(ConnectionDone) is None and not is_tls
-        if self._abort_call is not None and self._abort_call.active():
-            self._abort_call.cancel()
+    def _deliver(self) -> None:
+        reading, received, seconds = self.reading, self.stringReceived, self.reactor.seconds
+        left = MAX_MESSAGES_IN_TURN if self._has_turn else MAX_MESSAGES
+        until = seconds() + TURN_SECONDS
+        for payload in self._payloads():
+            received(payload)
+            if reading.reasons:
+                return
+            left -= 1
+            if left <= 0 or seconds() >= until:
+                if self._has_turn or not self._turns.take():
+                    self._wait_for_turn()
+                    return
+                self._has_turn = True
+                left = MAX_MESSAGES_IN_TURN
+                until = seconds() + TURN_SECONDS
 
-    def inputEnded(self) -> None:
-        """No more comes, and all that came whole was delivered. A hook."""
+    def _payloads(self) -> Iterator[bytes]:
+        if self._held is None:
+            return self._decoder.payloads()
+        held, self._held = self._held, None
+        return chain([held], self._decoder.payloads())
 
-    def flush(self) -> None:
-        """Send what waits to be sent. A hook."""
+    def hold(self, payload: bytes, reason: Pause) -> None:
+        """Have the payload that is being delivered wait; it is the next one to be delivered."""
+        self._held = payload
+        self.reading.pause(reason)
 
-    def pauseReading(self) -> None:
-        """Read no more for now."""
-        if not self._input_over:
-            self.transport.pauseProducing()
+    def hold_for_turn(self, payload: bytes) -> bool:
+        """Have the payload that is being delivered wait, unless it is this connection's turn.
 
-    def resumeReading(self) -> None:
-        """Read on, if there is anything left to read."""
-        # A transport that is resumed after a half-close reports the end of input for ever.
-        if not self._input_over:
-            self.transport.resumeProducing()
+        :return: whether it has to wait.
+        """
+        if self._has_turn or self._turns.take():
+            # A turn is for one such payload.
+            self._has_turn = False
+            return False
+        self._held = payload
+        self._wait_for_turn()
+        return True
 
-    def read_what_is_left(self) -> None:
+    def _wait_for_turn(self) -> None:
+        self.reading.pause(Pause.TURN)
+        self._turns.wait(self._begin_turn)
+
+    def _begin_turn(self) -> None:
+        # With another pause reason the turn is passed on; it is asked for again after that.
+        self._has_turn = not self._delivering
+        self.resume(Pause.TURN)
+
+    def pause(self, reason: Pause) -> None:
+        """Take no more messages for a reason, until :meth:`resume`."""
+        self.reading.pause(reason)
+        if not self._delivering:
+            self.settle()
+
+    def resume(self, reason: Pause) -> None:
+        """A reason to pause is gone: go on, if it was the last."""
+        self.reading.resume(reason)
+        self.deliver()
+
+    def pauseProducing(self) -> None:
+        """The transport holds too many answers."""
+        self.pause(Pause.OUTPUT)
+
+    def resumeProducing(self) -> None:
+        """The client has read them."""
+        self.resume(Pause.OUTPUT)
+
+    def stopProducing(self) -> None:
         """The connection is lost, and its socket not closed yet: read what came before.
 
         A client that closes without reading its answers resets the connection by that, with
         whole batches of it still in the kernel.
         """
-        if self._closing or not _is_plain_tcp(self.transport):
+        if not _is_plain_tcp(self.transport):
             return
         with suppress(OSError):
-            while data := self.transport.getHandle().recv(_READ_SIZE):
+            while self.state is State.OPEN and self.may_grow:
+                data = self.transport.getHandle().recv(_READ_SIZE)
+                if not data:
+                    return
                 self.dataReceived(data)
 
+    def readConnectionLost(self) -> None:
+        """The client sends no more. What it is owed still goes out."""
+        self._input_over = True
+        if self.state is State.CLOSING:
+            self.transport.loseConnection()
+            return
+        if self.state is State.OPEN:
+            self._input_end = "connection closed"
+        self.deliver()
+
+    def writeConnectionLost(self) -> None:
+        """Our half-close has gone out."""
+
+    def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
+        """The connection is gone. Messages that were read whole are still delivered."""
+        if self.state is State.OPEN and not self._input_over:
+            # Many clients close TLS without a close_notify: that looks like a reset, and is none.
+            is_tls = ISSLTransport.providedBy(self.transport)
+            is_closed = reason.check(ConnectionDone) is not None or is_tls
+            self._input_end = "connection closed" if is_closed else "connection reset"
+        self._enter(State.LOST)
+        self._input_over = True
+        if self._abort_call is not None and self._abort_call.active():
+            self._abort_call.cancel()
+        self.reading.resume(Pause.OUTPUT)
+        self.deliver()
+
+    @property
+    def paused(self) -> bool:  # type: ignore[override]
+        """Whether it delivers nothing for now."""
+        return self.reading.reasons != 0
+
+    @property
+    def missing(self) -> int:
+        """How many bytes are missing of the frame that has begun; 0 between frames."""
+        return self._decoder.missing
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether there is memory for what the client sends. A hook."""
+        return True
+
+    def settle(self) -> None:
+        """All that can be delivered now is: read on, or not, and see to the end of the input."""
+        is_open = self.state is State.OPEN
+        self._read(self.state is State.CLOSING or (is_open and not self.reading.reasons))
+        if self._input_end and not self.reading.reasons:
+            self.input_ended(self._input_end)
+
+    def input_ended(self, how: str) -> None:
+        """No more comes, and all that came whole was delivered. A hook.
+
+        :param how: ``connection closed`` or ``connection reset``.
+        """
+
+    def encodeAnswer(self, payload: bytes) -> bytes:
+        """Frame an answer: of its body, as much as the peer can read."""
+        framing = self._decoder.framing or INT32
+        return framing.encode(payload if framing.answers_have_bodies else payload[:1])
+
+    def sendString(self, string: bytes) -> None:
+        """Send a frame, in the framing of this connection."""
+        self.transport.write((self._decoder.framing or INT32).encode(string))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is left to deliver."""
+        return self._held is None and not self._decoder.buffered
+
+    def drop_input(self) -> None:
+        """Deliver nothing more of what has come, and take no more."""
+        self._decoder.clear()
+        self._held = None
+        self._input_end = ""
+
     def close(self) -> None:
-        """Close so that the last answer arrives; handle nothing more.
+        """Close so that the last answer arrives; deliver nothing more.
 
         With input unread a plain close would become a reset, and the client might lose its
         answers. So: half-close, read and drop, and abort after :data:`CLOSE_TIMEOUT`.
         """
-        if self._closing:
-            return
-        self.flush()
-        self._closing = True
-        self.stopDelivery()
-        if self._lost:
-            return
+        self._enter(State.CLOSING)
+        self.drop_input()
         self.transport.unregisterProducer()
         self._abort_call = self.reactor.callLater(CLOSE_TIMEOUT, self.abort)
-        self.resumeReading()
+        self._read(True)
         if self._input_over or not _is_plain_tcp(self.transport):
             self.transport.loseConnection()
         else:
@@ -117,12 +310,26 @@ class ClosingReceiver(FrameReceiver):
 
     def abort(self) -> None:
         """Close at once, whatever is on its way."""
-        self._closing = True
-        if self._lost:
-            # A TLS transport does not bear to be told.
-            self.stopDelivery()
-        else:
-            self.abortConnection()
+        self.drop_input()
+        # A TLS transport does not bear to be told when the connection is lost.
+        if self.state is not State.LOST:
+            if self.state is not State.CLOSING:
+                self._enter(State.CLOSING)
+            self.transport.abortConnection()
+
+    def _enter(self, state: State) -> None:
+        if state not in _NEXT[self.state]:
+            raise AssertionError(f"{self.state.name} cannot become {state.name}")
+        self.state = state
+
+    def _read(self, reads: bool) -> None:
+        # A transport that is resumed after a half-close reports the end of input for ever.
+        if reads is not self._is_read and not self._input_over:
+            self._is_read = reads
+            if reads:
+                self.transport.resumeProducing()
+            else:
+                self.transport.pauseProducing()
 
 
 def _is_plain_tcp(transport: object) -> bool:

@@ -6,15 +6,17 @@ import threading
 from dataclasses import dataclass
 from pathlib import PurePath
 from traceback import walk_tb
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from twisted.internet.interfaces import IReactorFromThreads
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from cafeteria_orch.wire.errors import OrchestratorError, ProcessorHung
+from cafeteria_orch.wire.errors import OrchestratorError
 from cafeteria_orch.wire.opcodes import FailReason, Opcode
+
+if TYPE_CHECKING:
+    from .connection import OrchestratorProtocol
 
 _log = Logger()
 
@@ -36,24 +38,6 @@ class Session:
     client_id: UUID | None = None
     agency_id: int | None = None
     common_name: str | None = None
-
-
-class Connection(Protocol):
-    """What an :class:`Exchange` needs of the connection that its message came by."""
-
-    session: Session
-    thread: int
-    reactor: IReactorFromThreads
-    log_debug: bool
-
-    def answered(self, exchange: Exchange) -> None:
-        """Its slot is filled: send the answers that are there, in the order of the messages.
-
-        In the reactor's thread only.
-        """
-
-    def processor_name(self, opcode: int) -> str:
-        """Who processes messages of this opcode: a name for the log."""
 
 
 class Exchange:
@@ -80,7 +64,7 @@ class Exchange:
         "started_at",
     )
 
-    def __init__(self, connection: Connection, opcode: int, size: int = 0) -> None:
+    def __init__(self, connection: OrchestratorProtocol, opcode: int, size: int = 0) -> None:
         self._connection = connection
         self.opcode = opcode
         self.size = size
@@ -172,7 +156,7 @@ def handle_processing_error(message: Any, client: Exchange, error: BaseException
     """
     if not client.settled:
         reason = FailReason.REJECTED
-        if isinstance(error, (OrchestratorError, ProcessorHung)):
+        if isinstance(error, OrchestratorError):
             reason = error.reason
         send_failure(client, reason)
     _log.error(
@@ -194,7 +178,7 @@ def describe(error: BaseException) -> str:
     The texts of this package's errors hold no data. Of any other error this is the kind and
     the place it came from; its text and traceback are logged at debug.
     """
-    if isinstance(error, (OrchestratorError, ProcessorHung)):
+    if isinstance(error, OrchestratorError):
         return " ".join(str(error).split())
     place = ""
     for frame, line in walk_tb(error.__traceback__):

@@ -11,7 +11,7 @@ from twisted.internet.interfaces import IDelayedCall
 class Timeouts(NamedTuple):
     """Seconds; ``None`` for any time.
 
-    :ivar idle: that a client may send nothing between two frames, with nothing of it in hand.
+    :ivar idle: that a client may send nothing between two frames, with no message in progress.
     :ivar frame: from the first byte of a frame to its last, and until a client that is owed
         more answers than its transport holds has read them.
     :ivar processing: that a processor may take before its client is told to try again later.
@@ -25,67 +25,67 @@ class Timeouts(NamedTuple):
 DEFAULT_TIMEOUTS = Timeouts()
 
 
-class Deadline:
-    """A timer that is set anew at next to no cost, and can be suspended.
+class Countdown:
+    """A timer that can be suspended, and is merciful: progress made just in time counts.
 
-    Where it is set to a later time, the call that is scheduled stays as it is and looks again
-    when it comes.
+    A process that was stopped for a while finds the time up before it has read what came in that
+    while. So when the time is up the reactor is given a turn to read, and another one as long as
+    that brings progress.
 
     :param reactor: for time.
-    :param expired: what is called when it is reached.
+    :param progress: a number that changes with each step of progress.
+    :param expired: called when the time is up, and no more progress is made.
     """
 
-    __slots__ = ("_at", "_call", "_expired", "_left", "_reactor")
+    __slots__ = ("_call", "_expired", "_left", "_progress", "_reactor")
 
-    def __init__(self, reactor: Any, expired: Callable[[], None]) -> None:
+    def __init__(
+        self, reactor: Any, progress: Callable[[], int], expired: Callable[[], None]
+    ) -> None:
         self._reactor = reactor
+        self._progress = progress
         self._expired = expired
-        self._at: float | None = None
         self._left: float | None = None
         self._call: IDelayedCall | None = None
 
     @property
     def is_set(self) -> bool:
-        """Whether it will be reached, if nothing changes."""
-        return self._at is not None
+        """Whether it runs or is suspended."""
+        return self._call is not None or self._left is not None
 
     def start(self, seconds: float | None) -> None:
-        """Set it so far from now; ``None`` for never."""
+        """Begin from the start; ``None`` is a time that is never up."""
         self._left = None
         if seconds is None:
-            self._at = None
-            return
-        self._at = self._reactor.seconds() + seconds
-        if self._call is None:
-            self._call = self._reactor.callLater(seconds, self._look)
-        elif self._call.getTime() > self._at:
+            self.cancel()
+        elif self._call is None:
+            self._call = self._reactor.callLater(seconds, self._judge, None)
+        else:
             self._call.reset(seconds)
 
     def suspend(self) -> None:
-        """Let the time that is left not run, until :meth:`resume`."""
-        if self._at is not None:
-            self._left = self._at - self._reactor.seconds()
-            self._at = None
+        """Keep the time that is left until :meth:`resume`."""
+        if self._call is not None:
+            left = self._call.getTime() - self._reactor.seconds()
+            self.cancel()
+            self._left = left
 
     def resume(self) -> None:
-        """Let it run again, if it was suspended."""
+        """Go on, if it is suspended."""
         if self._left is not None:
             self.start(max(0.0, self._left))
 
     def cancel(self) -> None:
-        """It is not needed any more."""
-        self._at = self._left = None
+        """Forget it."""
+        self._left = None
         if self._call is not None:
             self._call.cancel()
             self._call = None
 
-    def _look(self) -> None:
-        self._call = None
-        if self._at is None:
-            return
-        left = self._at - self._reactor.seconds()
-        if left > 0:
-            self._call = self._reactor.callLater(left, self._look)
-        else:
-            self._at = None
+    def _judge(self, before: int | None) -> None:
+        progress = self._progress()
+        if progress == before:
+            self._call = None
             self._expired()
+        else:
+            self._call = self._reactor.callLater(0, self._judge, progress)

@@ -201,7 +201,7 @@ class Sums(SinkTestCase):
         in_windows = Counter(
             exchange.opcode
             for connection in self.factory.connections
-            for exchange in connection._window.in_hand
+            for exchange in connection._window.in_progress
         )
         for table, opcode in [(each.name, each.opcode) for each in TABLES] + [("unknown", -1)]:
             became = {
@@ -252,12 +252,12 @@ class Sums(SinkTestCase):
             if turn in {10, 25}:
                 self.connection.fault = Fault("COMMIT")
             if turn % 4 == 3:
-                self.scrape_until(lambda: self.counts().in_hand == 0)
+                self.scrape_until(lambda: self.counts().in_progress == 0)
         for payload in (b"\x04", b"\x08nonsense", b"\xc8", b""):
             protocol, _ = connect(self.factory)
             protocol.dataReceived(frame(payload))
             self.scrape()
-        self.scrape_until(lambda: self.counts().in_hand == 0)
+        self.scrape_until(lambda: self.counts().in_progress == 0)
 
         counts = self.counts()
         self.assertEqual(counts.received, 40 + 4)

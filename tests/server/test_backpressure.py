@@ -44,7 +44,7 @@ class BackpressureTests(GroupTestCase):
         self.limit(batches=4)
         _, idle = connect(self.factory)
         transports = self.connect_many(10, 2)
-        self.assertEqual(self.counts().in_hand, 4)
+        self.assertEqual(self.counts().in_progress, 4)
         states = {transport.producerState for transport in (idle, *transports)}
         self.assertEqual(states, {"paused"})
 
@@ -52,7 +52,7 @@ class BackpressureTests(GroupTestCase):
         """The limit counts the bytes of the bodies as well as the batches."""
         self.limit(bytes_=3 * (len(batch_frame()) - 5) - 1)
         transports = self.connect_many(10, 1)
-        self.assertEqual(self.counts().in_hand, 3)
+        self.assertEqual(self.counts().in_progress, 3)
         self.gate.open(10)
         self.reactor.pump_until(lambda: self.answered(transports) == [1] * 10)
         self.assertEqual(transports[-1].producerState, "producing")
@@ -81,7 +81,7 @@ class BackpressureTests(GroupTestCase):
             self.reactor.pump_until(partial(self.more_are_answered, transports, done))
             served = self.answered(transports)
             self.assertLessEqual(max(served) - min(served), 4)
-            self.assertLessEqual(self.counts().in_hand, 4)
+            self.assertLessEqual(self.counts().in_progress, 4)
         self.assert_accounts(committed=25 * 8)
         self.assertEqual(len(self.batch_numbers()), 25 * 8)
 
@@ -130,7 +130,7 @@ class BackpressureTests(GroupTestCase):
             protocol.dataReceived(batch_frame(batch_number=next(self.numbers)))
         for protocol in protocols:
             protocol.connectionLost(Failure(ConnectionDone()))
-        self.assertEqual(self.counts().in_hand, 2)
+        self.assertEqual(self.counts().in_progress, 2)
         self.gate.open(6)
         self.reactor.pump_until(lambda: self.counts()[Outcome.COMMITTED] == 6)
         self.assertFalse(self.factory.connections)

@@ -298,9 +298,7 @@ class WeClose(ClosingCase):
         self.protocol.dataReceived(batch_frame()[9:] + numbered(2))
         self.assertEqual(self.transport.value(), FAIL + b"\x03")
         self.assertEqual(self.pending.messages, [])
-        self.assertEqual(
-            len(self.protocol._chunk) + len(self.protocol._pieces) + len(self.protocol._later), 0
-        )
+        self.assertTrue(self.protocol.is_empty)
 
     def test_aborts_in_the_end(self) -> None:
         """A client that does not close is aborted after two seconds, and not before."""
@@ -328,8 +326,8 @@ class WeClose(ClosingCase):
         """A connection that is being closed is not closed anew, and its time not prolonged."""
         self.protocol.dataReceived(FINISHED)
         self.clock.advance(1)
-        self.protocol.close()
-        self.protocol.drain()
+        self.protocol.end()
+        self.protocol.end()
         self.assertEqual(len(self.clock.getDelayedCalls()), 1)
         self.clock.advance(1)
         self.assertTrue(self.transport.aborted)

@@ -19,7 +19,7 @@ from cafeteria_orch.server import responses
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
-from cafeteria_orch.server.window import WINDOW
+from cafeteria_orch.server.window import MAX_IN_PROGRESS as WINDOW
 from cafeteria_orch.wire.messages import RawMessage
 from tests.support.builders import (
     ECHO,
@@ -130,7 +130,7 @@ class Closing(Loopback):
         pending = Pending()
         self.factory.register_processor(ECHO, pending)
         answers = deferToThread(self.flood, numbered(1) + MALFORMED)
-        await until(reactor, lambda: pending.in_hand)
+        await until(reactor, lambda: pending.in_progress)
         pending.finish()
         self.assertEqual(await answers, numbered(1) + FAIL + b"\x03")
 
@@ -220,9 +220,9 @@ class Closing(Loopback):
         self.factory.register_processor(ECHO, pending)
         with self.open() as client:
             client.sendall(numbered(1, 2, 3))
-            await until(reactor, lambda: pending.in_hand)
+            await until(reactor, lambda: pending.in_progress)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        while pending.in_hand:
+        while pending.in_progress:
             pending.finish()
         await until(reactor, lambda: not self.factory.connections)
         self.assertEqual([message.body for message in pending.messages], [b"\1", b"\2", b"\3"])
@@ -238,7 +238,7 @@ class Backpressure(Loopback):
         self.factory.register_processor(ECHO, lambda *_: None, answers=False)
         with self.open() as client:
             client.sendall(frame(bytes([ECHO + 1])))
-            await until(reactor, lambda: pending.in_hand)
+            await until(reactor, lambda: pending.in_progress)
             connection = await self.connection()
             taken = await deferToThread(send_until_blocked, client, LARGE, 200_000_000)
             self.assertLess(taken, 100_000_000)
@@ -282,7 +282,7 @@ class Backpressure(Loopback):
 
         def finish() -> None:
             self.factory.abort()
-            while pending.in_hand:
+            while pending.in_progress:
                 pending.finish()
 
         self.addCleanup(finish)
@@ -290,8 +290,7 @@ class Backpressure(Loopback):
 
     def held(self, connection: OrchestratorProtocol) -> int:
         """How many bytes it holds of what it has not taken yet."""
-        pieces = (connection._chunk, *connection._pieces, connection._later)
-        return sum(map(len, pieces))
+        return connection._decoder.buffered + len(connection._held or b"")
 
     async def test_client_that_never_reads(self) -> None:
         """A client that floods and never reads its answers is not read from any more."""

@@ -145,7 +145,7 @@ class ConnectionMachine(RuleBasedStateMachine):
         self.received = 0
         # What became of it.
         self.delivered: list[int] = []
-        self.in_hand: list[tuple[RawMessage, Exchange, Deferred[Any]]] = []
+        self.in_progress: list[tuple[RawMessage, Exchange, Deferred[Any]]] = []
         self.output_full = False
         self.violations: list[str] = []
         self.answers = b""
@@ -161,7 +161,7 @@ class ConnectionMachine(RuleBasedStateMachine):
     def deliver(self, raw: RawMessage) -> None:
         """What holds whenever a message is delivered."""
         # An error raised here would be taken for one of the processor.
-        if self.in_hand:
+        if self.in_progress:
             self.violations.append("two messages in hand")
         if self.transport.half_closed or self.transport.disconnecting:
             self.violations.append("delivered after our close")
@@ -185,7 +185,7 @@ class ConnectionMachine(RuleBasedStateMachine):
     def waits(self, raw: RawMessage, client: Exchange) -> Deferred[Any]:
         self.deliver(raw)
         deferred: Deferred[Any] = Deferred()
-        self.in_hand.append((raw, client, deferred))
+        self.in_progress.append((raw, client, deferred))
         return deferred
 
     def receive(self, data: bytes) -> None:
@@ -211,11 +211,11 @@ class ConnectionMachine(RuleBasedStateMachine):
         data, self.unsent = self.unsent[:cut], self.unsent[cut:]
         self.receive(data)
 
-    @precondition(lambda self: self.in_hand)
+    @precondition(lambda self: self.in_progress)
     @rule(how=st.sampled_from(("keep", "keep", "twice", "fail", "close")))
     def settle(self, how: str) -> None:
         """The message in hand is done."""
-        raw, client, deferred = self.in_hand.pop()
+        raw, client, deferred = self.in_progress.pop()
         if how == "fail":
             self.expect(raw, RAISES)
             deferred.errback(Boom())
@@ -240,7 +240,7 @@ class ConnectionMachine(RuleBasedStateMachine):
         lose(self.protocol, error)
 
     # Of an idle connection it would mostly be the end before anything has happened.
-    @precondition(lambda self: self.in_hand and not (self.we_stop or self.lost))
+    @precondition(lambda self: self.in_progress and not (self.we_stop or self.lost))
     @rule(how=st.sampled_from(("drain", "abort")))
     def stop(self, how: str) -> None:
         """The server wants to end."""
@@ -266,7 +266,7 @@ class ConnectionMachine(RuleBasedStateMachine):
         assert self.transport.aborted
         self.lose(ConnectionLost())
 
-    @precondition(lambda self: self.lost and not self.in_hand)
+    @precondition(lambda self: self.lost and not self.in_progress)
     @rule()
     def over(self) -> None:
         """Nothing happens any more."""
@@ -285,7 +285,7 @@ class ConnectionMachine(RuleBasedStateMachine):
         self.check_deliveries()
         self.check_reading()
         # It is known until it is gone and nothing of it is in hand.
-        known = {self.protocol} if self.in_hand or not self.lost else set()
+        known = {self.protocol} if self.in_progress or not self.lost else set()
         assert self.factory.connections == known
 
     def check_deliveries(self) -> None:
@@ -299,8 +299,8 @@ class ConnectionMachine(RuleBasedStateMachine):
             due.append(number)
         assert self.delivered == due[: len(self.delivered)]
         if self.we_stop:
-            assert self.closed == (self.lost or self.transport.aborted or not self.in_hand)
-        elif self.in_hand:
+            assert self.closed == (self.lost or self.transport.aborted or not self.in_progress)
+        elif self.in_progress:
             assert self.closed == self.lost
         elif self.lost or not self.output_full:
             assert self.delivered == due
@@ -310,14 +310,14 @@ class ConnectionMachine(RuleBasedStateMachine):
         """Paused while a message is in hand or the output is full; nothing is kept at the end."""
         if not (self.half_closed or self.closed):
             paused = self.transport.producerState == "paused"
-            assert paused == bool(self.in_hand or self.output_full)
+            assert paused == bool(self.in_progress or self.output_full)
         if self.closed and not self.lost:
-            assert not (self.protocol._pieces or self.protocol._later)
+            assert self.protocol.is_empty
 
     def teardown(self) -> None:
         """In the end nothing is left of it."""
         for _ in range(2):
-            while self.in_hand:
+            while self.in_progress:
                 self.settle("keep")
                 self.check()
             if not self.lost:

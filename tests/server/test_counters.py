@@ -53,13 +53,13 @@ class CountingTestCase(SynchronousTestCase):
         protocol, _ = connect(self.factory)
         protocol.dataReceived(b"".join(frames))
 
-    def check(self, opcode: int, in_hand: int = 0, **outcomes: int) -> None:
+    def check(self, opcode: int, in_progress: int = 0, **outcomes: int) -> None:
         """All that came of an opcode is in hand, or became this."""
         tally = self.counters.tallies[opcode]
         counted = {each.name.lower(): tally[each] for each in Outcome if tally[each]}
         self.assertEqual(counted, outcomes)
-        self.assertEqual(tally.in_hand, in_hand)
-        self.assertEqual(tally.received, in_hand + sum(outcomes.values()))
+        self.assertEqual(tally.in_progress, in_progress)
+        self.assertEqual(tally.received, in_progress + sum(outcomes.values()))
 
 
 class Messages(CountingTestCase):
@@ -124,15 +124,15 @@ class Messages(CountingTestCase):
         self.send(frame(bytes([ECHO])), frame(bytes([ECHO, 77])))
         self.check(ECHO, rejected=2)
 
-    def test_in_hand(self) -> None:
+    def test_in_progress(self) -> None:
         """What is being processed is in hand, and so is what its client is not there for."""
         pending = Pending()
         self.factory.register_processor(ECHO, pending)
         protocol, _ = connect(self.factory)
         protocol.dataReceived(numbered(1, 2))
-        self.check(ECHO, in_hand=1)
+        self.check(ECHO, in_progress=1)
         lose(protocol)
-        self.check(ECHO, in_hand=1)
+        self.check(ECHO, in_progress=1)
         pending.finish()
         pending.finish()
         self.check(ECHO, processed=2)
@@ -156,7 +156,7 @@ class Messages(CountingTestCase):
         self.factory.register_processor(ECHO, pending)
         self.send(numbered(1))
         self.clock.advance(60)
-        self.check(ECHO, in_hand=1)
+        self.check(ECHO, in_progress=1)
         self.assertEqual(self.counters.limit_hits["processing_timeout"], 1)
         pending.finish()
         self.check(ECHO, try_again=1)

@@ -125,7 +125,7 @@ class OneMessageOneAnswer(SynchronousTestCase):
         """A late answer is not taken for that of the message in hand."""
         pending = Pending()
         transport = self.send(pending)
-        _, first, deferred = pending.in_hand.pop()
+        _, first, deferred = pending.in_progress.pop()
         deferred.callback(True)
         self.protocol.dataReceived(frame(bytes([ECHO, 2])))
         responses.send_success(first)
@@ -166,7 +166,7 @@ class OneMessageOneAnswer(SynchronousTestCase):
         """An answer leaves when it is given, while the message is still in hand."""
         pending = Pending()
         transport = self.send(pending)
-        _, client, deferred = pending.in_hand.pop()
+        _, client, deferred = pending.in_progress.pop()
         responses.send_success(client)
         self.assertEqual(transport.value(), SUCCESS)
         deferred.callback(True)

@@ -100,9 +100,9 @@ class SharingTests(InFlightTests):
         protocol.dataReceived(self.half_frame(opcode=PENDING)[2:])
         self.assertEqual(self.in_flight.bytes, LONGEST // 2)
         protocol.dataReceived(self.rest(PENDING) + b"\0\0")
-        self.assertEqual((self.in_flight.bytes, self.in_flight.in_hand), (LONGEST + 2, LONGEST))
+        self.assertEqual((self.in_flight.bytes, self.in_flight.in_progress), (LONGEST + 2, LONGEST))
         self.pending.finish()
-        self.assertEqual((self.in_flight.bytes, self.in_flight.in_hand), (2, 0))
+        self.assertEqual((self.in_flight.bytes, self.in_flight.in_progress), (2, 0))
 
     def test_header_costs_nothing(self) -> None:
         """What a frame declares is not counted, what has come of it is."""
@@ -155,10 +155,10 @@ class SharingTests(InFlightTests):
                 break
             protocol.dataReceived(self.rest(PENDING))
         lose(protocol)
-        self.assertEqual(len(self.pending.in_hand), 9)
+        self.assertEqual(len(self.pending.in_progress), 9)
         late, transport = self.connect(self.half_frame())
         for _ in range(9):
-            self.assertEqual(self.is_held(transport), len(self.pending.in_hand) > 8)
+            self.assertEqual(self.is_held(transport), len(self.pending.in_progress) > 8)
             self.pending.finish()
         late.dataReceived(self.rest())
         self.assertEqual(len(transport.value()), 4 + LONGEST)
@@ -190,7 +190,7 @@ class SharingTests(InFlightTests):
         for number, (protocol, _) in enumerate(clients):
             ends[number % 3](protocol)
             lose(protocol)
-        self.assertEqual((self.in_flight.bytes, self.in_flight.in_hand), (0, 0))
+        self.assertEqual((self.in_flight.bytes, self.in_flight.in_progress), (0, 0))
         protocol, transport = self.connect(self.half_frame())
         self.assertFalse(self.is_held(transport))
 
@@ -199,10 +199,10 @@ class SharingTests(InFlightTests):
         bad = frame(b"\x63")
         for data in (bad + self.half_frame(), frame(bytes([SHARED])) * 3 + bad, frame(b"")):
             protocol, _ = self.connect(data)
-            while self.pending.in_hand:
+            while self.pending.in_progress:
                 self.pending.finish()
             lose(protocol)
-            self.assertEqual((self.in_flight.bytes, self.in_flight.in_hand), (0, 0))
+            self.assertEqual((self.in_flight.bytes, self.in_flight.in_progress), (0, 0))
 
     def test_who_is_gone_does_not_wait(self) -> None:
         """A connection whose input has ended needs no more memory: it ends at once."""
@@ -254,10 +254,10 @@ class DepthTests(SynchronousTestCase):
         in_flight = InFlight(Clock(), LIMIT, LONGEST)
         many = 5000
         in_flight.change(LIMIT + many)
-        in_flight.in_hand = LIMIT
+        in_flight.in_progress = LIMIT
         for _ in range(many):
             in_flight.wait(Hasty(in_flight))
-        in_flight.in_hand = 0
+        in_flight.in_progress = 0
         in_flight.change(-1)
         self.assertEqual(in_flight.bytes, LIMIT - 1)
 
@@ -385,7 +385,7 @@ class InFlightMachine(RuleBasedStateMachine):
         for client in self.sending():
             client.send()
 
-    @precondition(lambda self: self.pending.in_hand)
+    @precondition(lambda self: self.pending.in_progress)
     @rule()
     def finish(self) -> None:
         self.pending.finish()
@@ -401,16 +401,16 @@ class InFlightMachine(RuleBasedStateMachine):
     def bounded(self) -> None:
         """A chunk of each connection beyond the limit at most; nothing is counted twice."""
         most = LIMIT // 2 + len(self.factory.connections) * (CHUNK + 4)
-        in_hand = sum(client.size for _, client, _ in self.pending.in_hand)
+        in_hand = sum(client.size for _, client, _ in self.pending.in_progress)
         in_flight = self.factory.in_flight
-        assert in_hand <= in_flight.in_hand <= in_flight.bytes <= most
+        assert in_hand <= in_flight.in_progress <= in_flight.bytes <= most
 
     def teardown(self) -> None:
         """Nobody starves: if processors end and clients send, everything arrives."""
-        while (sending := self.sending()) or self.pending.in_hand:
+        while (sending := self.sending()) or self.pending.in_progress:
             for client in sending:
                 client.send()
-            if self.pending.in_hand:
+            if self.pending.in_progress:
                 self.pending.finish()
         for client in self.clients:
             assert not client.transport.to_come
@@ -420,7 +420,7 @@ class InFlightMachine(RuleBasedStateMachine):
                 count += 1
                 answers = answers[4 + int.from_bytes(answers[:4], "big") :]
             assert count == client.expected
-        assert self.factory.in_flight.bytes == self.factory.in_flight.in_hand == 0
+        assert self.factory.memory.used == self.factory.in_flight.in_progress == 0
 
 
 class InFlightModelTests(SynchronousTestCase):

@@ -35,7 +35,7 @@ class Order(SynchronousTestCase):
         self.protocol.dataReceived(numbered(1, 2, 3))
         for number in (1, 2, 3):
             self.assertEqual(
-                [message.body for message, _, _ in self.pending.in_hand], [bytes([number])]
+                [message.body for message, _, _ in self.pending.in_progress], [bytes([number])]
             )
             self.pending.finish()
         self.assertEqual(self.transport.value(), numbered(1, 2, 3))
@@ -51,7 +51,7 @@ class Order(SynchronousTestCase):
     def test_answered_is_not_done(self) -> None:
         """A message that has its answer is in hand until its processor is done."""
         self.protocol.dataReceived(numbered(1, 2))
-        message, client, deferred = self.pending.in_hand.pop()
+        message, client, deferred = self.pending.in_progress.pop()
         echo(message, client)
         self.assertEqual(len(self.pending.messages), 1)
         deferred.callback(True)
@@ -116,7 +116,7 @@ class Order(SynchronousTestCase):
     def test_many_messages_in_one_chunk(self) -> None:
         """However many frames a chunk holds, no stack grows with them."""
         self.protocol.dataReceived(numbered(1) * 3000)
-        while self.pending.in_hand:
+        while self.pending.in_progress:
             self.pending.finish()
         self.assertEqual(self.transport.value(), numbered(1) * 3000)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from cafeteria_orch.server.window import WINDOW
+from cafeteria_orch.server.window import MAX_IN_PROGRESS as WINDOW
 from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
@@ -42,7 +42,7 @@ class PipelinedSinkTests(GroupTestCase):
     def test_share_a_commit(self) -> None:
         """Eight batches take two commits: the first one's, and one for the seven behind it."""
         self.send_ahead(*self.batches(*range(WINDOW)))
-        self.assertEqual(self.counts().in_hand, WINDOW)
+        self.assertEqual(self.counts().in_progress, WINDOW)
         self.let_commit(2, SUCCESS * WINDOW)
         self.assertEqual(self.batch_numbers(), [*range(WINDOW)])
         self.assertEqual(self.transport.producerState, "producing")
@@ -50,7 +50,7 @@ class PipelinedSinkTests(GroupTestCase):
     def test_no_more_than_a_window(self) -> None:
         """The sink has no more than a window of one client's batches in hand."""
         self.send_ahead(*self.batches(*range(3 * WINDOW)))
-        self.assertEqual(self.counts().in_hand, WINDOW)
+        self.assertEqual(self.counts().in_progress, WINDOW)
         self.gate.open(3 * WINDOW)
         self.reactor.pump_until(lambda: self.transport.value() == SUCCESS * 3 * WINDOW)
         self.assertLess(self.gate.transactions, 3 * WINDOW)

@@ -196,7 +196,7 @@ class FrameTimeoutTests(TimeoutTests):
     def test_what_a_drain_drops(self) -> None:
         """Half a frame that a drain has dropped is not waited for any more."""
         self.receive(frame(bytes([self.SHARED])) + numbered(2)[:4])
-        self.protocol.drain()
+        self.protocol.end()
         with capturedLogs() as events:
             self.pass_time(40)
         self.assertEqual(texts(events, LogLevel.warn), [])
@@ -324,7 +324,7 @@ class ProcessingTimeoutTests(TimeoutTests):
 
     def test_answered_for_it(self) -> None:
         """The client is told to try again later, once, and the log names the processor."""
-        self.in_hand(1, opcode=self.PENDING)
+        self.in_progress(1, opcode=self.PENDING)
         with capturedLogs() as events:
             self.pass_time(59)
             self.assertEqual(self.transport.value(), b"")
@@ -337,9 +337,9 @@ class ProcessingTimeoutTests(TimeoutTests):
 
     def test_goes_on_when_it_ends(self) -> None:
         """Nothing more is taken before the processor ends; then the connection goes on."""
-        self.in_hand(1, 2, opcode=self.PENDING)
+        self.in_progress(1, 2, opcode=self.PENDING)
         self.pass_time(70)
-        self.assertEqual(len(self.pending.in_hand), 1)
+        self.assertEqual(len(self.pending.in_progress), 1)
         self.assertEqual(self.transport.producerState, "paused")
         with capturedLogs() as events:
             self.pending.finish()
@@ -351,12 +351,12 @@ class ProcessingTimeoutTests(TimeoutTests):
 
     def test_each_from_its_start(self) -> None:
         """Of several in hand each has its own time, and the answers keep their order."""
-        self.in_hand(1, opcode=self.SHARED)
+        self.in_progress(1, opcode=self.SHARED)
         self.pass_time(40)
-        self.in_hand(2, 3, opcode=self.SHARED)
+        self.in_progress(2, 3, opcode=self.SHARED)
         self.pass_time(20)
         self.assertEqual(self.transport.value(), FAIL + b"\x01")
-        self.pending.in_hand.pop(0)
+        self.pending.in_progress.pop(0)
         self.pending.finish()
         self.pass_time(39)
         self.assertEqual(self.transport.value(), FAIL + b"\x01" + frame(bytes([self.SHARED, 2])))
@@ -365,8 +365,8 @@ class ProcessingTimeoutTests(TimeoutTests):
 
     def test_not_what_waits(self) -> None:
         """A message that waits for one in hand is not being processed yet."""
-        self.in_hand(1, opcode=self.SHARED)
-        self.in_hand(2, opcode=self.PENDING)
+        self.in_progress(1, opcode=self.SHARED)
+        self.in_progress(2, opcode=self.PENDING)
         self.pass_time(50)
         self.pending.finish()
         self.transport.clear()
@@ -398,7 +398,7 @@ class ProcessingTimeoutTests(TimeoutTests):
 
     def test_nothing_is_left_behind(self) -> None:
         """A connection that is lost leaves no call on the reactor, nor one that is taken later."""
-        self.in_hand(1, 2, opcode=self.PENDING)
+        self.in_progress(1, 2, opcode=self.PENDING)
         lose(self.protocol)
         self.pending.finish()
         self.pending.finish()

@@ -113,7 +113,7 @@ class TurnTests(SynchronousTestCase):
     def test_closed_while_it_waits(self) -> None:
         """What waits when we close is dropped, and nobody else loses a turn by it."""
         self.send_all()
-        self.clients[1][0].drain()
+        self.clients[1][0].end()
         self.clients[2][0].abort()
         for _ in range(8):
             self.clock.next_turn()
@@ -139,7 +139,7 @@ class TurnTests(SynchronousTestCase):
         protocol.dataReceived(frame(bytes([BLOB + 1])))
         self.clients[1][0].dataReceived(self.blob(1))
         protocol.dataReceived(self.blob(0))
-        protocol.drain()
+        protocol.end()
         self.clock.next_turn()
         self.assertEqual(self.decoded, [1])
         pending.finish()

@@ -10,7 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
-from cafeteria_orch.server.window import WINDOW, Window
+from cafeteria_orch.server.window import MAX_IN_PROGRESS as WINDOW, Window
 from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
 from cafeteria_orch.wire.messages import Finished, RawMessage, encode
 from tests.support.builders import ECHO, Pending, connect, echo, frame, lose, opcode_first
@@ -64,7 +64,7 @@ class WindowTests(SynchronousTestCase):
         exchanges = self.started(WINDOW)
         for exchange in exchanges[1:]:
             self.window.done(exchange)
-        self.assertEqual(self.window.in_hand, {exchanges[0]})
+        self.assertEqual(self.window.in_progress, {exchanges[0]})
         self.assertTrue(self.window.busy)
         self.window.done(exchanges[0])
         self.assertFalse(self.window.busy)
@@ -134,7 +134,7 @@ class PipelinedCase(SynchronousTestCase):
 
     def finish_all(self) -> None:
         for pending in (self.pending, self.other):
-            while pending.in_hand:
+            while pending.in_progress:
                 pending.finish()
 
     @property
@@ -151,7 +151,7 @@ class Taking(PipelinedCase):
         self.assertTrue(self.reads)
         self.send(self.numbered(7))
         self.assertFalse(self.reads)
-        self.assertEqual(self.protocol.in_hand, 8)
+        self.assertEqual(self.protocol.in_progress, 8)
 
     def test_resumes_with_a_free_place(self) -> None:
         """With one of eight done it reads on, and takes one more."""
@@ -176,7 +176,7 @@ class Taking(PipelinedCase):
         self.send(self.numbered(0))
         self.send(*[self.numbered(number, opcode=QUICK) for number in range(1, 20)])
         self.assertFalse(self.reads)
-        self.assertEqual(self.protocol.in_hand, 1)
+        self.assertEqual(self.protocol.in_progress, 1)
         self.assertEqual(len(self.protocol._window._slots), WINDOW)
         self.finish_all()
         self.assertTrue(self.reads)
@@ -236,7 +236,7 @@ class Answering(PipelinedCase):
     def test_out_of_order(self) -> None:
         """Answers that come out of order are held back until those before them are there."""
         self.send(self.numbered(1, 2, 3))
-        self.pending.in_hand.reverse()
+        self.pending.in_progress.reverse()
         self.pending.finish()
         self.pending.finish()
         self.assert_echoed()
@@ -247,14 +247,14 @@ class Answering(PipelinedCase):
     def test_early_answer(self) -> None:
         """An answer leaves when it is given, though its processor is not done."""
         self.send(self.numbered(1, 2))
-        message, client, _ = self.pending.in_hand[0]
+        message, client, _ = self.pending.in_progress[0]
         echo(message, client)
         self.assert_echoed(1)
 
     def test_failure_in_the_middle(self) -> None:
         """One that raises gets its FAIL in its place, and the others their answers."""
         self.send(self.numbered(1, 2, 3))
-        _, _, deferred = self.pending.in_hand.pop(1)
+        _, _, deferred = self.pending.in_progress.pop(1)
         deferred.errback(ValueError("two"))
         self.assertTrue(self.reads)
         self.finish_all()
@@ -320,7 +320,7 @@ class Ending(PipelinedCase):
     def test_returns_false(self) -> None:
         """One that returns False: those in hand are answered, later ones not started."""
         self.send(self.numbered(1, 2, 3))
-        self.pending.in_hand.insert(0, self.pending.in_hand.pop(1))
+        self.pending.in_progress.insert(0, self.pending.in_progress.pop(1))
         self.pending.finish(keep=False)
         self.send(self.numbered(4))
         self.assert_closes_after(1, 2, 3)
@@ -360,7 +360,7 @@ class Ending(PipelinedCase):
             raise RuntimeError("a fault of our own")
 
         self.patch(self.factory, "must_answer", must_answer)
-        _, _, deferred = self.pending.in_hand.pop(index)
+        _, _, deferred = self.pending.in_progress.pop(index)
         deferred.callback(True)
         self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
 
@@ -384,7 +384,7 @@ class Ending(PipelinedCase):
             ECHO, self.pending, pipelined=True, decoder=lambda _: Nameless(), replace=True
         )
         self.send(self.numbered(1))
-        self.pending.in_hand.pop()[2].errback(ValueError("one"))
+        self.pending.in_progress.pop()[2].errback(ValueError("one"))
         self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
         self.assert_answered(b"\x02\x02")
         self.assertTrue(self.transport.half_closed)

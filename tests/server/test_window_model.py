@@ -28,7 +28,7 @@ from cafeteria_orch.server import responses
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.receiver import CLOSE_TIMEOUT
 from cafeteria_orch.server.responses import Exchange
-from cafeteria_orch.server.window import WINDOW
+from cafeteria_orch.server.window import MAX_IN_PROGRESS as WINDOW
 from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
 from cafeteria_orch.wire.messages import RawMessage
 from tests.support.builders import connect, frame, lose, opcode_first
@@ -101,7 +101,7 @@ class Model:
 
     def __init__(self) -> None:
         self.queue: deque[Message] = deque()
-        self.in_hand: list[Message] = []
+        self.in_progress: list[Message] = []
         self.places: deque[Message] = deque()
         self.slots: deque[Message] = deque()
         self.started: list[int] = []
@@ -112,7 +112,7 @@ class Model:
     @property
     def may_take(self) -> bool:
         """Whether a pipelined message would be taken at once."""
-        alone = any(message.kind in IN_ITS_TURN for message in self.in_hand)
+        alone = any(message.kind in IN_ITS_TURN for message in self.in_progress)
         full = alone or len(self.places) >= WINDOW
         return not (self.holds or self.ending or self.closed or full)
 
@@ -122,13 +122,13 @@ class Model:
         :param awaits_turn: the long message that does not have the turn to be decoded yet.
         """
         while self.queue and self.may_take and self.queue[0].payload != awaits_turn:
-            if self.queue[0].kind in IN_ITS_TURN and self.in_hand:
+            if self.queue[0].kind in IN_ITS_TURN and self.in_progress:
                 break
             self.start(self.queue.popleft())
         # While it is paused the connection does not look whether there is more.
         if self.input_over and not self.queue and self.may_take:
             self.ending = True
-        if self.ending and not self.in_hand:
+        if self.ending and not self.in_progress:
             self.closed = True
 
     def start(self, message: Message) -> None:
@@ -141,12 +141,12 @@ class Model:
         self.started.append(message.number)
         if kind == FILLING:
             self.holds.add("sink")
-        elif kind == FINISHING and self.in_hand:
-            first = self.in_hand[0]
+        elif kind == FINISHING and self.in_progress:
+            first = self.in_progress[0]
             self.settle(first, first.echo)
             self.done(first)
         if kind in STAYING:
-            self.in_hand.append(message)
+            self.in_progress.append(message)
             self.places.append(message)
             return
         answer = {FINISHED: b"", RAISING: REJECTED}.get(kind, message.echo)
@@ -166,8 +166,8 @@ class Model:
                 self.answers.append(due)
 
     def done(self, message: Message) -> None:
-        self.in_hand.remove(message)
-        while self.places and self.places[0] not in self.in_hand:
+        self.in_progress.remove(message)
+        while self.places and self.places[0] not in self.in_progress:
             self.places.popleft()
 
 
@@ -187,7 +187,7 @@ class Connection(RuleBasedStateMachine):
         self.model = Model()
         self.messages: list[Message] = []
         self.started: list[int] = []
-        self.in_hand: dict[int, Message] = {}
+        self.in_progress: dict[int, Message] = {}
         self.unread: list[tuple[int, Message]] = []
         self.stream = b""
         self.sent = 0
@@ -212,15 +212,15 @@ class Connection(RuleBasedStateMachine):
         message = self.messages[number]
         assert message.kind == client.opcode
         if message.kind in IN_ITS_TURN:
-            assert not self.in_hand, "it is not alone"
-        assert not any(other.kind in IN_ITS_TURN for other in self.in_hand.values())
+            assert not self.in_progress, "it is not alone"
+        assert not any(other.kind in IN_ITS_TURN for other in self.in_progress.values())
         self.started.append(number)
         if message.kind in {FILLING, BLINKING}:
             self.factory.pauseProducing()
         if message.kind == BLINKING:
             self.factory.resumeProducing()
-        if message.kind == FINISHING and self.in_hand:
-            first = next(iter(self.in_hand.values()))
+        if message.kind == FINISHING and self.in_progress:
+            first = next(iter(self.in_progress.values()))
             self.echo(first)
             self.let_go(first, True)
         if message.kind == RAISING:
@@ -230,14 +230,14 @@ class Connection(RuleBasedStateMachine):
             return message.kind != LAST
         message.client = client
         message.deferred = Deferred()
-        self.in_hand[number] = message
+        self.in_progress[number] = message
         return message.deferred
 
     def echo(self, message: Message) -> None:
         responses.send(message.client, message.echo[0], message.echo[1:])
 
     def let_go(self, message: Message, result: object) -> None:
-        del self.in_hand[message.number]
+        del self.in_progress[message.number]
         if isinstance(result, Exception):
             message.deferred.errback(result)
         else:
@@ -252,7 +252,7 @@ class Connection(RuleBasedStateMachine):
         """Bring the model to where the connection is."""
         if iterate:
             self.iterate()
-        self.model.run(self.protocol._long_payload)
+        self.model.run(self.protocol._held)
 
     # What the client does.
 
@@ -327,14 +327,14 @@ class Connection(RuleBasedStateMachine):
 
     # What the server does.
 
-    def any_in_hand(self) -> bool:
-        return bool(self.in_hand)
+    def any_in_progress(self) -> bool:
+        return bool(self.in_progress)
 
     def pick(self, data: Any) -> Message:
-        numbers: Sequence[int] = sorted(self.in_hand)
-        return self.in_hand[data.draw(st.sampled_from(numbers), label="number")]
+        numbers: Sequence[int] = sorted(self.in_progress)
+        return self.in_progress[data.draw(st.sampled_from(numbers), label="number")]
 
-    @precondition(any_in_hand)
+    @precondition(any_in_progress)
     @rule(data=st.data(), elsewhere=st.booleans())
     def answer(self, data: Any, elsewhere: bool) -> None:
         """A processor answers, perhaps once more, and is not done; perhaps from a thread."""
@@ -348,7 +348,7 @@ class Connection(RuleBasedStateMachine):
         self.model.settle(message, message.echo)
         self.settle()
 
-    @precondition(any_in_hand)
+    @precondition(any_in_progress)
     @rule(
         data=st.data(),
         answers=st.sampled_from([True, True, True, False]),
@@ -407,8 +407,8 @@ class Connection(RuleBasedStateMachine):
     def follows_the_model(self) -> None:
         model = self.model
         assert self.started == model.started
-        assert list(self.in_hand) == [message.number for message in model.in_hand]
-        assert self.protocol.in_hand == len(self.in_hand) <= WINDOW
+        assert list(self.in_progress) == [message.number for message in model.in_progress]
+        assert self.protocol.in_progress == len(self.in_progress) <= WINDOW
         answers = model.answers
         if self.framing is OPCODE_FIRST:
             assert self.transport.value() == b"".join(opcode_first(each[:1]) for each in answers)
@@ -432,7 +432,7 @@ class Connection(RuleBasedStateMachine):
         model, transport = self.model, self.transport
         if not model.lost:
             assert (transport.half_closed or transport.disconnecting) == model.closed
-        assert self.is_forgotten() == (model.lost and model.closed and not self.in_hand)
+        assert self.is_forgotten() == (model.lost and model.closed and not self.in_progress)
 
     def teardown(self) -> None:
         """All that is in hand is done, and all holds are gone: nothing hangs."""
@@ -441,8 +441,8 @@ class Connection(RuleBasedStateMachine):
         self.read(iterate=True)
         self.empty_sink(iterate=True)
         model = self.model
-        while self.in_hand or (model.holds and not model.closed):
-            for message in [*self.in_hand.values()][:1]:
+        while self.in_progress or (model.holds and not model.closed):
+            for message in [*self.in_progress.values()][:1]:
                 self.echo(message)
                 model.settle(message, message.echo)
                 model.done(message)

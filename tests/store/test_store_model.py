@@ -266,13 +266,13 @@ class StoreModel(RuleBasedStateMachine):
         in_hand = Counter(
             exchange.opcode
             for connection in self.factory.connections
-            for exchange in connection._window.in_hand
+            for exchange in connection._window.in_progress
         )
         for table in TABLES:
-            assert self.factory.counters.tallies[table.opcode].in_hand == in_hand[table.opcode]
-        assert counts.received == committed + duplicates + counts.failed + counts.in_hand
+            assert self.factory.counters.tallies[table.opcode].in_progress == in_hand[table.opcode]
+        assert counts.received == committed + duplicates + counts.failed + counts.in_progress
         assert committed + duplicates >= self.committed
-        assert 0 <= counts.in_hand <= self.sink._waiting_batches
+        assert 0 <= counts.in_progress <= self.sink._waiting_batches
         assert self.sink._waiting_batches == self.sink._jobs.qsize()
 
     @invariant()

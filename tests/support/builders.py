@@ -165,17 +165,17 @@ class Pending:
 
     def __init__(self) -> None:
         self.messages: list[RawMessage] = []
-        self.in_hand: list[tuple[RawMessage, Exchange, Deferred[Any]]] = []
+        self.in_progress: list[tuple[RawMessage, Exchange, Deferred[Any]]] = []
 
     def __call__(self, message: RawMessage, client: Exchange) -> Deferred[Any]:
         deferred: Deferred[Any] = Deferred()
         self.messages.append(message)
-        self.in_hand.append((message, client, deferred))
+        self.in_progress.append((message, client, deferred))
         return deferred
 
     def finish(self, keep: object = True) -> None:
         """Echo the message in hand, and let go of it."""
-        message, client, deferred = self.in_hand.pop(0)
+        message, client, deferred = self.in_progress.pop(0)
         echo(message, client)
         deferred.callback(keep)
 

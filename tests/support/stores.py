@@ -150,7 +150,7 @@ class SinkTestCase(SynchronousTestCase):
 
     def assert_accounts(self, committed: int, duplicates: int = 0, failed: int = 0) -> None:
         counts = self.counts()
-        self.assertEqual(counts.in_hand, 0)
+        self.assertEqual(counts.in_progress, 0)
         self.assertEqual(counts.received, committed + duplicates + failed)
         self.assertEqual(
             (counts[Outcome.COMMITTED], counts[Outcome.DUPLICATE], counts.failed),

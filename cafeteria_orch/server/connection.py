@@ -262,20 +262,23 @@ class OrchestratorProtocol(FrameReceiver):
         """All that can be delivered now is: send what is answered, and see what comes next."""
         if self._delivering:
             return
-        self._flush()
+        if self._outgoing:
+            self._flush()
         has_sent, self._frame_came = self._frame_came, False
-        if has_sent:
+        if has_sent and self._memory.is_reserved:
             self._memory.leave()
-        self._account_memory()
+        window, is_empty = self._window, self.is_empty
+        # Most of the time nothing is held, or was: that is the short way.
+        if not is_empty or window.bytes or self._memory.used:
+            self._account_memory()
         if self.state is State.OPEN:
             self._ask_for_memory()
-            is_idle = not self._window.in_progress
-            self.reading.wait_for_client(is_idle, self._decoder.missing > 0, has_sent)
+            self.reading.wait_for_client(not window.in_progress, not is_empty, has_sent)
         super().settle()
-        if not self._window.in_progress:
+        if not window.in_progress:
             if self.state is State.ENDING:
                 self.close()
-            elif self.state is State.LOST and (not self.reading.reasons or self.is_empty):
+            elif self.state is State.LOST and (is_empty or not self.reading.reasons):
                 self.drop_input()
                 self._account_memory()
                 self._factory.connection_lost(self)
@@ -289,7 +292,7 @@ class OrchestratorProtocol(FrameReceiver):
         """Pause while memory is short: for a reservation, or until what is in progress is done."""
         reading, memory = self.reading, self._memory
         if memory.may_grow:
-            if not memory.is_waiting:
+            if reading.reasons & Pause.MEMORY and not memory.is_waiting:
                 reading.resume(Pause.MEMORY)
         elif not (reading.reasons or self._input_over):
             reading.pause(Pause.MEMORY)

@@ -121,6 +121,7 @@ class MemoryShare:
     :param budget: of all connections.
     :param granted: called when the connection gets the reservation that it waits for.
     :param too_slow: called when its client does not use the reservation while others wait.
+    :ivar used: the bytes that the budget counts for it.
     :ivar max_missing: how many bytes may be missing of the frame that has begun.
     :ivar is_waiting: whether the connection waits for a reservation.
     :ivar is_reserved: whether it has one.
@@ -136,10 +137,10 @@ class MemoryShare:
         "_received",
         "_received_then",
         "_too_slow",
-        "_used",
         "is_reserved",
         "is_waiting",
         "max_missing",
+        "used",
     )
 
     def __init__(
@@ -151,10 +152,10 @@ class MemoryShare:
         self.is_waiting = False
         self.is_reserved = False
         self.max_missing = 0
-        # What the connection holds, how much of that is in progress, and what the budget counts.
+        # What the connection holds, and how much of that is in progress.
         self._held = 0
         self._in_progress = 0
-        self._used = 0
+        self.used = 0
         # When the use of the reservation was last judged, what had come and what was missing then.
         self._received = 0
         self._judged_at = 0.0
@@ -178,7 +179,7 @@ class MemoryShare:
     @property
     def may_grow(self) -> bool:
         """Whether the connection may be read (rules 2 and 3)."""
-        return self.is_reserved or not self._held or not self._budget.is_short
+        return not self._held or self.is_reserved or not self._budget.is_short
 
     def ask(self) -> None:
         """Wait for a reservation for the frame that has begun."""
@@ -223,6 +224,6 @@ class MemoryShare:
         """
         used = self._held + self.max_missing if self.is_reserved else self._held
         # A reserved frame takes as much as before once it is in progress.
-        if used != self._used or moved:
-            changed, self._used = used - self._used, used
+        if used != self.used or moved:
+            changed, self.used = used - self.used, used
             self._budget.change(changed, moved)

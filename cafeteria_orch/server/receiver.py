@@ -263,7 +263,7 @@ class FrameReceiver(Int32StringReceiver):
         """All that can be delivered now is: read on, or not, and see to the end of the input."""
         is_open = self.state is State.OPEN
         self._read(self.state is State.CLOSING or (is_open and not self.reading.reasons))
-        if self._input_end and not self.reading.reasons:
+        if self._input_end and (self.is_empty or not self.reading.reasons):
             self.input_ended(self._input_end)
 
     def input_ended(self, how: str) -> None:
@@ -283,8 +283,8 @@ class FrameReceiver(Int32StringReceiver):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is left to deliver."""
-        return self._held is None and not self._decoder.buffered
+        """Whether it has delivered all that came, to the last byte."""
+        return self._held is None and self._decoder.is_empty
 
     def drop_input(self) -> None:
         """Deliver nothing more of what has come, and take no more."""

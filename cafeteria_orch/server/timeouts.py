@@ -55,10 +55,12 @@ class Countdown:
 
     def start(self, seconds: float | None) -> None:
         """Begin from the start; ``None`` is a time that is never up."""
-        self._left = None
         if seconds is None:
-            self.cancel()
-        elif self._call is None:
+            if self.is_set:
+                self.cancel()
+            return
+        self._left = None
+        if self._call is None:
             self._call = self._reactor.callLater(seconds, self._judge, None)
         else:
             self._call.reset(seconds)

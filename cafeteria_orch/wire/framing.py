@@ -102,6 +102,11 @@ class FrameDecoder:
         self._missing = 0
 
     @property
+    def is_empty(self) -> bool:
+        """Whether it is between two frames, and holds nothing."""
+        return self._offset == len(self._chunk) and not (self._missing or self._later)
+
+    @property
     def missing(self) -> int:
         """How many bytes of a frame that has begun are still to come; 0 between frames.
 

@@ -1,4 +1,4 @@
-"""What the frames of all connections may take together, and who goes on when it is short."""
+"""The memory budget: what the frames of all connections take, and which go on when it is short."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.server.memory import PACE_INTERVAL, InFlight
+from cafeteria_orch.server.memory import PACE_INTERVAL, MemoryBudget, MemoryShare
+from cafeteria_orch.server.reading import Pause
 from cafeteria_orch.server.timeouts import Timeouts
 from tests.support.builders import (
     ECHO,
@@ -54,7 +55,7 @@ class ReadTransport(TCPTransport):
         return self.producerState == "producing" and not (self.aborted or self.half_closed)
 
 
-class InFlightTests(SynchronousTestCase):
+class MemoryCase(SynchronousTestCase):
     """A factory whose connections have little memory together."""
 
     timeouts = PATIENT
@@ -68,7 +69,7 @@ class InFlightTests(SynchronousTestCase):
         self.factory.register_processor(ECHO, echo)
         self.factory.register_processor(PENDING, self.pending)
         self.factory.register_processor(SHARED, self.pending, pipelined=True)
-        self.in_flight = self.factory.in_flight
+        self.memory = self.factory.memory
 
     def connect(self, data: bytes = b"") -> tuple[OrchestratorProtocol, TCPTransport]:
         protocol, transport = connect(self.factory)
@@ -82,127 +83,157 @@ class InFlightTests(SynchronousTestCase):
     def rest(self, opcode: int = ECHO) -> bytes:
         return frame(bytes([opcode]) + bytes(LONGEST - 1))[len(self.half_frame()) :]
 
-    def is_held(self, transport: TCPTransport) -> bool:
+    def is_paused(self, transport: TCPTransport) -> bool:
         return transport.producerState == "paused"
 
     def fill(self) -> list[tuple[OrchestratorProtocol, TCPTransport]]:
-        """Half frames of many, up to half of the limit."""
+        """Half frames of many, up to half of the limit: memory is short then."""
         return [self.connect(self.half_frame()) for _ in range(LIMIT // LONGEST)]
 
 
-class SharingTests(InFlightTests):
+class SharingTests(MemoryCase):
     """What is counted, and who goes on."""
 
     def test_what_is_counted(self) -> None:
         """The bytes of a frame count from its first one until it is processed."""
         protocol, _ = self.connect(self.half_frame(opcode=PENDING)[:2])
-        self.assertEqual(self.in_flight.bytes, 2)
+        self.assertEqual(self.memory.used, 2)
         protocol.dataReceived(self.half_frame(opcode=PENDING)[2:])
-        self.assertEqual(self.in_flight.bytes, LONGEST // 2)
+        self.assertEqual(self.memory.used, LONGEST // 2)
         protocol.dataReceived(self.rest(PENDING) + b"\0\0")
-        self.assertEqual((self.in_flight.bytes, self.in_flight.in_progress), (LONGEST + 2, LONGEST))
+        self.assertEqual((self.memory.used, self.memory.in_progress), (LONGEST + 2, LONGEST))
         self.pending.finish()
-        self.assertEqual((self.in_flight.bytes, self.in_flight.in_progress), (2, 0))
+        self.assertEqual((self.memory.used, self.memory.in_progress), (2, 0))
 
     def test_header_costs_nothing(self) -> None:
         """What a frame declares is not counted, what has come of it is."""
         for _ in range(3 * LIMIT // LONGEST):
             _, transport = self.connect(frame(bytes(LONGEST))[:4])
-            self.assertFalse(self.is_held(transport))
-        self.assertEqual(self.in_flight.bytes, 0)
+            self.assertFalse(self.is_paused(transport))
+        self.assertEqual(self.memory.used, 0)
 
     def test_small_ones_go_on(self) -> None:
         """Who sends frames that are processed at once is not held, however short it is."""
         self.fill()
         _, transport = self.connect(frame(bytes([ECHO, 1])))
         self.assertEqual(transport.value(), frame(bytes([ECHO, 1])))
-        self.assertFalse(self.is_held(transport))
+        self.assertFalse(self.is_paused(transport))
 
-    def test_in_turn(self) -> None:
-        """Beyond half of it one frame after the other is let in, in the order they came."""
+    def test_reservations_are_given_in_the_order_of_asking(self) -> None:
+        """Beyond half of the limit a frame goes on when the ones before it left room for it."""
         self.fill()
         data = frame(bytes([ECHO]) + bytes(LONGEST - 1))
         waiting = [self.connect(data[:5]) for _ in range(9)]
-        held = [self.is_held(transport) for _, transport in waiting]
-        # The others would fill the limit if they ended.
-        self.assertEqual(held, [False] * 4 + [True] * 5)
-        self.assertLessEqual(self.in_flight.bytes, LIMIT)
+        # More than these would exceed the limit if all of them ended.
+        self.assertEqual(
+            [self.is_paused(transport) for _, transport in waiting], [False] * 4 + [True] * 5
+        )
+        self.assertLessEqual(self.memory.used, LIMIT)
         for number, (protocol, transport) in enumerate(waiting):
             self.assertEqual(
-                [self.is_held(transport) for _, transport in waiting],
+                [self.is_paused(transport) for _, transport in waiting],
                 [number + 4 <= other for other in range(9)],
             )
             protocol.dataReceived(data[5:])
             self.assertEqual(transport.value(), data)
 
+    def test_the_first_bytes_of_a_frame_reserve_a_whole_one(self) -> None:
+        """However few they are: a client that has said nothing of its length may send the most."""
+        for first in range(1, 4):
+            with self.subTest(first=first):
+                self.setUp()
+                self.fill()
+                clients = [self.connect(self.half_frame()[:first]) for _ in range(30)]
+                going_on = [each for each in clients if not self.is_paused(each[1])]
+                self.assertEqual(len(going_on), (LIMIT // 2) // (LONGEST + 3))
+                self.assertLessEqual(self.memory.used, LIMIT + 30 * first)
+
+    def test_a_reservation_shrinks_when_the_length_is_known(self) -> None:
+        """What a short frame does not need is there for others at once."""
+        self.fill()
+        short = frame(bytes([ECHO]) + bytes(9))
+        clients = [self.connect(short[:3]) for _ in range(9)]
+        self.assertEqual([self.is_paused(transport) for _, transport in clients].count(False), 4)
+        before = self.memory.used
+        clients[0][0].dataReceived(short[3:5])
+        # It is short 9 bytes now, and one that waited has a whole frame.
+        self.assertEqual([self.is_paused(transport) for _, transport in clients].count(False), 5)
+        self.assertEqual(self.memory.used, before - LONGEST - 3 + 1 + 9 + LONGEST)
+
     def test_one_may_always_end(self) -> None:
         """Half frames alone fill it: one of them after the other may end all the same."""
         waiting = [self.connect(self.half_frame()) for _ in range(5 * LIMIT // LONGEST)]
-        self.assertGreater(self.in_flight.bytes, LIMIT)
+        self.assertGreater(self.memory.used, LIMIT)
         for _ in range(len(waiting)):
             protocol, _ = next(
-                client for client in waiting if not (client[1].value() or self.is_held(client[1]))
+                client
+                for client in waiting
+                if not (client[1].value() or self.is_paused(client[1]))
             )
             protocol.dataReceived(self.rest())
         self.assertTrue(all(transport.value() for _, transport in waiting))
-        self.assertEqual(self.in_flight.bytes, 0)
+        self.assertEqual(self.memory.used, 0)
 
     def test_no_more_than_processors_can_take(self) -> None:
         """Where processors have what there is, nobody else begins before one of them is done."""
         while True:
             protocol, transport = self.connect(self.half_frame(opcode=PENDING))
-            if self.is_held(transport):
+            if self.is_paused(transport):
                 break
             protocol.dataReceived(self.rest(PENDING))
         lose(protocol)
-        self.assertEqual(len(self.pending.in_progress), 9)
+        self.assertEqual((len(self.pending.in_progress), self.memory.used), (10, LIMIT))
         late, transport = self.connect(self.half_frame())
-        for _ in range(9):
-            self.assertEqual(self.is_held(transport), len(self.pending.in_progress) > 8)
+        for _ in range(10):
+            self.assertEqual(self.is_paused(transport), len(self.pending.in_progress) > 9)
             self.pending.finish()
         late.dataReceived(self.rest())
         self.assertEqual(len(transport.value()), 4 + LONGEST)
 
-    def test_nobody_waits_for_the_idle(self) -> None:
-        """A client that waited between two frames and sends nothing more holds nobody up."""
+    def test_nobody_waits_for_a_client_between_two_frames(self) -> None:
+        """A client that was paused between two frames and sends nothing more reserves nothing."""
         many = 3 * LIMIT // LONGEST
         waiting = [self.connect(self.half_frame()) for _ in range(many)]
         idle, transport = self.connect(frame(bytes([SHARED])))
-        self.assertTrue(self.is_held(transport))
+        self.assertTrue(self.is_paused(transport))
         waiting += [self.connect(self.half_frame()) for _ in range(many)]
         self.pending.finish()
         for _ in waiting:
             protocol, _ = next(
-                client for client in waiting if not (client[1].value() or self.is_held(client[1]))
+                client
+                for client in waiting
+                if not (client[1].value() or self.is_paused(client[1]))
             )
             protocol.dataReceived(self.rest())
-        self.assertFalse(self.is_held(transport))
+        self.assertFalse(self.is_paused(transport))
         # It has waited for no more than that: when it begins a frame, it waits like others.
         for _ in range(many):
             self.connect(self.half_frame())
         idle.dataReceived(self.half_frame())
-        self.assertTrue(self.is_held(transport))
+        self.assertTrue(self.is_paused(transport))
 
     def test_who_leaves_makes_room(self) -> None:
         """A connection that is lost, closed or aborted gives back all that it had."""
         clients = [self.connect(self.half_frame()) for _ in range(5 * LIMIT // LONGEST)]
-        ends: list[Any] = [lose, OrchestratorProtocol.abort, OrchestratorProtocol.drain]
+        ends: list[Any] = [lose, OrchestratorProtocol.abort, OrchestratorProtocol.end]
         for number, (protocol, _) in enumerate(clients):
             ends[number % 3](protocol)
-            lose(protocol)
-        self.assertEqual((self.in_flight.bytes, self.in_flight.in_progress), (0, 0))
+            if number % 3:
+                lose(protocol)
+        self.assertEqual((self.memory.used, self.memory.in_progress), (0, 0))
         protocol, transport = self.connect(self.half_frame())
-        self.assertFalse(self.is_held(transport))
+        self.assertFalse(self.is_paused(transport))
 
-    def test_what_is_dropped_is_given_back(self) -> None:
-        """Messages behind a malformed one, or behind the end, are not counted for ever."""
-        bad = frame(b"\x63")
-        for data in (bad + self.half_frame(), frame(bytes([SHARED])) * 3 + bad, frame(b"")):
+    def test_what_is_dropped_is_given_back_at_once(self) -> None:
+        """A malformed message and what stands behind it is not counted until its peer is gone."""
+        bad = frame(b"\x63" + bytes(LONGEST - 1))
+        for data in (bad + self.half_frame(), frame(bytes([SHARED])) * 3 + bad, frame(b""), bad):
             protocol, _ = self.connect(data)
             while self.pending.in_progress:
                 self.pending.finish()
+            self.assertEqual((self.memory.used, self.memory.in_progress), (0, 0))
             lose(protocol)
-            self.assertEqual((self.in_flight.bytes, self.in_flight.in_progress), (0, 0))
+            self.assertEqual((self.memory.used, self.memory.in_progress), (0, 0))
 
     def test_who_is_gone_does_not_wait(self) -> None:
         """A connection whose input has ended needs no more memory: it ends at once."""
@@ -210,12 +241,12 @@ class SharingTests(InFlightTests):
             self.connect(self.half_frame())
         for end in (lose, OrchestratorProtocol.readConnectionLost):
             protocol, transport = self.connect(frame(bytes([SHARED])) + self.half_frame())
-            self.assertTrue(self.is_held(transport))
+            self.assertTrue(self.is_paused(transport))
             self.pending.finish()
             end(protocol)
             self.factory.pauseProducing()
             self.factory.resumeProducing()
-            self.assertFalse(protocol._holds)
+            self.assertFalse(protocol.reading.reasons)
 
     def test_limit_below_a_frame(self) -> None:
         """However small the limit is, the longest frame gets through."""
@@ -225,59 +256,52 @@ class SharingTests(InFlightTests):
         self.factory.register_processor(ECHO, echo)
         for _ in range(3):
             protocol, transport = self.connect(self.half_frame())
-            self.assertFalse(self.is_held(transport))
+            self.assertFalse(self.is_paused(transport))
             protocol.dataReceived(self.rest())
             self.assertTrue(transport.value())
-
-
-class Hasty:
-    """A waiter that is done as soon as it is admitted."""
-
-    missing = 1
-
-    def __init__(self, in_flight: InFlight) -> None:
-        self.in_flight = in_flight
-
-    def admit(self) -> None:
-        self.in_flight.change(-1)
-        self.in_flight.leave(self)
-
-    def keep_pace(self) -> None:
-        """It never has the time."""
 
 
 class DepthTests(SynchronousTestCase):
     """Very many at once."""
 
-    def test_not_one_inside_the_other(self) -> None:
-        """However many are done at once, they are admitted one after the other."""
-        in_flight = InFlight(Clock(), LIMIT, LONGEST)
-        many = 5000
-        in_flight.change(LIMIT + many)
-        in_flight.in_progress = LIMIT
-        for _ in range(many):
-            in_flight.wait(Hasty(in_flight))
-        in_flight.in_progress = 0
-        in_flight.change(-1)
-        self.assertEqual(in_flight.bytes, LIMIT - 1)
+    def test_grants_do_not_nest(self) -> None:
+        """However many are done as soon as they go on, they go on one after the other."""
+        budget = MemoryBudget(Clock(), LIMIT, LONGEST, None)
+        budget.change(LIMIT, LIMIT)
+        granted: list[MemoryShare] = []
+
+        def done() -> None:
+            share = shares[len(granted)]
+            granted.append(share)
+            share.update(0, 0, 0, 1)
+            share.leave()
+
+        shares = [MemoryShare(budget, done, self.fail) for _ in range(5000)]
+        for share in shares:
+            share.update(1, 0, 1, 1)
+            share.ask()
+        self.assertEqual(granted, [])
+        budget.change(-LIMIT, -LIMIT)
+        self.assertEqual(granted, shares)
+        self.assertEqual(budget.used, 0)
 
 
-class PaceTests(InFlightTests):
-    """Who was admitted, and does not send, while others wait."""
+class PaceTests(MemoryCase):
+    """Reservations that are not used, while others wait."""
 
     timeouts = Timeouts(frame=10 * PACE_INTERVAL)
 
     def setUp(self) -> None:
         super().setUp()
-        # One is admitted, the next one waits for it.
+        # One has a reservation, the next ones wait for it.
         half = self.half_frame()
         clients = [self.connect(half)[0] for _ in range(3 * LIMIT // LONGEST)]
-        self.waiting = [client for client in clients if client._holds]
-        self.admitted = [client for client in clients if client._admitted]
+        self.waiting = [client for client in clients if client.reading.reasons & Pause.MEMORY]
+        self.admitted = [client for client in clients if client._memory.is_reserved]
 
     def pass_time(self) -> list[str]:
         with capturedLogs() as events:
-            self.clock.advance(PACE_INTERVAL)
+            self.clock.pump([PACE_INTERVAL / 6] * 6)
         return texts(events, LogLevel.warn)
 
     def test_silent(self) -> None:
@@ -288,7 +312,7 @@ class PaceTests(InFlightTests):
         self.assertIn("too slowly while others waited for memory, 50 bytes were", warnings[0])
         for client in self.admitted:
             self.assertTrue(client.transport.half_closed)
-        self.assertFalse(first._holds)
+        self.assertFalse(first.reading.reasons)
         self.assertEqual(self.factory.counters.limit_hits["frame_timeout"], len(warnings))
 
     def test_only_while_others_wait(self) -> None:
@@ -321,6 +345,30 @@ class PaceTests(InFlightTests):
         self.factory.resumeProducing()
         self.assertEqual(len(self.pass_time()), len(self.admitted))
 
+    def test_half_a_frame_at_once_is_fast_enough(self) -> None:
+        """A client that had sent a part of its length, and sends much more than it had then."""
+        for client in list(self.factory.connections):
+            lose(client)
+        self.fill()
+        half = self.half_frame()
+        late = [self.connect(half[:2])[0] for _ in range(LIMIT // LONGEST)]
+        reserved = [client for client in late if client._memory.is_reserved]
+        self.assertTrue(0 < len(reserved) < len(late))
+        for client in reserved:
+            client.dataReceived(half[2:])
+        self.assertEqual(self.pass_time(), [])
+
+    def test_a_client_is_judged_by_its_own_interval(self) -> None:
+        """One that got its reservation a moment before others are judged is given its time."""
+        with capturedLogs():
+            self.clock.pump([PACE_INTERVAL / 6] * 6)
+        after = [client for client in self.waiting if client._memory.is_reserved]
+        self.assertTrue(after)
+        with capturedLogs() as events:
+            self.clock.pump([PACE_INTERVAL / 6] * 5)
+        self.assertEqual(texts(events, LogLevel.warn), [])
+        self.assertEqual(len(self.pass_time()), len(after))
+
 
 class Client:
     """A client with a stream of frames to send, and how far it has come."""
@@ -338,14 +386,19 @@ class Client:
         self.transport.to_come += frame(bytes([opcode]) + bytes(size - 1))
         self.expected += 1
 
-    def send(self) -> None:
-        chunk = self.transport.to_come[:CHUNK]
-        self.transport.to_come = self.transport.to_come[CHUNK:]
+    def send(self, most: int = CHUNK) -> None:
+        chunk = self.transport.to_come[:most]
+        self.transport.to_come = self.transport.to_come[most:]
         self.protocol.dataReceived(chunk)
 
+    @property
+    def held(self) -> int:
+        """The bytes of it that the server holds outside of processors."""
+        return self.protocol._decoder.buffered + len(self.protocol._held or b"")
 
-class InFlightMachine(RuleBasedStateMachine):
-    """Clients that send frames in chunks, and processors that end some day."""
+
+class MemoryMachine(RuleBasedStateMachine):
+    """Clients that send any number of bytes at any time, and processors that end some day."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -374,16 +427,16 @@ class InFlightMachine(RuleBasedStateMachine):
             client.begin(PENDING, LONGEST)
 
     @precondition(lambda self: self.sending())
-    @rule(which=st.integers(0, 24), times=st.integers(1, 6))
-    def send(self, which: int, times: int) -> None:
+    @rule(which=st.integers(0, 24), times=st.integers(1, 6), size=st.integers(1, CHUNK))
+    def send(self, which: int, times: int, size: int) -> None:
         for _ in range(times):
             if sending := self.sending():
-                sending[which % len(sending)].send()
+                sending[which % len(sending)].send(size)
 
-    @rule()
-    def everybody_sends(self) -> None:
+    @rule(size=st.integers(1, 7) | st.integers(1, CHUNK))
+    def everybody_sends(self, size: int) -> None:
         for client in self.sending():
-            client.send()
+            client.send(size)
 
     @precondition(lambda self: self.pending.in_progress)
     @rule()
@@ -399,11 +452,13 @@ class InFlightMachine(RuleBasedStateMachine):
 
     @invariant()
     def bounded(self) -> None:
-        """A chunk of each connection beyond the limit at most; nothing is counted twice."""
-        most = LIMIT // 2 + len(self.factory.connections) * (CHUNK + 4)
-        in_hand = sum(client.size for _, client, _ in self.pending.in_progress)
-        in_flight = self.factory.in_flight
-        assert in_hand <= in_flight.in_progress <= in_flight.bytes <= most
+        """Beyond the limit there are a frame and a chunk of each connection at most."""
+        budget = self.factory.memory
+        in_progress = sum(client.size for _, client, _ in self.pending.in_progress)
+        held = sum(client.held for client in self.clients)
+        assert budget.in_progress == in_progress
+        assert in_progress + held <= budget.used
+        assert budget.used <= LIMIT // 2 + LONGEST + len(self.factory.connections) * CHUNK
 
     def teardown(self) -> None:
         """Nobody starves: if processors end and clients send, everything arrives."""
@@ -420,16 +475,16 @@ class InFlightMachine(RuleBasedStateMachine):
                 count += 1
                 answers = answers[4 + int.from_bytes(answers[:4], "big") :]
             assert count == client.expected
-        assert self.factory.memory.used == self.factory.in_flight.in_progress == 0
+        assert self.factory.memory.used == self.factory.memory.in_progress == 0
 
 
-class InFlightModelTests(SynchronousTestCase):
+class MemoryModelTests(SynchronousTestCase):
     """The machine above."""
 
     def test_whatever_happens(self) -> None:
         """It stays bounded, and nobody starves."""
         run_state_machine_as_test(
-            InFlightMachine,
+            MemoryMachine,
             settings=settings(
                 max_examples=100,
                 stateful_step_count=40,

@@ -352,10 +352,13 @@ class PaceTests(MemoryCase):
         self.fill()
         half = self.half_frame()
         late = [self.connect(half[:2])[0] for _ in range(LIMIT // LONGEST)]
-        reserved = [client for client in late if client._memory.is_reserved]
-        self.assertTrue(0 < len(reserved) < len(late))
-        for client in reserved:
-            client.dataReceived(half[2:])
+        sent: set[OrchestratorProtocol] = set()
+        # With its length known a frame needs less than was reserved: the next ones go on.
+        while reserved := {each for each in late if each._memory.is_reserved} - sent:
+            for client in reserved:
+                client.dataReceived(half[2:])
+            sent |= reserved
+        self.assertTrue(0 < len(sent) < len(late))
         self.assertEqual(self.pass_time(), [])
 
     def test_a_client_is_judged_by_its_own_interval(self) -> None:

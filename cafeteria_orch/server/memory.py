@@ -10,8 +10,8 @@ The rules:
 4. Reservations are given in the order in which connections ask, as far as the limit allows.
 5. Half frames alone must not fill the limit: if nobody has a reservation and most of what is held
    is not in progress, the first that asks gets one all the same.
-6. While a connection waits, reservations must be used: one whose bytes come more slowly than the
-   frame timeout demands, over :data:`PACE_INTERVAL`, costs its client the connection.
+6. While a connection waits, reservations must be used: a client whose bytes come more slowly than
+   the frame timeout demands, and that is :data:`MAX_LAG` behind by that, is closed.
 
 So the frames of all connections exceed the limit by one frame at most (rule 5), and by one chunk
 for each connection that waits: it is read before it is known to begin a frame.
@@ -27,10 +27,11 @@ from twisted.internet.interfaces import IDelayedCall
 DEFAULT_MAX_IN_FLIGHT_BYTES = 256 * 1024 * 1024
 """Bytes of frames, as they come."""
 
-PACE_INTERVAL = 1.5
-"""The seconds over which the use of a reservation is judged."""
+MAX_LAG = 2.0
+"""How long, in seconds, a reservation that others wait for may go unused. A client that lost a
+packet has the time to send it again."""
 
-_CHECK_INTERVAL = PACE_INTERVAL / 6
+_CHECK_INTERVAL = MAX_LAG / 6
 
 
 class MemoryBudget:
@@ -133,6 +134,7 @@ class MemoryShare:
         "_held",
         "_in_progress",
         "_judged_at",
+        "_lag",
         "_missing_then",
         "_received",
         "_received_then",
@@ -156,7 +158,9 @@ class MemoryShare:
         self._held = 0
         self._in_progress = 0
         self.used = 0
-        # When the use of the reservation was last judged, what had come and what was missing then.
+        # By how many seconds the client is behind its pace; when that was last judged, what had
+        # come and what was missing then.
+        self._lag = 0.0
         self._received = 0
         self._judged_at = 0.0
         self._received_then = 0
@@ -190,6 +194,7 @@ class MemoryShare:
         """Have the reservation that the connection waits for. For the budget to call."""
         self.is_waiting = False
         self.is_reserved = True
+        self._lag = 0.0
         self._judge_from(now)
         self._account(0)
         self._granted()
@@ -202,14 +207,16 @@ class MemoryShare:
             self._budget.leave(self)
 
     def check_pace(self, now: float, frame_timeout: float) -> None:
-        """Judge the use of the reservation, if an interval is over (rule 6)."""
+        """Judge the use of the reservation (rule 6)."""
         elapsed = now - self._judged_at
-        if elapsed < PACE_INTERVAL:
-            return
         received = self._received - self._received_then
-        required = self._missing_then * min(1.0, elapsed / frame_timeout)
+        # In the time of a whole frame, all that was missing must come.
+        gained = frame_timeout * received / max(1, self._missing_then)
+        # Bytes that came fast do not make up for a silence that follows.
+        self._lag = max(0.0, self._lag + elapsed - gained)
         self._judge_from(now)
-        if received < required:
+        if self._lag >= MAX_LAG:
+            self._lag = 0.0
             self._too_slow()
 
     def _judge_from(self, now: float) -> None:

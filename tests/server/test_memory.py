@@ -19,7 +19,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.server.memory import PACE_INTERVAL, MemoryBudget, MemoryShare
+from cafeteria_orch.server.memory import MAX_LAG, MemoryBudget, MemoryShare
 from cafeteria_orch.server.reading import Pause
 from cafeteria_orch.server.timeouts import Timeouts
 from tests.support.builders import (
@@ -289,7 +289,7 @@ class DepthTests(SynchronousTestCase):
 class PaceTests(MemoryCase):
     """Reservations that are not used, while others wait."""
 
-    timeouts = Timeouts(frame=10 * PACE_INTERVAL)
+    timeouts = Timeouts(frame=10 * MAX_LAG)
 
     def setUp(self) -> None:
         super().setUp()
@@ -301,7 +301,7 @@ class PaceTests(MemoryCase):
 
     def pass_time(self) -> list[str]:
         with capturedLogs() as events:
-            self.clock.pump([PACE_INTERVAL / 6] * 6)
+            self.clock.pump([MAX_LAG / 6] * 6)
         return texts(events, LogLevel.warn)
 
     def test_silent(self) -> None:
@@ -323,19 +323,22 @@ class PaceTests(MemoryCase):
             self.assertEqual(self.pass_time(), [])
 
     def test_fast_enough(self) -> None:
-        """Who sends as fast as the frame timeout demands goes on, and is asked again."""
+        """A client that sends as fast as the frame timeout demands goes on."""
         for size in (5, 5, 5, 20):
             for client in self.admitted:
                 client.dataReceived(bytes(size))
             self.assertEqual(self.pass_time(), [])
-        # What came before an interval does not count in it.
+        # The many bytes of the last time do not make up for a silence.
         self.assertEqual(len(self.pass_time()), len(self.admitted))
 
     def test_too_slow(self) -> None:
-        """A byte now and then does not help."""
-        for client in self.admitted:
-            client.dataReceived(bytes(4))
-        self.assertEqual(len(self.pass_time()), len(self.admitted))
+        """A byte now and then does not help: the lag grows."""
+        warnings = []
+        for _ in range(2):
+            for client in self.admitted:
+                client.dataReceived(bytes(3))
+            warnings += self.pass_time()
+        self.assertEqual(len(warnings), len(self.admitted))
 
     def test_not_while_held(self) -> None:
         """That the server does not read it is not its fault."""
@@ -349,9 +352,11 @@ class PaceTests(MemoryCase):
         """A client that had sent a part of its length, and sends much more than it had then."""
         for client in list(self.factory.connections):
             lose(client)
-        self.fill()
+        for protocol, _ in self.fill():
+            if protocol._memory.is_reserved:
+                protocol.dataReceived(bytes(LONGEST // 4))
         half = self.half_frame()
-        late = [self.connect(half[:2])[0] for _ in range(LIMIT // LONGEST)]
+        late = [self.connect(half[:2])[0] for _ in range(2 * LIMIT // LONGEST)]
         sent: set[OrchestratorProtocol] = set()
         # With its length known a frame needs less than was reserved: the next ones go on.
         while reserved := {each for each in late if each._memory.is_reserved} - sent:
@@ -364,11 +369,11 @@ class PaceTests(MemoryCase):
     def test_a_client_is_judged_by_its_own_interval(self) -> None:
         """One that got its reservation a moment before others are judged is given its time."""
         with capturedLogs():
-            self.clock.pump([PACE_INTERVAL / 6] * 6)
+            self.clock.pump([MAX_LAG / 6] * 6)
         after = [client for client in self.waiting if client._memory.is_reserved]
         self.assertTrue(after)
         with capturedLogs() as events:
-            self.clock.pump([PACE_INTERVAL / 6] * 5)
+            self.clock.pump([MAX_LAG / 6] * 5)
         self.assertEqual(texts(events, LogLevel.warn), [])
         self.assertEqual(len(self.pass_time()), len(after))
 

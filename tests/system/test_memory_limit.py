@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import resource
 import socket
 import threading
@@ -12,6 +14,7 @@ from unittest import SkipTest
 
 from cafeteria_orch.wire.tables import USERS
 from tests.support.builders import SUCCESS, batch_frame
+from tests.support.faults import slow
 from tests.support.processes import HELLO, Client, ProcessTestCase, Server, wait_until
 
 MIB = 1024 * 1024
@@ -114,6 +117,62 @@ class MemoryLimitTests(ProcessTestCase):
         self.assert_served(server, 3)
         self.assertNotIn("error", server.log)
 
+    def test_frames_that_begin_with_any_number_of_bytes(self) -> None:
+        """300 clients that send a few bytes of a frame, and later the rest, stay below the limit.
+
+        Some of them send less than a frame's length at first, some just that, some more.
+        """
+        limit = 32 * MIB
+        server = self.start("--store", "none", "--max-in-flight-bytes", str(limit))
+        self.assert_served(server)
+        before = memory(server)
+        data = full_batch()
+        most = data[: 900 * 1024]
+        half_frames = self.connect(server, 18)
+        for client in half_frames:
+            threading.Thread(target=_send, args=(client, most), daemon=True).start()
+        shapes = random.Random(11)
+        clients, threads = [], []
+        for _ in range(300):
+            first = shapes.choice((1, 2, 3, 3, 3, 4, 5, 70_000))
+            (client,) = self.connect(server, 1, data[:first])
+            clients.append(client)
+            rest = most[first:]
+            threads.append(threading.Thread(target=_send, args=(client, rest), daemon=True))
+        for thread in threads:
+            thread.start()
+        # So that all have sent what they can.
+        time.sleep(1)
+        grown = memory(server) - before
+        print(f"300 clients of any shape: {grown / MIB:.1f} MiB, the limit is {limit // MIB} MiB")
+        self.assertLess(grown, limit + 318 * 65536 + 16 * MIB)
+        for thread, client in zip(threads, clients):
+            threading.Thread(
+                target=_finish, args=(thread, client, data[len(most) :]), daemon=True
+            ).start()
+        for client in half_frames:
+            client.sendall(data[len(most) :])
+        answers = [client.recv(5) for client in (*half_frames, *clients)]
+        self.assertEqual(answers, [SUCCESS] * 318)
+
+    @slow
+    def test_stalled_frames_do_not_keep_an_honest_one_waiting(self) -> None:
+        """Among 990 clients that stall with most of a frame, a full batch takes 10 s at most."""
+        server = self.start("--store", "none")
+        self.assert_served(server)
+        data = full_batch()[: 900 * 1024]
+        for client in self.connect(server, 990):
+            threading.Thread(target=_send, args=(client, data), daemon=True).start()
+        time.sleep(2)
+        began = time.monotonic()
+        (client,) = self.connect(server, 1)
+        client.settimeout(120)
+        client.sendall(full_batch())
+        self.assertEqual(client.recv(5), SUCCESS)
+        seconds = time.monotonic() - began
+        print(f"a full batch among 990 stalled frames: {seconds:.1f} s")
+        self.assertLess(seconds, 10)
+
     def test_slow_frames(self) -> None:
         """Clients that never end a frame are closed, and one that waited for memory is served."""
         server = self.start(
@@ -169,7 +228,9 @@ class MemoryLimitTests(ProcessTestCase):
 
 def _send(client: socket.socket, data: bytes) -> None:
     client.settimeout(60)
-    client.sendall(data)
+    # The server closes those that stall.
+    with contextlib.suppress(OSError):
+        client.sendall(data)
 
 
 def _finish(before: threading.Thread, client: socket.socket, data: bytes) -> None:

@@ -27,11 +27,11 @@ from twisted.internet.interfaces import IDelayedCall
 DEFAULT_MAX_IN_FLIGHT_BYTES = 256 * 1024 * 1024
 """Bytes of frames, as they come."""
 
-MAX_LAG = 2.0
+MAX_LAG = 1.5
 """How long, in seconds, a reservation that others wait for may go unused. A client that lost a
 packet has the time to send it again."""
 
-_CHECK_INTERVAL = MAX_LAG / 6
+_CHECK_INTERVAL = MAX_LAG / 8
 
 
 class MemoryBudget:

@@ -301,7 +301,7 @@ class PaceTests(MemoryCase):
 
     def pass_time(self) -> list[str]:
         with capturedLogs() as events:
-            self.clock.pump([MAX_LAG / 6] * 6)
+            self.clock.pump([MAX_LAG / 8] * 8)
         return texts(events, LogLevel.warn)
 
     def test_silent(self) -> None:
@@ -369,11 +369,11 @@ class PaceTests(MemoryCase):
     def test_a_client_is_judged_by_its_own_interval(self) -> None:
         """One that got its reservation a moment before others are judged is given its time."""
         with capturedLogs():
-            self.clock.pump([MAX_LAG / 6] * 6)
+            self.clock.pump([MAX_LAG / 8] * 8)
         after = [client for client in self.waiting if client._memory.is_reserved]
         self.assertTrue(after)
         with capturedLogs() as events:
-            self.clock.pump([MAX_LAG / 6] * 5)
+            self.clock.pump([MAX_LAG / 8] * 7)
         self.assertEqual(texts(events, LogLevel.warn), [])
         self.assertEqual(len(self.pass_time()), len(after))
 

@@ -102,10 +102,15 @@ class OrchestratorProtocol(FrameReceiver):
         self._frame_came = True
         opcode = payload[0] if payload else UNKNOWN
         window = self._window
-        if window.is_busy or (window.in_progress and not self._factory.is_pipelined(opcode)):
+        if window.is_busy or (
+            window.in_progress and not self._factory.processing(opcode).pipelined
+        ):
             self.hold(payload, Pause.BUSY)
         elif len(payload) <= LONG_PAYLOAD or not self.hold_for_turn(payload):
             self._receive(payload, Exchange(self, opcode, len(payload)))
+
+    def _may_share(self, opcode: int) -> bool:
+        return self._factory.processing(opcode).pipelined
 
     def lengthLimitExceeded(self, length: int) -> None:
         """A frame declares more than the limit: refuse it before it is read."""
@@ -160,9 +165,10 @@ class OrchestratorProtocol(FrameReceiver):
             self.reading.pause(Pause.BUSY)
 
     def _finish_later(self, result: Deferred[Any], message: Any, exchange: Exchange) -> None:
-        if self._factory.is_pipelined(exchange.opcode):
+        processing = self._factory.processing(exchange.opcode)
+        if processing.pipelined:
             self._window.share()
-        if self.state is not State.LOST and self._factory.times_out(exchange.opcode):
+        if processing.times_out and self.state is not State.LOST:
             self._processing.start()
         result.addErrback(self._fail, message, exchange)
         result.addCallback(self._finish, message, exchange)
@@ -258,47 +264,47 @@ class OrchestratorProtocol(FrameReceiver):
 
     # What comes next, and the end.
 
-    def settle(self) -> None:
-        """All that can be delivered now is: send what is answered, and see what comes next."""
-        if self._delivering:
-            return
+    def delivered(self) -> None:
+        """All that can be delivered now is: send the answers, and see what comes next."""
         if self._outgoing:
             self._flush()
         has_sent, self._frame_came = self._frame_came, False
-        if has_sent and self._memory.is_reserved:
-            self._memory.leave()
-        window, is_empty = self._window, self.is_empty
-        # Most of the time nothing is held, or was: that is the short way.
-        if not is_empty or window.bytes or self._memory.used:
-            self._account_memory()
+        memory, window, reading = self._memory, self._window, self.reading
+        if has_sent and memory.is_reserved:
+            memory.leave()
+        buffered, max_missing = self._decoder.holds()
+        if self._held is not None:
+            buffered += len(self._held)
+        may_grow = memory.update(buffered, window.bytes, max_missing, self.received_bytes)
         if self.state is State.OPEN:
-            self._ask_for_memory()
-            self.reading.wait_for_client(not window.in_progress, not is_empty, has_sent)
-        super().settle()
-        if not window.in_progress:
-            if self.state is State.ENDING:
-                self.close()
-            elif self.state is State.LOST and (is_empty or not self.reading.reasons):
-                self.drop_input()
-                self._account_memory()
-                self._factory.connection_lost(self)
+            if not may_grow or reading.reasons & Pause.MEMORY:
+                self._weigh_memory(may_grow)
+            is_idle = not window.in_progress
+            has_begun = buffered > 0 or max_missing > 0
+            reading.wait_for_client(is_idle, has_begun, has_sent)
 
-    def _account_memory(self) -> None:
-        decoder, held = self._decoder, self._held
-        buffered = decoder.buffered if held is None else decoder.buffered + len(held)
-        self._memory.update(buffered, self._window.bytes, decoder.max_missing, self.received_bytes)
-
-    def _ask_for_memory(self) -> None:
+    def _weigh_memory(self, may_grow: bool) -> None:
         """Pause while memory is short: for a reservation, or until what is in progress is done."""
         reading, memory = self.reading, self._memory
-        if memory.may_grow:
-            if reading.reasons & Pause.MEMORY and not memory.is_waiting:
+        if may_grow:
+            if not memory.is_waiting:
                 reading.resume(Pause.MEMORY)
         elif not (reading.reasons or self._input_over):
             reading.pause(Pause.MEMORY)
             self.limit_hit("max_in_flight_bytes")
             if memory.max_missing:
                 memory.ask()
+
+    def ends(self) -> None:
+        """The connection takes no more messages: see whether all is done."""
+        if self._window.in_progress:
+            return
+        if self.state is State.ENDING:
+            self.close()
+        elif self.state is State.LOST and (self.is_empty or not self.reading.reasons):
+            self.drop_input()
+            self._memory.update(0, 0, 0, self.received_bytes)
+            self._factory.connection_lost(self)
 
     def _memory_granted(self) -> None:
         self.resume(Pause.MEMORY)

@@ -51,12 +51,21 @@ _STATUS_TEXTS: dict[int, str] = {
 _log = Logger()
 
 
-class _Registration(NamedTuple):
-    call: Processor
-    name: str
-    answers: bool
-    pipelined: bool
-    times_out: bool
+class Registration(NamedTuple):
+    """How messages of an opcode are processed: see :meth:`OrchestratorFactory.register_processor`.
+
+    :ivar call: the processor; ``None`` for the default handling.
+    :ivar name: the processor's, for the log.
+    """
+
+    call: Processor | None = None
+    name: str = "the default handling"
+    answers: bool = True
+    pipelined: bool = False
+    times_out: bool = True
+
+
+_DEFAULT = Registration()
 
 
 @implementer(IPushProducer)
@@ -118,7 +127,7 @@ class OrchestratorFactory(ServerFactory):
             reactor, self.counters, max_connections, max_connections_per_host
         )
         self.connections: set[OrchestratorProtocol] = set()
-        self._processors: dict[int, _Registration] = {}
+        self._processors: dict[int, Registration] = {}
         self._threads: _DaemonThreadPool | None = None
         self._paused = False
         # An ordered set: who has been held longest gets the first turn.
@@ -186,7 +195,7 @@ class OrchestratorFactory(ServerFactory):
                 " say replace=True to take its place"
             )
         call = partial(self._call_in_thread, processor) if blocking else processor
-        self._processors[opcode] = _Registration(
+        self._processors[opcode] = Registration(
             call, _name_of(processor), answers, pipelined, times_out
         )
         default = DECODERS.get(opcode, partial(RawMessage, opcode))
@@ -201,7 +210,7 @@ class OrchestratorFactory(ServerFactory):
         :return: what the processor returned (see :data:`Processor`).
         """
         registration = self._processors.get(client.opcode)
-        if registration is not None:
+        if registration is not None and registration.call is not None:
             return registration.call(message, client)
         if self.is_data_message(client.opcode):
             return self._handle_data_message(message, client)
@@ -222,23 +231,15 @@ class OrchestratorFactory(ServerFactory):
 
     def must_answer(self, opcode: int) -> bool:
         """Whether a client waits for an answer to a message of this opcode."""
-        registration = self._processors.get(opcode)
-        return self.is_data_message(opcode) and (registration is None or registration.answers)
+        return self.is_data_message(opcode) and self.processing(opcode).answers
 
-    def is_pipelined(self, opcode: int) -> bool:
-        """Whether messages like it may be in progress beside a message of this opcode."""
-        registration = self._processors.get(opcode)
-        return registration is not None and registration.pipelined
-
-    def times_out(self, opcode: int) -> bool:
-        """Whether the processing timeout holds for messages of this opcode."""
-        registration = self._processors.get(opcode)
-        return registration is None or registration.times_out
+    def processing(self, opcode: int) -> Registration:
+        """How messages of an opcode are processed."""
+        return self._processors.get(opcode, _DEFAULT)
 
     def processor_name(self, opcode: int) -> str:
         """Who processes messages of this opcode: a name for the log."""
-        registration = self._processors.get(opcode)
-        return "the default handling" if registration is None else registration.name
+        return self.processing(opcode).name
 
     def get_status_text(self, batch_status: int) -> str:
         """The name of a batch's status; ``Unknown(n)`` for one that has none."""

@@ -166,19 +166,25 @@ class MemoryShare:
         self._received_then = 0
         self._missing_then = 0
 
-    def update(self, buffered: int, in_progress: int, max_missing: int, received: int) -> None:
+    def update(self, buffered: int, in_progress: int, max_missing: int, received: int) -> bool:
         """Tell what the connection holds now.
 
         :param buffered: the bytes of no message in progress.
         :param in_progress: the bytes of the messages in progress.
         :param max_missing: how many bytes may be missing of the frame that has begun.
         :param received: the bytes that have come since the connection was made.
+        :return: :attr:`may_grow`.
         """
         self._received = received
         self.max_missing = max_missing
         self._held = buffered + in_progress
-        moved, self._in_progress = in_progress - self._in_progress, in_progress
-        self._account(moved)
+        used = self._held + max_missing if self.is_reserved else self._held
+        # A reserved frame takes as much as before once it is in progress.
+        if used != self.used or in_progress != self._in_progress:
+            changed, self.used = used - self.used, used
+            moved, self._in_progress = in_progress - self._in_progress, in_progress
+            self._budget.change(changed, moved)
+        return not self._held or self.is_reserved or not self._budget.is_short
 
     @property
     def may_grow(self) -> bool:
@@ -196,14 +202,14 @@ class MemoryShare:
         self.is_reserved = True
         self._lag = 0.0
         self._judge_from(now)
-        self._account(0)
+        self._recount()
         self._granted()
 
     def leave(self) -> None:
         """The frame is whole, or the connection ends: neither wait nor reserve."""
         if self.is_waiting or self.is_reserved:
             self.is_waiting = self.is_reserved = False
-            self._account(0)
+            self._recount()
             self._budget.leave(self)
 
     def check_pace(self, now: float, frame_timeout: float) -> None:
@@ -224,13 +230,6 @@ class MemoryShare:
         self._received_then = self._received
         self._missing_then = self.max_missing
 
-    def _account(self, moved: int) -> None:
-        """Bring the budget's sums up to date.
-
-        :param moved: the bytes that have got into progress, or out of it.
-        """
-        used = self._held + self.max_missing if self.is_reserved else self._held
-        # A reserved frame takes as much as before once it is in progress.
-        if used != self.used or moved:
-            changed, self.used = used - self.used, used
-            self._budget.change(changed, moved)
+    def _recount(self) -> None:
+        buffered = self._held - self._in_progress
+        self.update(buffered, self._in_progress, self.max_missing, self._received)

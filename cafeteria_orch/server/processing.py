@@ -63,7 +63,7 @@ class ProcessingTimeout:
             for exchange in self._window.in_progress
             if not exchange.settled
             and factory.must_answer(exchange.opcode)
-            and factory.times_out(exchange.opcode)
+            and factory.processing(exchange.opcode).times_out
         ]
         late = [exchange for exchange in owed if exchange.started_at + limit <= now]
         for exchange in late:

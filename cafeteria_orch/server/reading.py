@@ -45,7 +45,15 @@ class Reading:
     :ivar reasons: the sum of the :class:`Pause` reasons; 0 while the connection is read.
     """
 
-    __slots__ = ("_awaited", "_countdown", "_expired", "_timeouts", "reasons")
+    __slots__ = (
+        "_awaited",
+        "_countdown",
+        "_expired",
+        "_reactor",
+        "_received",
+        "_timeouts",
+        "reasons",
+    )
 
     def __init__(
         self,
@@ -55,10 +63,13 @@ class Reading:
         expired: Callable[[Awaited], None],
     ) -> None:
         self.reasons = 0
+        self._reactor = reactor
         self._timeouts = timeouts
+        self._received = received
         self._expired = expired
         self._awaited = Awaited.FRAME
-        self._countdown = Countdown(reactor, received, self._time_is_up)
+        # Most of the time there is none: a client may be idle for ever by default.
+        self._countdown: Countdown | None = None
 
     def pause(self, reason: Pause) -> None:
         """Add a reason to pause."""
@@ -76,26 +87,38 @@ class Reading:
         :param has_sent: whether it has sent a whole frame since the last call: its time starts
             again.
         """
+        countdown = self._countdown
         if self.reasons & Pause.OUTPUT:
-            awaited = Awaited.ANSWERS
+            awaited, seconds = Awaited.ANSWERS, self._timeouts.frame
         elif self.reasons or not (is_idle or has_begun):
-            self._countdown.suspend()
+            if countdown is None:
+                return
             if has_sent or self._awaited is Awaited.ANSWERS:
-                self._countdown.cancel()
+                self.stop()
+            else:
+                countdown.suspend()
             return
+        elif has_begun:
+            awaited, seconds = Awaited.REST, self._timeouts.frame
         else:
-            awaited = Awaited.REST if has_begun else Awaited.FRAME
-        if awaited is not self._awaited or has_sent or not self._countdown.is_set:
+            awaited, seconds = Awaited.FRAME, self._timeouts.idle
+        if countdown is not None and awaited is self._awaited and not has_sent:
+            countdown.resume()
+        elif seconds is None:
+            self.stop()
+        else:
             self._awaited = awaited
-            timeouts = self._timeouts
-            is_frame = awaited is Awaited.FRAME
-            self._countdown.start(timeouts.idle if is_frame else timeouts.frame)
-        else:
-            self._countdown.resume()
+            if countdown is None:
+                countdown = Countdown(self._reactor, self._received, self._time_is_up)
+                self._countdown = countdown
+            countdown.start(seconds)
 
     def stop(self) -> None:
-        """Wait for the client no more: the connection ends."""
-        self._countdown.cancel()
+        """Wait for nothing: there is no time that the client must keep, or the connection ends."""
+        if self._countdown is not None:
+            self._countdown.cancel()
+            self._countdown = None
 
     def _time_is_up(self) -> None:
+        self._countdown = None
         self._expired(self._awaited)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum
 from itertools import chain
@@ -73,7 +73,7 @@ class FrameReceiver(Int32StringReceiver):
     To its transport it is the producer of answers: while the transport holds too many of them, the
     connection takes no messages.
 
-    ``settle()``, ``end()`` and ``may_grow`` are hooks.
+    ``delivered()``, ``input_ended(how)``, ``ends()`` and ``may_grow`` are hooks.
 
     :param reactor: for time.
     :param turns: of all connections.
@@ -123,21 +123,26 @@ class FrameReceiver(Int32StringReceiver):
         """Deliver payloads as far as the pause reasons and the turn allow; then settle."""
         if self._delivering:
             return
-        self._delivering = True
-        try:
-            if not self.reading.reasons:
+        if not self.reading.reasons:
+            self._delivering = True
+            try:
                 self._deliver()
-        except FrameTooLong as error:
-            self.lengthLimitExceeded(error.length)
-        finally:
-            self._delivering = self._has_turn = False
+            except FrameTooLong as error:
+                self.lengthLimitExceeded(error.length)
+            finally:
+                self._delivering = False
+        self._has_turn = False
         self.settle()
 
     def _deliver(self) -> None:
         reading, received, seconds = self.reading, self.stringReceived, self.reactor.seconds
+        payloads = self._decoder.payloads()
+        if self._held is not None:
+            payloads = chain([self._held], payloads)
+            self._held = None
         left = MAX_MESSAGES_IN_TURN if self._has_turn else MAX_MESSAGES
         until = seconds() + TURN_SECONDS
-        for payload in self._payloads():
+        for payload in payloads:
             received(payload)
             if reading.reasons:
                 return
@@ -149,12 +154,6 @@ class FrameReceiver(Int32StringReceiver):
                 self._has_turn = True
                 left = MAX_MESSAGES_IN_TURN
                 until = seconds() + TURN_SECONDS
-
-    def _payloads(self) -> Iterator[bytes]:
-        if self._held is None:
-            return self._decoder.payloads()
-        held, self._held = self._held, None
-        return chain([held], self._decoder.payloads())
 
     def hold(self, payload: bytes, reason: Pause) -> None:
         """Have the payload that is being delivered wait; it is the next one to be delivered."""
@@ -260,11 +259,24 @@ class FrameReceiver(Int32StringReceiver):
         return True
 
     def settle(self) -> None:
-        """All that can be delivered now is: read on, or not, and see to the end of the input."""
-        is_open = self.state is State.OPEN
-        self._read(self.state is State.CLOSING or (is_open and not self.reading.reasons))
-        if self._input_end and (self.is_empty or not self.reading.reasons):
+        """All that can be delivered now is: see what comes next."""
+        if self._delivering:
+            return
+        self.delivered()
+        reasons, state = self.reading.reasons, self.state
+        reads = not reasons if state is State.OPEN else state is State.CLOSING
+        if reads is not self._is_read:
+            self._read(reads)
+        if self._input_end and (self.is_empty or not reasons):
             self.input_ended(self._input_end)
+        if self.state is not State.OPEN:
+            self.ends()
+
+    def delivered(self) -> None:
+        """All that can be delivered now is. A hook."""
+
+    def ends(self) -> None:
+        """The connection takes no more messages. A hook, called whenever something is done."""
 
     def input_ended(self, how: str) -> None:
         """No more comes, and all that came whole was delivered. A hook.
@@ -284,7 +296,7 @@ class FrameReceiver(Int32StringReceiver):
     @property
     def is_empty(self) -> bool:
         """Whether it has delivered all that came, to the last byte."""
-        return self._held is None and self._decoder.is_empty
+        return self._held is None and self._decoder.holds() == (0, 0)
 
     def drop_input(self) -> None:
         """Deliver nothing more of what has come, and take no more."""
@@ -302,7 +314,8 @@ class FrameReceiver(Int32StringReceiver):
         self.drop_input()
         self.transport.unregisterProducer()
         self._abort_call = self.reactor.callLater(CLOSE_TIMEOUT, self.abort)
-        self._read(True)
+        if not self._is_read:
+            self._read(True)
         if self._input_over or not _is_plain_tcp(self.transport):
             self.transport.loseConnection()
         else:
@@ -324,7 +337,7 @@ class FrameReceiver(Int32StringReceiver):
 
     def _read(self, reads: bool) -> None:
         # A transport that is resumed after a half-close reports the end of input for ever.
-        if reads is not self._is_read and not self._input_over:
+        if not self._input_over:
             self._is_read = reads
             if reads:
                 self.transport.resumeProducing()

@@ -48,17 +48,8 @@ class Countdown:
         self._left: float | None = None
         self._call: IDelayedCall | None = None
 
-    @property
-    def is_set(self) -> bool:
-        """Whether it runs or is suspended."""
-        return self._call is not None or self._left is not None
-
-    def start(self, seconds: float | None) -> None:
-        """Begin from the start; ``None`` is a time that is never up."""
-        if seconds is None:
-            if self.is_set:
-                self.cancel()
-            return
+    def start(self, seconds: float) -> None:
+        """Begin from the start."""
         self._left = None
         if self._call is None:
             self._call = self._reactor.callLater(seconds, self._judge, None)

@@ -17,25 +17,22 @@ class Window:
 
     :ivar in_progress: the messages that are being processed.
     :ivar bytes: the sum of their sizes.
+    :ivar is_busy: whether a message must be done before another one is started.
     """
 
-    __slots__ = ("_alone", "_places", "_slots", "bytes", "in_progress")
+    __slots__ = ("_alone", "_places", "_slots", "bytes", "in_progress", "is_busy")
 
     def __init__(self) -> None:
         # Lists, since they are short: a set or a deque of an idle connection takes more memory.
         self.in_progress: list[Exchange] = []
         self.bytes = 0
+        self.is_busy = False
         # The one that lets no other into progress beside it.
         self._alone: Exchange | None = None
         # What was started, beginning with the first that is not done.
         self._places: list[Exchange] = []
         # What has come, beginning with the first that is not answered.
         self._slots: list[Exchange] = []
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a message must be done before another one is started."""
-        return self._alone is not None or len(self._places) >= MAX_IN_PROGRESS
 
     def add(self, exchange: Exchange) -> None:
         """A message has come: its answer leaves after those of all before it."""
@@ -57,10 +54,12 @@ class Window:
         self.bytes += exchange.size
         self._places.append(exchange)
         self._alone = exchange
+        self.is_busy = True
 
     def share(self) -> None:
         """The message that was started last is not done yet, and lets others in beside it."""
         self._alone = None
+        self.is_busy = len(self._places) >= MAX_IN_PROGRESS
 
     def done(self, exchange: Exchange) -> bool:
         """A message has been processed.
@@ -76,4 +75,5 @@ class Window:
         places = self._places
         while places and places[0] not in self.in_progress:
             places.pop(0)
+        self.is_busy = self._alone is not None or len(places) >= MAX_IN_PROGRESS
         return True

@@ -102,11 +102,6 @@ class FrameDecoder:
         self._missing = 0
 
     @property
-    def is_empty(self) -> bool:
-        """Whether it is between two frames, and holds nothing."""
-        return self._offset == len(self._chunk) and not (self._missing or self._later)
-
-    @property
     def missing(self) -> int:
         """How many bytes of a frame that has begun are still to come; 0 between frames.
 
@@ -118,21 +113,18 @@ class FrameDecoder:
         framing = self.framing or INT32
         return max(0, framing.lead + framing.length.size - begun)
 
-    @property
-    def max_missing(self) -> int:
-        """How many bytes of a frame that has begun may still come; 0 between frames.
+    def holds(self) -> tuple[int, int]:
+        """Tell what it holds of frames that are not whole, or not taken out.
 
-        Of a frame whose length is not known yet: as many as the longest frame has.
+        :return: the number of bytes that it has, and how many may be missing of the frame that
+            has begun: as many as the longest frame has, while the length is not known.
         """
-        if self._missing or self._offset == len(self._chunk):
-            return self._missing
-        return self._max_length
-
-    @property
-    def buffered(self) -> int:
-        """How many bytes it holds that are in no payload yet."""
-        collected = self._length - self._missing if self._missing else 0
-        return len(self._chunk) - self._offset + sum(map(len, self._later)) + collected
+        if self._missing:
+            return self._length - self._missing + sum(map(len, self._later)), self._missing
+        buffered = len(self._chunk) - self._offset
+        if not (buffered or self._later):
+            return 0, 0
+        return buffered + sum(map(len, self._later)), self._max_length
 
     def feed(self, data: bytes) -> None:
         """Take bytes of the stream."""
@@ -166,7 +158,9 @@ class FrameDecoder:
             chunk, offset = self._chunk, self._offset
             size = len(chunk)
             if not self._missing and offset < size:
-                framing = self._framing_of(chunk[offset])
+                if self.framing is None:
+                    self.framing = OPCODE_FIRST if chunk[offset] else INT32
+                framing = self.framing
                 lead = framing.lead
                 head = lead + framing.length.size
                 max_length = self._max_length - lead
@@ -187,15 +181,14 @@ class FrameDecoder:
                     yield payload
                     if self._chunk is not chunk:
                         break
-            is_replaced = self._chunk is not chunk
-            has_begun = self._missing and self._offset < size
-            if not (is_replaced or has_begun or self._take_later()):
+            if self._chunk is not chunk or (self._missing and self._offset < size):
+                continue
+            if not self._later and self._offset == size:
+                self._chunk = b""
+                self._offset = 0
                 return
-
-    def _framing_of(self, first: int) -> Framing:
-        if self.framing is None:
-            self.framing = OPCODE_FIRST if first else INT32
-        return self.framing
+            if not self._take_later():
+                return
 
     def _too_long(self, framing: Framing, length: int) -> FrameTooLong:
         is_negative = framing.is_signed and length >= 1 << 31

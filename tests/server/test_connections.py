@@ -290,7 +290,7 @@ class Backpressure(Loopback):
 
     def held(self, connection: OrchestratorProtocol) -> int:
         """How many bytes it holds of what it has not taken yet."""
-        return connection._decoder.buffered + len(connection._held or b"")
+        return connection._decoder.holds()[0] + len(connection._held or b"")
 
     async def test_client_that_never_reads(self) -> None:
         """A client that floods and never reads its answers is not read from any more."""

@@ -402,7 +402,7 @@ class Client:
     @property
     def held(self) -> int:
         """The bytes of it that the server holds outside of processors."""
-        return self.protocol._decoder.buffered + len(self.protocol._held or b"")
+        return self.protocol._decoder.holds()[0] + len(self.protocol._held or b"")
 
 
 class MemoryMachine(RuleBasedStateMachine):

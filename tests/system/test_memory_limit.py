@@ -9,25 +9,15 @@ import socket
 import threading
 import time
 from contextlib import closing
-from pathlib import Path
 from unittest import SkipTest
 
 from cafeteria_orch.wire.tables import USERS
 from tests.support.builders import SUCCESS, batch_frame
 from tests.support.faults import slow
+from tests.support.memory import memory_of
 from tests.support.processes import HELLO, Client, ProcessTestCase, Server, wait_until
 
 MIB = 1024 * 1024
-
-
-def memory(server: Server) -> int:
-    """Bytes of memory that a server has."""
-    try:
-        status = Path(f"/proc/{server.pid}/status").read_text()
-    except FileNotFoundError:
-        raise SkipTest("there is no /proc to read the memory from") from None
-    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) * 1024
 
 
 def full_batch(number: int = 1) -> bytes:
@@ -71,10 +61,10 @@ class MemoryLimitTests(ProcessTestCase):
         """900 clients that declare the longest frame and send nothing of it cost a few MiB."""
         server = self.start("--store", "none")
         self.assert_served(server)
-        before = memory(server)
+        before = memory_of(server.pid)
         self.connect(server, 900, (MIB).to_bytes(4, "big"))
         self.assert_served(server)
-        grown = memory(server) - before
+        grown = memory_of(server.pid) - before
         print(f"900 headers: {grown / MIB:.1f} MiB")
         self.assertLess(grown, 16 * MIB)
 
@@ -82,10 +72,10 @@ class MemoryLimitTests(ProcessTestCase):
         """300 clients that declare 2 GiB are refused by their headers, and cost nothing."""
         server = self.start("--store", "none")
         self.assert_served(server)
-        before = memory(server)
+        before = memory_of(server.pid)
         clients = self.connect(server, 300, b"\x08\xff\xff\xff\x7f" + bytes(1000))
         self.assertEqual([client.recv(5) for client in clients], [b"\2\0\0\0\0"] * 300)
-        self.assertLess(memory(server) - before, 8 * MIB)
+        self.assertLess(memory_of(server.pid) - before, 8 * MIB)
         self.assert_served(server)
 
     def test_half_frames(self) -> None:
@@ -93,7 +83,7 @@ class MemoryLimitTests(ProcessTestCase):
         limit = 32 * MIB
         server = self.start("--store", "none", "--max-in-flight-bytes", str(limit))
         self.assert_served(server)
-        before = memory(server)
+        before = memory_of(server.pid)
         part = full_batch()[: 900 * 1024]
         clients = self.connect(server, 300)
         threads = [threading.Thread(target=_send, args=(client, part)) for client in clients]
@@ -102,7 +92,7 @@ class MemoryLimitTests(ProcessTestCase):
         # So that all have sent what they can.
         time.sleep(1)
         # What is beyond the limit is a chunk of each.
-        grown = memory(server) - before
+        grown = memory_of(server.pid) - before
         print(f"300 half frames: {grown / MIB:.1f} MiB, the limit is {limit // MIB} MiB")
         self.assertLess(grown, limit + 300 * 65536 + 16 * MIB)
         with closing(Client(server.port)) as other:
@@ -125,7 +115,7 @@ class MemoryLimitTests(ProcessTestCase):
         limit = 32 * MIB
         server = self.start("--store", "none", "--max-in-flight-bytes", str(limit))
         self.assert_served(server)
-        before = memory(server)
+        before = memory_of(server.pid)
         data = full_batch()
         most = data[: 900 * 1024]
         half_frames = self.connect(server, 18)
@@ -143,7 +133,7 @@ class MemoryLimitTests(ProcessTestCase):
             thread.start()
         # So that all have sent what they can.
         time.sleep(1)
-        grown = memory(server) - before
+        grown = memory_of(server.pid) - before
         print(f"300 clients of any shape: {grown / MIB:.1f} MiB, the limit is {limit // MIB} MiB")
         self.assertLess(grown, limit + 318 * 65536 + 16 * MIB)
         for thread, client in zip(threads, clients):
@@ -197,7 +187,7 @@ class MemoryLimitTests(ProcessTestCase):
         server = self.start(
             "--store", "none", "--frame-timeout", "1", "--processors", "wordy:register"
         )
-        before = memory(server)
+        before = memory_of(server.pid)
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             data = b"\0\0\0\1\x28" * 1000
@@ -205,7 +195,7 @@ class MemoryLimitTests(ProcessTestCase):
                 while True:
                     client.sendall(data)
         wait_until(lambda: "did not read its answers" in server.log, "it is logged")
-        self.assertLess(memory(server) - before, 16 * MIB)
+        self.assertLess(memory_of(server.pid) - before, 16 * MIB)
         self.assert_served(server)
 
     def test_slow_processor(self) -> None:

@@ -190,7 +190,7 @@ class Int32LeavingTests(DecoderCase):
                 found.append(payload)
                 decoder.feed(self.stream[point:])
                 decoder.clear()
-                self.assertEqual((decoder.missing, decoder.buffered), (0, 0))
+                self.assertEqual((decoder.missing, decoder.holds()[0]), (0, 0))
             self.assertEqual(found, self.few[:1])
             self.assertEqual(decode_all(decoder, [self.stream]), self.few)
 
@@ -206,7 +206,7 @@ class Int32LimitTests(DecoderCase):
             for chunk in chunks:
                 decoder.feed(chunk)
                 found.extend(decoder.payloads())
-        self.assertEqual((decoder.missing, decoder.buffered), (0, 0))
+        self.assertEqual((decoder.missing, decoder.holds()[0]), (0, 0))
         return found, caught.exception.length
 
     def test_the_limit_itself_is_accepted(self) -> None:
@@ -252,7 +252,7 @@ class Int32MissingTests(DecoderCase):
                         decoder = self.decoder()
                         decode_all(decoder, cut(before + whole[:count], points))
                         self.assertEqual(
-                            (decoder.missing, decoder.max_missing, decoder.buffered),
+                            (decoder.missing, decoder.holds()[1], decoder.holds()[0]),
                             self.expected(count, size),
                             (size, before, points, count),
                         )
@@ -542,7 +542,7 @@ class DecoderMachine(RuleBasedStateMachine):
         wanted = self.head + int.from_bytes(length, order)  # type: ignore[arg-type]
         missing = wanted - len(self.rest) if self.rest else 0
         assert self.decoder.missing == missing
-        assert self.decoder.max_missing == (missing if known or not self.rest else self.LIMIT)
+        assert self.decoder.holds()[1] == (missing if known or not self.rest else self.LIMIT)
 
     @rule()
     def clear(self) -> None:
@@ -553,7 +553,7 @@ class DecoderMachine(RuleBasedStateMachine):
     @invariant()
     def holds_no_more_than_came(self) -> None:
         """Every byte that is in no payload is counted, but the length of the frame begun."""
-        assert len(self.rest) - 4 <= self.decoder.buffered <= len(self.rest)
+        assert len(self.rest) - 4 <= self.decoder.holds()[0] <= len(self.rest)
 
 
 class OpcodeFirstMachine(DecoderMachine):

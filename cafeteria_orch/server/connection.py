@@ -109,9 +109,6 @@ class OrchestratorProtocol(FrameReceiver):
         elif len(payload) <= LONG_PAYLOAD or not self.hold_for_turn(payload):
             self._receive(payload, Exchange(self, opcode, len(payload)))
 
-    def _may_share(self, opcode: int) -> bool:
-        return self._factory.processing(opcode).pipelined
-
     def lengthLimitExceeded(self, length: int) -> None:
         """A frame declares more than the limit: refuse it before it is read."""
         self.limit_hit("max_frame_bytes")

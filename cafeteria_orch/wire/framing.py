@@ -119,12 +119,12 @@ class FrameDecoder:
         :return: the number of bytes that it has, and how many may be missing of the frame that
             has begun: as many as the longest frame has, while the length is not known.
         """
-        if self._missing:
-            return self._length - self._missing + sum(map(len, self._later)), self._missing
         buffered = len(self._chunk) - self._offset
-        if not (buffered or self._later):
-            return 0, 0
-        return buffered + sum(map(len, self._later)), self._max_length
+        if self._later:
+            buffered += sum(map(len, self._later))
+        if self._missing:
+            return buffered + self._length - self._missing, self._missing
+        return buffered, self._max_length if buffered else 0
 
     def feed(self, data: bytes) -> None:
         """Take bytes of the stream."""

@@ -13,7 +13,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from cafeteria_orch.wire.errors import FrameTooLong, ProtocolError
-from cafeteria_orch.wire.messages import ClientHello, Finished, TableBatch, decode
+from cafeteria_orch.wire.messages import TableBatch, decode
 
 from .counters import UNKNOWN, Outcome, label_of, outcome_of
 from .memory import MemoryShare
@@ -62,8 +62,6 @@ class OrchestratorProtocol(FrameReceiver):
     common_name: str | None = None
 
     _last_opcode: int | None = None
-    # Whether a message has come: CLIENT_HELLO may be the first alone.
-    _has_spoken = False
     # Whether a whole frame has come since the client was last waited for.
     _frame_came = False
 
@@ -120,7 +118,7 @@ class OrchestratorProtocol(FrameReceiver):
         self._window.add(exchange)
         try:
             message = decode(payload, self._factory.decoders)
-            self._note_identity(message)
+            self.session.learn(message)
         except ProtocolError as error:
             self._refuse(error, exchange)
         except Exception:
@@ -134,15 +132,6 @@ class OrchestratorProtocol(FrameReceiver):
                     opcode=exchange.opcode,
                 )
             self._process(message, exchange)
-
-    def _note_identity(self, message: object) -> None:
-        if isinstance(message, ClientHello):
-            if self._has_spoken:
-                raise ProtocolError("a CLIENT_HELLO that is not the first message")
-            self.session.client_id = message.client_id
-        elif isinstance(message, Finished):
-            self.session.agency_id = message.agency_id
-        self._has_spoken = True
 
     def _process(self, message: Any, exchange: Exchange) -> None:
         exchange.started_at = self.reactor.seconds()

@@ -1,6 +1,6 @@
-"""What came and what became of it: plain numbers, kept in the reactor's thread.
+"""What came, and its outcome: plain numbers, kept in the reactor's thread.
 
-The room ``observe`` reads them when it is asked; to keep them costs an addition here and there.
+The room ``observe`` reads them when it is asked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cafeteria_orch.wire.opcodes import FailReason, Opcode
 from cafeteria_orch.wire.tables import TABLES
 
 UNKNOWN = -1
-"""In place of an opcode: of a frame that has none, or one that nothing knows."""
+"""Stands for the opcode of a frame that has none, or one that is not known."""
 
 LIMITS = (
     "max_connections",
@@ -27,21 +27,21 @@ LIMITS = (
     "processing_timeout",
     "drain_timeout",
 )
-"""The limits that can be hit, by the names of their options."""
+"""The names of the limits: those of their options, with underscores."""
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-"""The upper bounds of a histogram's buckets. Beyond the last one there is one more."""
+"""The upper bounds of the buckets of a histogram; one more bucket is beyond the last."""
 
 
 class Outcome(IntEnum):
-    """What became of a message."""
+    """The outcome of a message."""
 
     PROCESSED = 0
-    """It was taken, by something else than a store: acknowledged, or answered otherwise."""
+    """A processor that is no store took it: it was acknowledged, or answered otherwise."""
     COMMITTED = 1
     """It is in the store, and was acknowledged."""
     DUPLICATE = 2
-    """It was in the store already, and was acknowledged again."""
+    """It was in the store before, and was acknowledged again."""
     REJECTED = 3
     TRY_AGAIN = 4
     MALFORMED = 5
@@ -82,13 +82,13 @@ _NAMES = {UNKNOWN: "unknown"} | _CONTROL_NAMES | _TABLE_NAMES
 
 
 class Tally:
-    """What became of the messages of one opcode.
+    """The messages of one opcode, and their outcomes.
 
     :ivar received: that came: those in progress, and those that something became of.
     :ivar outcomes: how many there were of each :class:`Outcome`.
     :ivar rows: the rows of those.
     :ivar is_batch: whether they are batches, and not of the wire's own few.
-    :ivar is_timed: whether it is worth while to take the time that they take.
+    :ivar is_timed: whether the time of their processing is measured.
     """
 
     __slots__ = ("is_batch", "is_timed", "outcomes", "received", "rows")
@@ -108,26 +108,26 @@ class Tally:
         self.received += 1
 
     def finish(self, outcome: Outcome, rows: int) -> None:
-        """Something became of a message that was in progress.
+        """A message has an outcome.
 
-        :param rows: that are in it.
+        :param rows: the number of its rows.
         """
         self.outcomes[outcome] += 1
         self.rows[outcome] += rows
 
     @property
     def in_progress(self) -> int:
-        """How many are being processed: they came, and nothing has become of them yet."""
+        """The number of messages that are being processed: they have no outcome yet."""
         return self.received - sum(self.outcomes)
 
     @property
     def failed(self) -> int:
-        """How many were answered with FAIL."""
+        """The number of messages that were answered with FAIL."""
         return sum(self.outcomes[outcome] for outcome in FAILED)
 
     @property
     def accepted(self) -> int:
-        """How many brought something new that was taken."""
+        """The number of messages that brought something new, and were taken."""
         return self.outcomes[Outcome.COMMITTED] + self.outcomes[Outcome.PROCESSED]
 
     @property
@@ -136,17 +136,17 @@ class Tally:
         return self.rows[Outcome.COMMITTED] + self.rows[Outcome.PROCESSED]
 
     def add(self, other: Tally) -> None:
-        """Count what another one has, too."""
+        """Add the numbers of another tally."""
         self.received += other.received
         self.outcomes = [sum(pair) for pair in zip(self.outcomes, other.outcomes)]
         self.rows = [sum(pair) for pair in zip(self.rows, other.rows)]
 
 
 class Histogram:
-    """How often something took how long.
+    """Counts durations by their length.
 
     :param bounds: the upper bounds of all buckets but the last, in seconds, ascending.
-    :ivar sum: of all that was observed, in seconds.
+    :ivar sum: of all durations, in seconds.
     """
 
     def __init__(self, bounds: Sequence[float] = SECONDS) -> None:
@@ -155,27 +155,26 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, seconds: float) -> None:
-        """It took so long; below 0, where the clock was set back, counts as 0."""
+        """Count a duration; one below 0, where a clock was set back, counts as 0."""
         seconds = max(0.0, seconds)
         self._counts[bisect_left(self._bounds, seconds)] += 1
         self.sum += seconds
 
     def cumulative(self) -> list[tuple[float, int]]:
-        """How often it took no longer than each bound, the last of which is infinite."""
+        """The number of durations up to each bound; the last bound is infinite."""
         return list(zip((*self._bounds, float("inf")), accumulate(self._counts)))
 
 
 class Counters:
-    """All that a factory counts.
+    """The counters of a factory.
 
     :ivar tallies: of the messages, by opcode; :data:`UNKNOWN` is the last of them.
-    :ivar accepted_connections: how many there were, with those that are open.
-    :ivar failed_handshakes: of connections that did not become clients.
-    :ivar received_bytes: that connections have read which are gone by now.
-    :ivar limit_hits: how often a limit was hit, by its name.
-    :ivar batch_seconds: from a batch's message to the end of its processing, where there is a
-        processor or a store.
-    :ivar commit_seconds: of the store's transactions.
+    :ivar accepted_connections: the number of connections that became clients.
+    :ivar failed_handshakes: the number of connections that did not.
+    :ivar received_bytes: the bytes that came by connections that are gone.
+    :ivar limit_hits: how often each limit was hit.
+    :ivar batch_seconds: the processing of each batch, by the store or a processor.
+    :ivar commit_seconds: the transactions of the store.
     """
 
     def __init__(self) -> None:
@@ -194,25 +193,25 @@ class Counters:
         """
         self.limit_hits[limit] += 1
 
-    def take_times(self, opcode: int) -> None:
-        """From now on it is worth while to take the time that messages of an opcode take."""
+    def measure_time(self, opcode: int) -> None:
+        """Measure the processing time of an opcode's messages from now on."""
         tally = self.tallies[opcode]
         tally.is_timed = tally.is_batch
 
     def refused(self, opcode: int, outcome: Outcome) -> None:
-        """A message came and was refused before it was processed."""
+        """A message was refused before it was processed."""
         tally = self.tallies[opcode]
         tally.start()
         tally.finish(outcome, 0)
 
     def batches(self) -> Iterator[tuple[str, Tally]]:
-        """The batches by table, or by what stands for one: the wire's, and any that came."""
+        """The tallies of batches, by their labels: of the tables, and of any opcode that came."""
         for opcode, tally in zip((*range(256), UNKNOWN), self.tallies):
             if tally.is_batch and (tally.received or opcode in _TABLE_NAMES):
                 yield label_of(opcode), tally
 
     def control_messages(self) -> Iterator[tuple[str, Tally]]:
-        """The messages that are no batches, by their names."""
+        """The tallies of the other messages, by their names."""
         for opcode, name in _CONTROL_NAMES.items():
             yield name, self.tallies[opcode]
 
@@ -225,5 +224,5 @@ class Counters:
 
 
 def label_of(opcode: int) -> str:
-    """What stands for a table: its name, ``opcode_40`` or ``unknown``; a client cannot choose."""
+    """The label of an opcode: a table's name, ``opcode_40`` or ``unknown``."""
     return _NAMES.get(opcode) or f"opcode_{opcode}"

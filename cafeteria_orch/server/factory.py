@@ -1,8 +1,7 @@
-"""The factory: which processor and which decoder an opcode has, and who is connected."""
+"""The factory: the processor and the decoder of each opcode, and the connections."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import partial
 from inspect import iscoroutinefunction
@@ -12,10 +11,8 @@ from constantly import NamedConstant
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IAddress, IPushProducer
 from twisted.internet.protocol import ServerFactory
-from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger, LogLevel
 from twisted.python.reflect import fullyQualifiedName
-from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
 from cafeteria_orch.common.clock import WallTime
@@ -30,6 +27,7 @@ from .limits import ConnectionLimits
 from .memory import DEFAULT_MAX_IN_FLIGHT_BYTES, MemoryBudget
 from .reading import Pause
 from .responses import Exchange
+from .threads import ProcessorThreads
 from .timeouts import DEFAULT_TIMEOUTS, Timeouts
 from .turns import Turns
 
@@ -70,26 +68,26 @@ _DEFAULT = Registration()
 
 @implementer(IPushProducer)
 class OrchestratorFactory(ServerFactory):
-    """Makes a connection's protocol, and handles the messages of all of them.
+    """Makes the protocol of each connection, and handles the messages of all of them.
 
-    To a sink it is the producer of what is stored: a sink that has taken as much as it can
-    hold calls :meth:`pauseProducing`, and :meth:`resumeProducing` when there is room again.
+    A sink sees it as the producer of what is stored: a sink that has taken as much as it can hold
+    calls :meth:`pauseProducing`, and :meth:`resumeProducing` when there is room again.
 
-    :param reactor: for time and threads; a test may give a ``Clock``.
-    :param max_frame_bytes: the longest payload that is accepted.
-    :param framing: of all connections; ``None`` tells it by the first byte of each.
-    :param max_connections: so many at once, further ones are closed as they come; ``None`` for
-        any number.
-    :param max_connections_per_host: the same of one address.
-    :param max_in_flight_bytes: how much the frames of all connections may take together, from
-        their first bytes until they are processed.
-    :param timeouts: how long clients and processors are waited for.
+    :param reactor: for time and threads; a test may pass a ``Clock``.
+    :param max_frame_bytes: the longest payload, in bytes; a longer one is refused.
+    :param framing: of all connections; ``None`` leaves it to the first byte of each.
+    :param max_connections: the number of connections at once, beyond which a new one is closed;
+        ``None`` for no limit.
+    :param max_connections_per_host: the same for one address.
+    :param max_in_flight_bytes: the bytes that the frames of all connections may take together,
+        from the first byte of each until its message is processed.
+    :param timeouts: how long to wait for clients and processors.
     :param wall_time: says what time it is, in seconds since the epoch; the reactor's own clock
         if it is not given.
-    :param log_level: what is less important than this is not even put together.
-    :ivar counters: what came and what became of it.
-    :raises ValueError: if the framing is to be told by the first byte, and the limit is too
-        high for that.
+    :param log_level: less important events are not even created.
+    :ivar counters: the messages that came, and their outcomes.
+    :raises ValueError: if the first byte decides about the framing, and ``max_frame_bytes`` is
+        too high for that.
     """
 
     noisy = False
@@ -128,17 +126,17 @@ class OrchestratorFactory(ServerFactory):
         )
         self.connections: set[OrchestratorProtocol] = set()
         self._processors: dict[int, Registration] = {}
-        self._threads: _DaemonThreadPool | None = None
+        self._threads = ProcessorThreads(reactor)
         self._paused = False
-        # An ordered set: who has been held longest gets the first turn.
-        self._held: dict[OrchestratorProtocol, None] = {}
+        # An ordered set: the connection that has been paused longest is resumed first.
+        self._paused_by_sink: dict[OrchestratorProtocol, None] = {}
         self._draining = False
         self._drained: list[Deferred[None]] = []
 
     def buildProtocol(self, addr: IAddress | None) -> OrchestratorProtocol | None:
-        """Make the protocol of a new connection; ``None`` turns it away.
+        """Make the protocol of a new connection.
 
-        That is while draining, and where it would be one too many.
+        :return: ``None``, which closes the connection, while draining and beyond a limit.
         """
         if self._draining or not self._limits.admits(getattr(addr, "host", None)):
             return None
@@ -168,8 +166,8 @@ class OrchestratorFactory(ServerFactory):
         :param answers: say ``False`` if it may be done without having answered; otherwise
             that gives FAIL, and a warning.
         :param pipelined: let it have up to :data:`~.window.MAX_IN_PROGRESS` messages of a
-            connection in hand at once, with others that allow it too. It answers in any
-            order; the answers leave in that of the messages.
+            connection in progress at once, beside others that are pipelined too. It answers in
+            any order; the answers leave in the order of the messages.
         :param times_out: say ``False`` if the processing timeout does not hold for it: it has
             a patience of its own, as a store has.
         :param decoder: makes the message of the body's bytes, raising ``ValueError`` if
@@ -194,13 +192,13 @@ class OrchestratorFactory(ServerFactory):
                 f"opcode {opcode} is processed by {self.processor_name(opcode)} already;"
                 " say replace=True to take its place"
             )
-        call = partial(self._call_in_thread, processor) if blocking else processor
+        call = partial(self._threads.call, processor) if blocking else processor
         self._processors[opcode] = Registration(
             call, _name_of(processor), answers, pipelined, times_out
         )
         default = DECODERS.get(opcode, partial(RawMessage, opcode))
         self.decoders[opcode] = default if decoder is None else decoder
-        self.counters.take_times(opcode)
+        self.counters.measure_time(opcode)
 
     def handle_message(self, message: Any, client: Exchange) -> Any:
         """Process a message as its opcode is registered, or as the seed has it by default.
@@ -304,13 +302,13 @@ class OrchestratorFactory(ServerFactory):
             )
 
     def connection_lost(self, connection: OrchestratorProtocol) -> None:
-        """A client is gone, and nothing of it is in hand any more."""
+        """A client is gone, and no message of it is in progress any more."""
         if connection not in self.connections:
             return
         self.connections.remove(connection)
         self.counters.received_bytes += connection.received_bytes
         self._limits.closed(connection.session.ip)
-        self._held.pop(connection, None)
+        self._paused_by_sink.pop(connection, None)
         if self.log_debug:
             _log.debug(
                 "action: close_connection | result: success | ip: {ip}",
@@ -328,24 +326,26 @@ class OrchestratorFactory(ServerFactory):
     def pauseProducing(self) -> None:
         """Take no more messages of any connection."""
         self._paused = True
-        # Who has fewer messages in the sink's hands comes before who has more.
-        by_share = sorted(self.connections - self._held.keys(), key=lambda each: each.in_progress)
+        # A connection with fewer messages in progress goes on before one with more.
+        by_share = sorted(
+            self.connections - self._paused_by_sink.keys(), key=lambda each: each.in_progress
+        )
         for connection in by_share:
             self._hold(connection)
 
     def resumeProducing(self) -> None:
-        """Take messages again, unless the first of them fill the sink anew."""
+        """Take messages again, until they fill the sink again."""
         self._paused = False
-        while self._held and not self._paused:
-            connection = next(iter(self._held))
-            del self._held[connection]
+        while self._paused_by_sink and not self._paused:
+            connection = next(iter(self._paused_by_sink))
+            del self._paused_by_sink[connection]
             connection.resume(Pause.SINK)
 
     def stopProducing(self) -> None:
         """The sink is gone: its processors will say so."""
 
     def drain(self) -> Deferred[None]:
-        """Take no new connections; close those there are, each after the message in hand.
+        """Accept no connections; close each open one after its messages in progress.
 
         :return: fires when none is left.
         """
@@ -365,12 +365,10 @@ class OrchestratorFactory(ServerFactory):
 
     def stop_threads(self) -> None:
         """Let go of the threads of blocking processors; what still runs is not waited for."""
-        if self._threads is not None and not self._threads.working:
-            self._threads.stop()
-        self._threads = None
+        self._threads.stop()
 
     def _hold(self, connection: OrchestratorProtocol) -> None:
-        self._held[connection] = None
+        self._paused_by_sink[connection] = None
         connection.pause(Pause.SINK)
 
     def _report_drained(self) -> None:
@@ -383,22 +381,6 @@ class OrchestratorFactory(ServerFactory):
         self.log_data_message(message, client)
         responses.send_success(client)
         return True
-
-    def _call_in_thread(
-        self, processor: Processor, message: Any, client: Exchange
-    ) -> Deferred[Any]:
-        if self._threads is None:
-            self._threads = _DaemonThreadPool(minthreads=0, name="cafeorch-blocking")
-            self._threads.start()
-        return deferToThreadPool(self.reactor, self._threads, processor, message, client)
-
-
-class _DaemonThreadPool(ThreadPool):
-    """A hung processor must not keep the process from ending."""
-
-    threadFactory = staticmethod(  # type: ignore[assignment]
-        partial(threading.Thread, daemon=True)
-    )
 
 
 def _name_of(function: Callable[..., Any]) -> str:

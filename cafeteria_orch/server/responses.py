@@ -1,4 +1,4 @@
-"""Answers: the only place that makes them, and the slot that each message has for one."""
+"""Answers: how they are made, and the slot that each message has for one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from uuid import UUID
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from cafeteria_orch.wire.errors import OrchestratorError
+from cafeteria_orch.wire.errors import OrchestratorError, ProtocolError
+from cafeteria_orch.wire.messages import ClientHello, Finished
 from cafeteria_orch.wire.opcodes import FailReason, Opcode
 
 if TYPE_CHECKING:
@@ -23,14 +24,14 @@ _log = Logger()
 
 @dataclass(eq=False)
 class Session:
-    """Who is at the other end of a connection, as far as it has said.
+    """What is known of the client of a connection.
 
-    :ivar ip: the peer's address, or ``unix`` for a local socket.
+    :ivar ip: its address, or ``unix`` for a local socket.
     :ivar connected_at: when it connected, in seconds since the epoch.
-    :ivar client_id: the UUID of its CLIENT_HELLO.
+    :ivar client_id: the UUID in its CLIENT_HELLO.
     :ivar agency_id: the number in its FINISHED.
-    :ivar common_name: in its certificate, what is not printable in it escaped; ``None``
-        without one.
+    :ivar common_name: the name in its certificate, with unprintable characters escaped; ``None``
+        without a certificate.
     """
 
     ip: str
@@ -38,20 +39,34 @@ class Session:
     client_id: UUID | None = None
     agency_id: int | None = None
     common_name: str | None = None
+    _has_spoken: bool = False
+
+    def learn(self, message: object) -> None:
+        """Take from a message what it says of its sender.
+
+        :raises ProtocolError: for a CLIENT_HELLO that is not the first message.
+        """
+        if isinstance(message, ClientHello):
+            if self._has_spoken:
+                raise ProtocolError("a CLIENT_HELLO that is not the first message")
+            self.client_id = message.client_id
+        elif isinstance(message, Finished):
+            self.agency_id = message.agency_id
+        self._has_spoken = True
 
 
 class Exchange:
     """One message's handle on its connection: what a processor gets as ``client``.
 
-    It has exactly one slot for an answer. Fill it through this module's functions, from
-    any thread; a second answer is not sent, since clients count them.
+    It has exactly one slot for an answer. The functions of this module fill it, from any
+    thread. A second answer is not sent, since clients count them.
 
     :ivar opcode: of the message.
-    :ivar settled: whether the slot is used up. The reactor's thread alone may ask.
-    :ivar payload: the answer in it; empty if there is none.
+    :ivar settled: whether the slot is used. To be read in the reactor's thread only.
+    :ivar payload: the answer; empty without one.
     :ivar size: of the message, in bytes.
-    :ivar started_at: when its processing began, in seconds since the epoch.
-    :ivar is_late: whether that took so long that the client was told to try again later.
+    :ivar started_at: when its processing began, in seconds of the reactor's clock.
+    :ivar is_late: whether the processing timeout has answered in place of the processor.
     """
 
     __slots__ = (
@@ -75,7 +90,7 @@ class Exchange:
 
     @property
     def session(self) -> Session:
-        """Who the client is: one object for all messages of a connection."""
+        """What is known of the client: one object for all messages of a connection."""
         return self._connection.session
 
     @property
@@ -85,7 +100,7 @@ class Exchange:
 
     @property
     def client_id(self) -> UUID | None:
-        """The client's UUID, if it has said CLIENT_HELLO."""
+        """The client's UUID, if it has sent CLIENT_HELLO."""
         return self._connection.session.client_id
 
     @property
@@ -95,11 +110,11 @@ class Exchange:
 
     @property
     def log_debug(self) -> bool:
-        """Whether debug events are to be emitted."""
+        """Whether debug events are logged."""
         return self._connection.log_debug
 
     def answer(self, payload: bytes) -> None:
-        """Fill the slot; :func:`send` and its kin call this."""
+        """Fill the slot. The functions of this module call it."""
         connection = self._connection
         # isInIOThread() is wrong where no reactor runs, as under a test's string transport.
         if threading.get_ident() == connection.thread:
@@ -124,7 +139,7 @@ class Exchange:
 
 
 def send(client: Exchange, opcode: int, body: bytes = b"") -> None:
-    """Answer with a response of one's own. From any thread.
+    """Answer with any response. From any thread.
 
     :param client: the message's handle.
     :param opcode: 0 to 255.
@@ -147,7 +162,7 @@ def send_failure(client: Exchange, reason: FailReason | None = FailReason.REJECT
 
 
 def handle_processing_error(message: Any, client: Exchange, error: BaseException) -> bool:
-    """Answer FAIL for a processor that failed, unless it has answered before; and log it.
+    """Answer FAIL for a processor that failed, unless it had answered; and log the error.
 
     In the reactor's thread. The reason is the error's own if it is of this package,
     :attr:`~cafeteria_orch.wire.opcodes.FailReason.REJECTED` otherwise.

@@ -1,4 +1,4 @@
-"""Long work of many connections: a piece now and then, in fair turn."""
+"""Long work of many connections: one piece at a time, in fair turn."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 ITERATIONS = 4
-"""So many iterations of the reactor lie between two turns. A short frame takes two or three of
-them, from its first bytes to its answer: it is to meet one long piece of work, not three."""
+"""The number of the reactor's iterations from one turn to the next. A short frame takes two or
+three of them from its first byte to its answer: it meets one long piece of work, not three."""
 
 
 class Turns:
-    """Hands out a turn every few iterations of the reactor.
+    """Gives a turn to one connection every few iterations of the reactor.
 
-    Between two turns the reactor sees to all sockets, so that who has little to do waits for
-    one long piece of work at most, not for those of everybody.
+    Between two turns the reactor serves all sockets, so a connection with little to do waits for
+    one long piece of work, not for one of each other connection. Twisted's ``Cooperator`` would
+    make even a connection that is alone wait for its first turn.
 
     :param reactor: for the iterations.
     """
@@ -26,14 +27,14 @@ class Turns:
         self._waiting: deque[Callable[[], None]] = deque()
 
     def take(self) -> bool:
-        """Take the turn, if it is there to be taken."""
+        """Take the turn, if it is free; return whether it is taken."""
         if self._until_next:
             return False
         self._begin()
         return True
 
     def wait(self, call: Callable[[], None]) -> None:
-        """Have something called when all that waited before has had its turn."""
+        """Have a function called when those that waited before have had their turn."""
         self._waiting.append(call)
 
     def _begin(self) -> None:

@@ -29,7 +29,7 @@ from cafeteria_orch.daemon.service import OrchestratorService
 from cafeteria_orch.edge.proxy import parse_networks
 from cafeteria_orch.edge.tls import ServerTLS
 from cafeteria_orch.observe.logs import BufferedLogObserver
-from cafeteria_orch.tap import Options, makeService
+from cafeteria_orch.tap import SWITCH_INTERVAL, Options, makeService
 from tests.support.builders import texts
 from tests.support.certificates import Files
 
@@ -102,6 +102,13 @@ class TapTestCase(TestCase):
 
 class Plugin(TapTestCase):
     """How ``twistd`` comes to know it."""
+
+    def test_threads_hand_over_the_interpreter_lock_soon(self) -> None:
+        """The store's thread does not wait for Python's 5 ms each time it needs the lock."""
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(0.005)
+        self.make("--store=none")
+        self.assertAlmostEqual(sys.getswitchinterval(), SWITCH_INTERVAL)
 
     def test_plugin(self) -> None:
         """The plugin is found by its name, and leads here."""

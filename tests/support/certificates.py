@@ -99,6 +99,7 @@ class MemoryClient:
     def __init__(self, wire: Any, context: ssl.SSLContext) -> None:
         self._wire = wire
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._is_secure = False
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=SERVER)
 
     def hello(self) -> bytes:
@@ -125,18 +126,25 @@ class MemoryClient:
         sent = sent[cut:]
         for _ in range(4):
             self._deliver(sent)
-            self.carry()
             try:
-                self._tls.do_handshake()
-                if with_end:
-                    self._tls.write(with_end)
-                    with_end = b""
-            except ssl.SSLWantReadError:
-                pass
+                sent = self.answer(with_end)
             except ssl.SSLError:
                 self._deliver(self._outgoing.read())
                 raise
-            sent = self._outgoing.read()
+
+    def answer(self, with_end: bytes = b"") -> bytes:
+        """Receive the server's part of the handshake, and return what to send next.
+
+        :param with_end: sent by TLS behind the end of the handshake.
+        :raises ssl.SSLError: if this side refuses the server's part.
+        """
+        self.carry()
+        if not self._is_secure:
+            with suppress(ssl.SSLWantReadError):
+                self._tls.do_handshake()
+                self._is_secure = True
+                self._tls.write(with_end)
+        return self._outgoing.read()
 
     def send(self, data: bytes) -> None:
         """Send something by TLS."""

@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 import ssl
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -251,6 +252,22 @@ class BalancerTests(TLSServerTestCase):
         self.assertEqual(client.read(100), SUCCESS * 3)
         server.wait_until_logged(f"accept_connections | result: success | ip: {PEER}\n")
         self.assert_quiet(server)
+
+    def test_a_suspended_server_reads_before_it_judges(self) -> None:
+        """A client whose header arrived while the process was stopped is served after that."""
+        patience = "from cafeteria_orch.edge import admission\n"
+        patience += "def register(_):\n    admission.ADMISSION_TIMEOUT = 1.5\n"
+        (self.folder / "hurry.py").write_text(patience)
+        server = self.serve("--proxy-protocol", "--processors", "hurry:register")
+        client, later = self.client(server), self.client(server)
+        later.send(HEADER + batch_frame())
+        self.assertEqual(later.read(5), SUCCESS)
+        # Both are accepted by now.
+        server.signal(signal.SIGSTOP)
+        client.send(HEADER + batch_frame())
+        time.sleep(1.7)
+        server.signal(signal.SIGCONT)
+        self.assertEqual(client.read(5), SUCCESS)
 
     def test_the_header_comes_before_tls(self) -> None:
         """The handshake may follow the header at once."""

@@ -30,6 +30,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.edge.admission import ADMISSION_TIMEOUT, Admission
 from cafeteria_orch.edge.tls import ServerTLS
 from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.timeouts import Timeouts
 from tests.support.admission import BALANCER, BALANCERS, V1, V2, Wire
 from tests.support.builders import ECHO, echo, numbered
 from tests.support.certificates import Files, MemoryClient, client_context
@@ -87,7 +88,9 @@ class Peers(RuleBasedStateMachine):
         patcher = patch.object(tls, "_get_default_clock", lambda: self.clock)
         patcher.start()
         self.undo = patcher.stop
-        self.factory = OrchestratorFactory(self.clock, log_level=LogLevel.critical)
+        # Only admission closes anything here.
+        never = Timeouts(idle=None, frame=None, processing=None)
+        self.factory = OrchestratorFactory(self.clock, timeouts=never, log_level=LogLevel.critical)
         self.factory.register_processor(ECHO, echo)
         self.admission = Admission(
             self.clock,

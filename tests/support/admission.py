@@ -64,8 +64,8 @@ class Wire(TCPTransport):
         return bool(self.aborted or self.disconnecting)
 
     def deliver(self, data: bytes) -> None:
-        """Receive bytes of the peer, unless this side has closed."""
-        if not self.is_closing:
+        """Receive what the peer sent, unless this side has closed."""
+        if data and not self.is_closing:
             self.protocol.dataReceived(data)
 
     def lose(self, error: Exception | None = None) -> None:

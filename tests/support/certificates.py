@@ -122,14 +122,14 @@ class MemoryClient:
         :raises ssl.SSLError: if this side refuses it.
         """
         sent = first + self.hello()
-        self._deliver(sent[:cut])
+        self._wire.deliver(sent[:cut])
         sent = sent[cut:]
         for _ in range(4):
-            self._deliver(sent)
+            self._wire.deliver(sent)
             try:
                 sent = self.answer(with_end)
             except ssl.SSLError:
-                self._deliver(self._outgoing.read())
+                self._wire.deliver(self._outgoing.read())
                 raise
 
     def answer(self, with_end: bytes = b"") -> bytes:
@@ -149,7 +149,7 @@ class MemoryClient:
     def send(self, data: bytes) -> None:
         """Send something by TLS."""
         self._tls.write(data)
-        self._deliver(self._outgoing.read())
+        self._wire.deliver(self._outgoing.read())
 
     def read(self) -> bytes:
         """Receive what the server has sent; empty if it has closed TLS."""
@@ -160,8 +160,4 @@ class MemoryClient:
         """Close TLS, and do not wait until the server does."""
         with suppress(ssl.SSLWantReadError):
             self._tls.unwrap()
-        self._deliver(self._outgoing.read())
-
-    def _deliver(self, data: bytes) -> None:
-        if data:
-            self._wire.deliver(data)
+        self._wire.deliver(self._outgoing.read())

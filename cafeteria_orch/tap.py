@@ -28,12 +28,13 @@ from twisted.python.logfile import LogFile
 
 from . import __version__
 from .common.clock import measure_monotonic_time, wall_time
+from .common.pem import PEMError
 from .daemon.descriptors import allow_connections
 from .daemon.options import Options, refusal
 from .daemon.service import OrchestratorService, ServiceMonitor
 from .daemon.systemd import SystemdNotifier
-from .edge.admission import Gates
-from .edge.tls import CertificateError, ServerTLS
+from .edge.admission import Admission
+from .edge.tls import ServerTLS
 from .observe.logs import BufferedLogObserver
 from .server.factory import OrchestratorFactory
 from .server.timeouts import Timeouts
@@ -93,7 +94,7 @@ def makeService(options: Options) -> IService:
         sink.register(factory)
     for name in options["processors"]:
         _load_processors(name, factory)
-    tls = _server_tls(reactor, options)
+    tls = _server_tls(options)
     gates = _gates(reactor, factory, tls, most, options) if has_gates else None
     _probe(_endpoints(_BindProbe(), options))
     return OrchestratorService(
@@ -111,14 +112,14 @@ def makeService(options: Options) -> IService:
     )
 
 
-def _server_tls(reactor: Any, options: Options) -> ServerTLS | None:
+def _server_tls(options: Options) -> ServerTLS | None:
     if options["tls-cert"] is None:
         return None
     try:
         return ServerTLS(
-            reactor, options["tls-cert"], options["tls-key"], options["tls-client-ca"]
+            wall_time, options["tls-cert"], options["tls-key"], options["tls-client-ca"]
         )
-    except CertificateError as error:
+    except PEMError as error:
         raise refusal(str(error)) from error
 
 
@@ -128,7 +129,7 @@ def _gates(
     tls: ServerTLS | None,
     most: int,
     options: Options,
-) -> Gates:
+) -> Admission:
     for description in options["listen"]:
         if description.startswith(("ssl:", "haproxy:")):
             raise refusal(
@@ -136,7 +137,7 @@ def _gates(
                 " listened to: leave them out, or name a tcp: endpoint"
             )
     trusted = options["proxy-from"] if options["proxy-protocol"] else None
-    return Gates(reactor, factory, most=most, trusted=trusted, tls=tls)
+    return Admission(reactor, factory, max_pending=most, trusted=trusted, tls=tls)
 
 
 def _monitor(

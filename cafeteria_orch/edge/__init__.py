@@ -1,5 +1,5 @@
-"""Who may become a client: the PROXY header, the TLS handshake, admission.
+"""Who may become a client: the PROXY header, the TLS handshake, and admission by both.
 
-The server never sees a connection that does not pass. A module here may import ``wire``,
+A connection that is not admitted never reaches the server. A module here may import ``wire``,
 ``common`` and ``server``.
 """

@@ -1,11 +1,12 @@
-"""What a connection has to pass before it is a client: the PROXY header, the TLS handshake.
+"""Admission: the PROXY header and the TLS handshake, before a client exists.
 
-Whoever does not pass is never seen by the factory: limits, log and sessions know clients alone,
-by their own addresses.
+A connection that is not admitted never reaches the factory: the limits, the log and the sessions
+know clients alone, by their own addresses.
 """
 
 from __future__ import annotations
 
+from enum import Enum, auto
 from typing import Any
 
 from twisted.internet.address import IPv4Address, IPv6Address
@@ -22,7 +23,7 @@ from cafeteria_orch.server.factory import OrchestratorFactory
 from .proxy import Network, ProxyError, is_within, parse_header
 from .tls import ServerTLS, common_name, handshake_problem
 
-HANDSHAKE_TIMEOUT = 10.0
+ADMISSION_TIMEOUT = 10.0
 """How long, in seconds, a connection may take to become a client."""
 
 # The first byte of a TLS connection: a record of the handshake.
@@ -31,19 +32,18 @@ _TLS_HANDSHAKE = 22
 _log = Logger()
 
 
-class Gates(ServerFactory):
-    """Listens in the place of the factory, and hands over the connections that pass.
+class Admission(ServerFactory):
+    """Listens in place of the factory, and hands connections over when they become clients.
 
-    Those that have not passed yet are no clients, and do not count in the limit of those. When
-    there are too many, the one that has waited longest is closed: whoever connects and keeps
-    silent keeps nobody else out.
+    A pending connection does not count in the limit of clients. When too many are pending, the
+    one that has waited longest is closed: silent connections keep nobody out.
 
-    :param reactor: for the time.
+    :param reactor: runs the timeouts.
     :param factory: makes the protocols of clients.
-    :param most: so many may be on their way to become clients at once.
-    :param trusted: where PROXY headers are believed, and nobody else may connect from, but by a
-        local socket; ``None`` if none is to come.
-    :param tls: how to speak TLS; ``None`` for plain text.
+    :param max_pending: the limit of connections that are not clients yet.
+    :param trusted: the networks of load balancers, which send PROXY headers; only these and
+        local sockets may connect. ``None`` expects no header.
+    :param tls: the server's side of TLS; ``None`` for plain text.
     """
 
     noisy = False
@@ -53,37 +53,49 @@ class Gates(ServerFactory):
         reactor: Any,
         factory: OrchestratorFactory,
         *,
-        most: int,
+        max_pending: int,
         trusted: tuple[Network, ...] | None = None,
         tls: ServerTLS | None = None,
     ) -> None:
         self.reactor = reactor
         self.factory = factory
-        self.most = most
+        self.max_pending = max_pending
         self.trusted = trusted
         self.tls = tls
-        # An ordered set: who has waited longest is the first.
-        self.pending: dict[_Gate, None] = {}
+        # In the order of their connections, each with its timeout.
+        self.pending: dict[_Candidate, IDelayedCall] = {}
         self._reports = Throttle(reactor)
 
     def buildProtocol(self, addr: IAddress | None) -> Protocol | None:
-        """Make what a connection has to pass; ``None`` turns it away."""
+        """Make the protocol of a pending connection; ``None`` closes the connection."""
         host = getattr(addr, "host", None)
         if self.trusted is not None and host is not None and not is_within(host, self.trusted):
             self.report(addr, "it is not in --proxy-from")
             return None
-        if len(self.pending) >= self.most:
+        if len(self.pending) >= self.max_pending:
             oldest = next(iter(self.pending))
-            oldest.refuse(f"{self.most} others came before it had done its handshake")
-        return _Gate(self, addr)
+            oldest.refuse(f"{self.max_pending} others came before it finished its handshake")
+        return _Candidate(self, addr)
 
     def stopFactory(self) -> None:
-        """Nothing listens any more: who has not passed by now does not pass."""
-        for gate in list(self.pending):
-            gate.abort()
+        """Close the pending connections when the server stops listening."""
+        for candidate in list(self.pending):
+            candidate.abort()
+
+    def add(self, candidate: _Candidate) -> None:
+        """Count a connection as pending, and limit how long it is."""
+        self.pending[candidate] = self.reactor.callLater(
+            ADMISSION_TIMEOUT, self._expire, candidate
+        )
+
+    def remove(self, candidate: _Candidate) -> None:
+        """Count a connection as pending no more."""
+        timeout = self.pending.pop(candidate, None)
+        if timeout is not None and timeout.active():
+            timeout.cancel()
 
     def report(self, address: IAddress | None, problem: str) -> None:
-        """Count a connection that has not passed; log it, if not logged a short while ago.
+        """Count a connection that was not admitted, and log it, once a minute for each problem.
 
         :param problem: one of a few texts.
         """
@@ -98,139 +110,126 @@ class Gates(ServerFactory):
                 refused=refused,
             )
 
+    def _expire(self, candidate: _Candidate) -> None:
+        # The reactor reads once more before the call: a process that was suspended for longer
+        # than the timeout judges no connection by what it did not read.
+        problem = f"it did not finish its handshake in {ADMISSION_TIMEOUT:g} s"
+        self.pending[candidate] = self.reactor.callLater(0, candidate.refuse, problem)
 
-class _Gate(Protocol):
-    """A connection's protocol until it is a client's.
 
-    Then the client's takes its place at the transport, and nothing stands between those two:
-    the half-close, for one, reaches the client's protocol as it does without a gate.
-    """
+class _Stage(Enum):
+    """What a pending connection has to send next."""
 
-    transport: Any
-    _timeout: IDelayedCall
-
-    def __init__(self, gates: Gates, address: IAddress | None) -> None:
-        self._gates = gates
-        self._address = address
-        self._awaits_header = gates.trusted is not None
-        self._data = b""
-        self._is_over = False
-
-    def connectionMade(self) -> None:
-        gates = self._gates
-        gates.pending[self] = None
-        timeout = HANDSHAKE_TIMEOUT
-        problem = f"its handshake was not done in {timeout:g} s"
-        self._timeout = gates.reactor.callLater(timeout, self.refuse, problem)
-
-    def dataReceived(self, data: bytes) -> None:
-        self._data += data
-        try:
-            if self._awaits_header and not self._read_header():
-                return
-        except ProxyError as error:
-            self.refuse(f"PROXY header: {error}")
-            return
-        if self._gates.tls is None:
-            self._hand_over()
-        elif self._data:
-            self._begin_tls(self._gates.tls)
-
-    def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
-        # A check of the server's health says nothing at all.
-        self.lost("it has closed before its handshake was done" if self._data else None)
-
-    def _read_header(self) -> bool:
-        """Whether the header is there."""
-        header = parse_header(self._data)
-        if header is None:
-            return False
-        self._awaits_header = False
-        self._data = self._data[header.size :]
-        if header.host is not None:
-            kind = IPv6Address if ":" in header.host else IPv4Address
-            self._address = kind("TCP", header.host, header.port)
-        return True
-
-    def _begin_tls(self, tls: ServerTLS) -> None:
-        # Before it has said anything no memory is taken for TLS; and what speaks no TLS is told
-        # from what speaks it badly.
-        data, self._data = self._data, b""
-        if data[0] != _TLS_HANDSHAKE:
-            self.refuse("it speaks no TLS")
-            return
-        protocol = tls.wrap(_Handshake(self))
-        self.transport.protocol = protocol
-        protocol.makeConnection(self.transport)
-        protocol.dataReceived(data)
-
-    def _hand_over(self) -> None:
-        client = self.client(None)
-        if client is None:
-            self.transport.loseConnection()
-            return
-        self.transport.protocol = client
-        client.makeConnection(self.transport)
-        if self._data:
-            client.dataReceived(self._data)
-
-    def client(self, name: str | None) -> OrchestratorProtocol | None:
-        """It has passed: make the protocol of a client; ``None`` turns it away.
-
-        :param name: in the client's certificate.
-        """
-        client = self._gates.factory.buildProtocol(self._address)
-        self._is_over = True
-        if client is not None:
-            client.common_name = name
-            self._forget()
-        return client
-
-    def refuse(self, problem: str) -> None:
-        """Log what it is refused for, and close it."""
-        self.lost(problem)
-        self.abort()
-
-    def abort(self) -> None:
-        """Close it, and say nothing of it."""
-        self._is_over = True
-        self._forget()
-        self.transport.abortConnection()
-
-    def lost(self, problem: str | None) -> None:
-        """It does not become a client."""
-        self._forget()
-        if problem is not None and not self._is_over:
-            self._gates.report(self._address, problem)
-        self._is_over = True
-
-    def _forget(self) -> None:
-        if self in self._gates.pending:
-            del self._gates.pending[self]
-        if self._timeout.active():
-            self._timeout.cancel()
+    HEADER = auto()
+    FIRST_BYTE = auto()
+    HANDSHAKE = auto()
+    CLOSING = auto()
+    """Nothing: it is not admitted, and its end is not worth a line."""
 
 
 @implementer(IHandshakeListener)
-class _Handshake(Protocol):
-    """Stands at the inner end of a TLS connection until the client's protocol does."""
+class _Candidate(Protocol):
+    """The protocol of a pending connection, until a client's protocol takes its place."""
 
     transport: Any
 
-    def __init__(self, gate: _Gate) -> None:
-        self._gate = gate
+    def __init__(self, admission: Admission, address: IAddress | None) -> None:
+        self._admission = admission
+        self._address = address
+        self._stage = _Stage.FIRST_BYTE if admission.trusted is None else _Stage.HEADER
+        self._received = b""
+
+    def connectionMade(self) -> None:
+        self._admission.add(self)
+
+    def dataReceived(self, data: bytes) -> None:
+        if self._stage is _Stage.CLOSING:
+            return
+        self._received += data
+        try:
+            if self._stage is _Stage.HEADER:
+                self._read_header()
+        except ProxyError as error:
+            self.refuse(f"PROXY header: {error}")
+        if self._stage is _Stage.FIRST_BYTE:
+            self._pass_on()
+
+    def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
+        self._admission.remove(self)
+        problem = "it closed before it finished its handshake"
+        if self._stage is _Stage.HANDSHAKE:
+            problem = handshake_problem(reason, self.transport.getHandle()) or problem
+        elif self._stage is _Stage.CLOSING or not self._received:
+            # A health check of a balancer closes without a word.
+            return
+        self._admission.report(self._address, problem)
 
     def handshakeCompleted(self) -> None:
-        tls = self.transport
-        client = self._gate.client(common_name(tls.getHandle()))
+        """Admit a client whose TLS handshake is done."""
+        tls = self.transport.protocol
+        client = self._admit(common_name(tls.getHandle()))
         if client is None:
             tls.loseConnection()
-            # Without waiting for the other side to say the same.
+            # Does not wait until the peer closes TLS too.
             tls.transport.loseConnection()
             return
         tls.wrappedProtocol = client
+        # Not the connection below TLS: that is ``disconnecting`` once the peer closes TLS, when
+        # frames that are read may still wait to be processed.
         client.makeConnection(tls)
 
-    def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
-        problem = handshake_problem(reason, self.transport.getHandle())
-        self._gate.lost(problem or "it has closed before its handshake was done")
+    def refuse(self, problem: str) -> None:
+        """Log why the connection is not admitted, and close it."""
+        if self._stage is not _Stage.CLOSING:
+            self._admission.report(self._address, problem)
+        self.abort()
+
+    def abort(self) -> None:
+        """Close the connection without a line in the log."""
+        self._stage = _Stage.CLOSING
+        self._admission.remove(self)
+        self.transport.abortConnection()
+
+    def _read_header(self) -> None:
+        header = parse_header(self._received)
+        if header is None:
+            return
+        self._stage = _Stage.FIRST_BYTE
+        self._received = self._received[header.size :]
+        if header.host is not None:
+            kind = IPv6Address if ":" in header.host else IPv4Address
+            self._address = kind("TCP", header.host, header.port)
+
+    def _pass_on(self) -> None:
+        # A connection that has sent nothing takes no memory for TLS.
+        data, self._received = self._received, b""
+        if self._admission.tls is None:
+            self._hand_over(data)
+        elif data and data[0] != _TLS_HANDSHAKE:
+            self.refuse("it does not speak TLS")
+        elif data:
+            self._stage = _Stage.HANDSHAKE
+            self.transport.startTLS(self._admission.tls)
+            self.transport.protocol.dataReceived(data)
+
+    def _hand_over(self, data: bytes) -> None:
+        client = self._admit(None)
+        if client is None:
+            self.transport.loseConnection()
+            return
+        # Without TLS, Twisted has wrappers alone for this: one would stay in between for good,
+        # cost a call for each chunk, and keep the half-close from the client's protocol.
+        self.transport.protocol = client
+        client.makeConnection(self.transport)
+        if data:
+            client.dataReceived(data)
+
+    def _admit(self, name: str | None) -> OrchestratorProtocol | None:
+        client = self._admission.factory.buildProtocol(self._address)
+        if client is None:
+            # Stays pending, and so has a timeout, until the connection is closed.
+            self._stage = _Stage.CLOSING
+            return None
+        client.common_name = name
+        self._admission.remove(self)
+        return client

@@ -1,9 +1,9 @@
 """The header of the PROXY protocol, in which a load balancer says who its client is.
 
-Versions 1 and 2. Pure: bytes to a value. Twisted's own wrapper (``twisted.protocols.haproxy``)
-does not serve: it stays between the connection and its protocol, which costs a call for each
-chunk and the half-close, believes whoever connects, wants a version 2 header to begin with at
-least 16 bytes in one chunk, and keeps an address that is none.
+A parser of versions 1 and 2, from bytes to a value, without I/O. Twisted's own wrapper
+(``twisted.protocols.haproxy``) trusts every peer, needs the first 16 bytes of a version 2 header
+in one chunk, accepts addresses that are invalid, and stays between the transport and the
+protocol: it adds a call to each chunk and hides the half-close.
 """
 
 from __future__ import annotations
@@ -21,39 +21,38 @@ from ipaddress import (
 )
 
 V1_START = b"PROXY "
-V1_MOST_BYTES = 107
-"""The longest header that version 1 knows, with its line's end."""
+V1_MAX_BYTES = 107
+"""The size of the longest version 1 header, with the end of its line."""
 
 V2_START = b"\r\n\r\n\0\r\nQUIT\n"
-V2_MOST_BYTES = 4096
-"""The longest version 2 header that is taken. A balancer keeps it within a packet, 536 bytes;
-this leaves room for one that hands on a client certificate."""
+V2_MAX_BYTES = 4096
+"""The size of the longest version 2 header that is accepted. Most have less than 536 bytes; one
+that passes a client certificate on has more."""
 
 _V2_HEAD = struct.Struct("!BBH")
 _V2_LOCAL, _V2_PROXY = 0x20, 0x21
 _V2_ADDRESSES = {0x11: struct.Struct("!4s4s2H"), 0x21: struct.Struct("!16s16s2H")}
-# Clients of whom there is nothing to be said: of an unknown kind, or on the balancer's own
-# machine, by a local socket.
+# Clients without a TCP address: of an unknown kind, or at a local socket of the balancer.
 _V2_UNKNOWN, _V2_UNIX = 0x00, 0x31
 _V2_UNIX_BYTES = 216
 
 _V1_LINE = re.compile(rb"(TCP4|TCP6) ([0-9A-Fa-f:.]+) ([0-9A-Fa-f:.]+) (\d{1,5}) (\d{1,5})")
-_MOST_PORT = 65535
+_MAX_PORT = 65535
 
 Network = IPv4Network | IPv6Network
 
 
 class ProxyError(ValueError):
-    """Bytes that are no PROXY header. Its text is one of a few, and holds nothing of them."""
+    """The bytes are not a PROXY header. Its text is one of a few, and quotes no byte of them."""
 
 
 @dataclass(frozen=True)
 class ProxyHeader:
-    """A header that is whole.
+    """A complete header.
 
-    :ivar size: how many bytes it has.
-    :ivar host: the client's address; ``None`` if the balancer speaks for itself, as in a check
-        of the server's health, or does not know.
+    :ivar size: the number of its bytes.
+    :ivar host: the client's address; ``None`` if the balancer does not know it, or connects on
+        its own behalf, as for a health check.
     :ivar port: the client's port; 0 without an address.
     """
 
@@ -63,11 +62,11 @@ class ProxyHeader:
 
 
 def parse_header(data: bytes) -> ProxyHeader | None:
-    """Read the header that a connection begins with.
+    """Parse the header at the beginning of a connection.
 
-    :param data: what came so far; more than the header may have come.
-    :return: ``None`` if more has to come.
-    :raises ProxyError: if it cannot become one, whatever comes.
+    :param data: the bytes received so far, the header's and any that follow it.
+    :return: ``None`` if the header is incomplete.
+    :raises ProxyError: if no further bytes can make it a header.
     """
     if data[: len(V1_START)] == V1_START[: len(data)]:
         return _parse_v1(data) if len(data) > len(V1_START) else None
@@ -77,9 +76,9 @@ def parse_header(data: bytes) -> ProxyHeader | None:
 
 
 def _parse_v1(data: bytes) -> ProxyHeader | None:
-    end = data.find(b"\r\n", 0, V1_MOST_BYTES)
+    end = data.find(b"\r\n", 0, V1_MAX_BYTES)
     if end < 0:
-        if len(data) >= V1_MOST_BYTES:
+        if len(data) >= V1_MAX_BYTES:
             raise ProxyError("the line does not end")
         return None
     size = end + len(b"\r\n")
@@ -88,16 +87,16 @@ def _parse_v1(data: bytes) -> ProxyHeader | None:
         return ProxyHeader(size)
     match = _V1_LINE.fullmatch(line)
     if match is None:
-        raise ProxyError("the line is not as it has to be")
+        raise ProxyError("the line is malformed")
     family, *addresses = (part.decode("ascii") for part in match.groups())
     kind = IPv4Address if family == "TCP4" else IPv6Address
     try:
         source, _ = (kind(address) for address in addresses[:2])
     except ValueError as error:
-        raise ProxyError("an address is none") from error
+        raise ProxyError("an address is invalid") from error
     port, other_port = map(int, addresses[2:])
-    if max(port, other_port) > _MOST_PORT:
-        raise ProxyError("a port is none")
+    if max(port, other_port) > _MAX_PORT:
+        raise ProxyError("a port is invalid")
     return ProxyHeader(size, _text_of(source), port)
 
 
@@ -111,8 +110,8 @@ def _parse_v2(data: bytes) -> ProxyHeader | None:
         return None
     _, family, length = _V2_HEAD.unpack_from(data, start)
     size = begin + length
-    if size > V2_MOST_BYTES:
-        raise ProxyError(f"it has more than {V2_MOST_BYTES} bytes")
+    if size > V2_MAX_BYTES:
+        raise ProxyError(f"it is longer than {V2_MAX_BYTES} bytes")
     addresses = _V2_ADDRESSES.get(family)
     if command == _V2_LOCAL or family == _V2_UNKNOWN:
         addresses, needed = None, 0
@@ -133,24 +132,24 @@ def _parse_v2(data: bytes) -> ProxyHeader | None:
 
 
 def _text_of(address: IPv4Address | IPv6Address) -> str:
-    # One client, one text: limits are counted by it.
+    # The limits count by this text: a client has one, however its address is written.
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     return str(mapped or address)
 
 
 def parse_networks(text: str) -> tuple[Network, ...]:
-    """Read networks and single addresses, separated by commas.
+    """Parse networks and single addresses, separated by commas.
 
-    :raises ValueError: naming the one that is none.
+    :raises ValueError: with a text that names the invalid one.
     """
     try:
         return tuple(ip_network(part.strip()) for part in text.split(","))
     except ValueError as error:
-        raise ValueError(f"{text!r} is no list of networks: {error}") from error
+        raise ValueError(f"{text!r} is not a list of networks: {error}") from error
 
 
 def is_within(host: str, networks: tuple[Network, ...]) -> bool:
-    """Whether an address is in one of some networks."""
+    """Return whether one of the networks contains an address."""
     address = ip_address(host)
     if isinstance(address, IPv6Address) and address.ipv4_mapped:
         address = address.ipv4_mapped

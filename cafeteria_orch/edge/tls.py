@@ -1,6 +1,6 @@
-"""TLS on the listening side: certificates from files, who a client is, why a handshake failed.
+"""TLS on the listening side: the server's certificates, who a client is, why a handshake failed.
 
-What comes with the extra ``tls`` is imported where it is used: without TLS, nothing needs it.
+The extra ``tls`` brings pyOpenSSL: it is imported where it is used.
 """
 
 from __future__ import annotations
@@ -9,123 +9,91 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.interfaces import IOpenSSLServerConnectionCreator, IProtocol
+from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
+
+from cafeteria_orch.common.clock import WallTime
+from cafeteria_orch.common.pem import PEMError, openssl_reason, read_identity, read_trust_root
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
     from OpenSSL.SSL import Connection
     from twisted.internet.ssl import CertificateOptions
-    from twisted.protocols.tls import TLSMemoryBIOProtocol
 
-# What can be wrong with a client, in the words of OpenSSL, and in ours.
-_REASONS = {
-    "peer did not return a certificate": "it has shown no certificate",
-    "unsupported protocol": "it speaks no TLS from version 1.2 on",
-    "no shared cipher": "it knows none of the ciphers",
+# Why a handshake failed, in the words of OpenSSL and in ours.
+_PROBLEMS = {
+    "peer did not return a certificate": "it showed no certificate",
+    "unsupported protocol": "it does not speak TLS 1.2 or newer",
+    "no shared cipher": "it supports none of the ciphers",
 }
 
 _log = Logger()
 
 
-class CertificateError(Exception):
-    """Certificates that cannot be used. Its text names the option, the file and the remedy."""
-
-
 @implementer(IOpenSSLServerConnectionCreator)
 class ServerTLS:
-    """Makes the server's side of TLS connections, of version 1.2 at least.
+    """Makes the server's side of TLS connections, of version 1.2 or newer.
 
-    :param reactor: for the time.
-    :param cert: the file with the server's certificate and those between it and its CA, in PEM
-        form.
-    :param key: the file with its private key; ``None`` if that is in the same file.
-    :param client_ca: the file with the certificates of the CAs of clients, which have to show
-        a certificate then; ``None`` to ask for none.
-    :raises CertificateError: if a file cannot be used, or the extra is not installed.
+    :param wall_time: tells whether a certificate is valid.
+    :param cert: the PEM file of the server's certificate, and of those between it and its CA.
+    :param key: the PEM file of its private key; ``None`` if ``cert`` holds it too.
+    :param client_ca: the PEM file of the CAs of clients, each of which must then show a
+        certificate; ``None`` asks for no certificate.
+    :raises PEMError: if a file cannot be used, or the extra is not installed.
     """
 
     def __init__(
-        self, reactor: Any, cert: str, key: str | None = None, client_ca: str | None = None
+        self, wall_time: WallTime, cert: str, key: str | None = None, client_ca: str | None = None
     ) -> None:
-        self._reactor = reactor
+        self._wall_time = wall_time
         self._cert = Path(cert)
-        self._key = Path(key or cert)
-        self._key_option = "--tls-key" if key else "--tls-cert"
-        self._client_ca = client_ca and Path(client_ca)
+        self._key = Path(key) if key else None
+        self._client_ca = Path(client_ca) if client_ca else None
         try:
             import OpenSSL  # noqa: F401, PLC0415
         except ImportError as error:
-            raise CertificateError(
+            raise PEMError(
                 "--tls-cert needs what comes with the extra tls: pip install 'cafeteria_orch[tls]'"
             ) from error
-        from twisted.protocols.tls import TLSMemoryBIOFactory  # noqa: PLC0415
-
         self._options = self._load()
-        self._factory = TLSMemoryBIOFactory(self, False, None, reactor)  # type: ignore[arg-type]
-
-    def wrap(self, protocol: IProtocol) -> TLSMemoryBIOProtocol:
-        """Have a protocol speak by TLS: what is returned stands between it and its transport."""
-        return self._factory.protocol(self._factory, protocol)
 
     def serverConnectionForTLS(self, tlsProtocol: Any) -> Connection:
-        """Twisted asks for one with every connection."""
+        """Make the TLS side of a new connection, for Twisted."""
         return self._options.serverConnectionForTLS(tlsProtocol)
 
     def reload(self) -> None:
-        """Read the files again, for the connections to come.
+        """Read the files again, for connections to come; open connections stay as they are.
 
-        Those there are go on. If one of the files cannot be used, all is kept as it is, and an
-        error is logged.
+        If a file cannot be used, log an error and keep what was read before.
         """
         try:
             self._options = self._load()
-        except CertificateError as error:
+        except PEMError as error:
             _log.error("action: reload | result: fail | error: {error}", error=error)
         else:
             _log.info("action: reload | result: success | tls_cert: {cert}", cert=self._cert)
 
     def _load(self) -> CertificateOptions:
-        from OpenSSL import SSL, crypto  # noqa: PLC0415
+        from OpenSSL import SSL  # noqa: PLC0415
         from twisted.internet import ssl  # noqa: PLC0415
 
-        chain = _read_certificates("--tls-cert", self._cert)
-        key = _read_key(self._key_option, self._key)
+        identity = read_identity(self._cert, self._key)
         trusted = None
-        if self._client_ca:
-            trusted = ssl.trustRootFromCertificates(
-                [
-                    ssl.Certificate(crypto.X509.from_cryptography(each))
-                    for each in _read_certificates("--tls-client-ca", self._client_ca)
-                ]
-            )
-        # Twisted passes on what it is given, and pyOpenSSL wants these of cryptography's.
-        certificate: list[Any] = list(chain)
+        if self._client_ca is not None:
+            trusted = read_trust_root("--tls-client-ca", self._client_ca)
         options = ssl.CertificateOptions(
-            privateKey=key,
-            certificate=certificate[0],
-            extraCertChain=certificate[1:],
-            trustRoot=trusted,
-            raiseMinimumTo=ssl.TLSVersion.TLSv1_2,
+            **identity, trustRoot=trusted, raiseMinimumTo=ssl.TLSVersion.TLSv1_2
         )
-        try:
-            context = options.getContext()
-        except (SSL.Error, TypeError) as error:
-            raise CertificateError(
-                f"{self._key_option} {self._key}: TLS does not take its key with the certificate"
-                f" in {self._cert} ({_reason_of(error)}): name the key that the certificate was"
-                " made with by --tls-key"
-            ) from error
         if trusted is not None:
             required = SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT
-            context.set_verify(required, _note_mistrust)
-        self._warn_of_dates(chain[0])
+            options.getContext().set_verify(required, _note_distrust)
+        self._warn_of_dates(identity["certificate"])
         return options
 
     def _warn_of_dates(self, certificate: Certificate) -> None:
-        now = datetime.fromtimestamp(self._reactor.seconds(), timezone.utc)
+        now = datetime.fromtimestamp(self._wall_time(), timezone.utc)
         problem = ""
         if certificate.not_valid_after_utc < now:
             problem = f"it has expired at {certificate.not_valid_after_utc}: renew it"
@@ -141,10 +109,10 @@ class ServerTLS:
 
 
 def common_name(connection: Connection) -> str | None:
-    """The name in the certificate that a client has shown; ``None`` if it has none.
+    """Return the common name in a client's certificate; ``None`` if there is none.
 
-    What is not printable in it is escaped, and so are the backslash and the bar that stands
-    between the fields of a log line.
+    Unprintable characters are escaped, and so are the backslash and the bar that separates the
+    fields of a log line.
     """
     from cryptography.x509.oid import NameOID  # noqa: PLC0415
 
@@ -153,39 +121,39 @@ def common_name(connection: Connection) -> str | None:
         if certificate is None:
             return None
         names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        # Of several, the last one says it most precisely.
+        # The last of several is the most specific.
         name = names[-1].value if names else ""
     except ValueError:
-        # OpenSSL bears with more than what makes a certificate of these bytes.
+        # OpenSSL accepts certificates that cryptography cannot parse.
         return None
     return "".join(map(_escaped, str(name))) or None
 
 
 def handshake_problem(failure: Failure, connection: Connection) -> str | None:
-    """Why a handshake has failed; ``None`` if the client has only gone away.
+    """Return why a handshake failed; ``None`` if the client only closed the connection.
 
-    :return: one of a few texts, with nothing that the client could have written.
+    :return: one of a few texts, which contain nothing that a client wrote.
     """
     from OpenSSL import SSL  # noqa: PLC0415
 
     error = failure.value
     if not isinstance(error, SSL.Error):
         return None
-    mistrust = connection.get_app_data()
-    if isinstance(mistrust, str):
-        return mistrust
-    reason = _reason_of(error)
+    distrust = connection.get_app_data()
+    if isinstance(distrust, str):
+        return distrust
+    reason = openssl_reason(error)
     alert = reason.partition(" alert ")[2]
     if alert:
         return f"it refuses this server: {alert}"
-    return _REASONS.get(reason, f"no TLS: {reason}")
+    return _PROBLEMS.get(reason, f"TLS failed: {reason}")
 
 
-def _note_mistrust(connection: Connection, _: object, number: int, __: int, ok: int) -> bool:
-    """OpenSSL asks for each certificate of a client.
+def _note_distrust(connection: Connection, _: object, number: int, __: int, ok: int) -> bool:
+    """Keep why OpenSSL does not trust a certificate of a client's chain.
 
     :param number: OpenSSL's error.
-    :param ok: whether it has found none.
+    :param ok: whether OpenSSL trusts the certificate.
     """
     from OpenSSL.SSL import X509VerificationCodes as Codes  # noqa: PLC0415
 
@@ -206,54 +174,6 @@ def _note_mistrust(connection: Connection, _: object, number: int, __: int, ok: 
             problem = "its certificate is of no CA in --tls-client-ca"
         connection.set_app_data(problem)
     return bool(ok)
-
-
-def _read(option: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CertificateError(
-            f"{option} {path}: {error.strerror}: name a file that this server may read"
-        ) from error
-
-
-def _read_certificates(option: str, path: Path) -> list[Certificate]:
-    from cryptography.x509 import load_pem_x509_certificates  # noqa: PLC0415
-
-    data = _read(option, path)
-    try:
-        return load_pem_x509_certificates(data)
-    except ValueError as error:
-        raise CertificateError(
-            f"{option} {path}: there is no certificate in PEM form in it (or a broken one): it"
-            " has to begin with -----BEGIN CERTIFICATE-----"
-        ) from error
-
-
-def _read_key(option: str, path: Path) -> Any:
-    from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415
-        load_pem_private_key,
-    )
-
-    data = _read(option, path)
-    try:
-        # Not by OpenSSL's own function: that asks the terminal for a passphrase.
-        return load_pem_private_key(data, None)
-    except TypeError as error:
-        raise CertificateError(
-            f"{option} {path}: the private key is encrypted: name one by --tls-key that is not"
-        ) from error
-    except ValueError as error:
-        raise CertificateError(
-            f"{option} {path}: there is no private key in PEM form in it: name its file by"
-            " --tls-key"
-        ) from error
-
-
-def _reason_of(error: Exception) -> str:
-    errors = error.args[0] if error.args else None
-    # One of OpenSSL's entries is library, function, reason.
-    return str(errors[-1][-1]) if isinstance(errors, list) and errors else type(error).__name__
 
 
 def _escaped(character: str) -> str:

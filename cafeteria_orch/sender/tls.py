@@ -1,6 +1,6 @@
-"""TLS on the sending side: who the server has to be, who this client is, what went wrong.
+"""TLS on the sending side: how the server is verified, who this client is, what went wrong.
 
-What comes with the extra ``tls`` is imported where it is used: without TLS, nothing needs it.
+The extra ``tls`` brings pyOpenSSL and service-identity: they are imported where they are used.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from twisted.internet.interfaces import IOpenSSLClientConnectionCreator, IStream
 from twisted.internet.protocol import Factory
 from zope.interface import implementer
 
+from cafeteria_orch.common.pem import PEMError, openssl_reason, read_identity, read_trust_root
+
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
     from OpenSSL.crypto import X509
     from OpenSSL.SSL import Connection
 
-# What a server says of a client's certificate, or of there being none, in the words of OpenSSL.
+# The alerts by which a server refuses a client's certificate, or the lack of one.
 _CERTIFICATE_ALERTS = {
     "access denied",
     "bad certificate",
@@ -38,22 +40,22 @@ _VERSION_ALERTS = {"insufficient security", "protocol version"}
 
 
 class TLSError(Exception):
-    """What would end the same way if it were tried again. Its text has the remedy."""
+    """A failure that a further attempt would repeat. Its text names the remedy."""
 
 
 @implementer(IOpenSSLClientConnectionCreator)
 class ClientTLS:
-    """Makes the TLS connections to one server, and knows why the last one has failed.
+    """Makes the TLS connections to one server, and explains why the last one failed.
 
-    The server has to have a certificate for its host name, or for its address where it is
-    named by that. TLS 1.2 is the oldest version that Twisted speaks.
+    The server must show a certificate for its host name, or for its address if ``hostname`` is
+    one. The oldest version of TLS is 1.2.
 
-    :param hostname: of the server.
-    :param ca: the file with the certificates of the CAs that are trusted, in PEM form.
-    :param cert: the file with this client's certificate and those between it and its CA;
+    :param hostname: the server's host name or address.
+    :param ca: the PEM file of the CAs that are trusted.
+    :param cert: the PEM file of this client's certificate, and of those between it and its CA;
         ``None`` if it has none.
-    :param key: the file with its private key; ``None`` if that is in the same file.
-    :raises TLSError: if one of the files cannot be used, or the extra is not installed.
+    :param key: the PEM file of its private key; ``None`` if ``cert`` holds it too.
+    :raises TLSError: if a file cannot be used, or the extra is not installed.
     """
 
     def __init__(
@@ -73,38 +75,36 @@ class ClientTLS:
         self._cert = cert
         self._connection: Connection | None = None
         self._not_verified = ""
-        trusted = [
-            ssl.Certificate.loadPEM(_as_pem(certificate))
-            for certificate in _read_certificates("--tls-ca", ca)
-        ]
         try:
             self._creator = ssl.optionsForClientTLS(
                 hostname,
-                trustRoot=ssl.trustRootFromCertificates(trusted),
-                extraCertificateOptions=None if cert is None else _read_identity(cert, key),
+                trustRoot=read_trust_root("--tls-ca", ca),
+                extraCertificateOptions=None if cert is None else read_identity(cert, key),
             )
+        except PEMError as error:
+            raise TLSError(str(error)) from error
         except UnicodeError as error:
             raise TLSError(f"--connect: {hostname!r} is no host name: {error}") from error
 
     def wrap(self, endpoint: IStreamClientEndpoint) -> IStreamClientEndpoint:
-        """The same server, by TLS."""
+        """Return an endpoint that connects to the same server by TLS."""
         return wrapClientTLS(self, endpoint)
 
     def clientConnectionForTLS(self, tlsProtocol: Any) -> Connection:
-        """Twisted asks for one with every connection."""
+        """Make the TLS side of a new connection, for Twisted."""
         from OpenSSL import SSL  # noqa: PLC0415
 
         self._not_verified = ""
         self._connection = self._creator.clientConnectionForTLS(tlsProtocol)
-        # In the place of Twisted's own verification, which lets a certificate pass that has no
-        # subjectAltName at all, or one with a wildcard that it does not understand.
+        # Twisted's own verification accepts a certificate that has no subjectAltName, or a
+        # wildcard that it does not understand.
         self._connection.set_verify(SSL.VERIFY_PEER, self._verify)
         return self._connection
 
     def explain(self, error: Exception) -> str:
-        """What to say of a connection that could not be made, or has ended.
+        """Describe a connection that could not be made, or has ended.
 
-        :raises TLSError: if the next one would end in the same way.
+        :raises TLSError: if the next connection would fail in the same way.
         """
         from OpenSSL import SSL  # noqa: PLC0415
 
@@ -112,11 +112,11 @@ class ClientTLS:
         if connection is None or not isinstance(error, ConnectionClosed):
             return str(error)
         if isinstance(cause, SSL.Error):
-            problem = self._problem(_reason(cause), connection)
+            problem = self._problem(openssl_reason(cause), connection)
             if problem:
                 raise TLSError(problem) from error
         elif connection.get_peer_finished() is None:
-            return f"{error} The TLS handshake was not done yet: does this server speak TLS?"
+            return f"{error} The TLS handshake was not finished: does this server speak TLS?"
         return str(error)
 
     def _problem(self, reason: str, connection: Connection) -> str | None:
@@ -134,18 +134,19 @@ class ClientTLS:
                 " its CA has signed with --tls-cert"
             )
         if alert in _VERSION_ALERTS:
-            return f"the server speaks no TLS that is new enough ({alert}): it has to speak 1.2"
+            return f"the server does not speak TLS 1.2 or newer ({alert}): upgrade it"
         if not alert and connection.get_peer_cert_chain(as_cryptography=True) is None:
             return (
-                f"the server does not speak TLS ({reason}): leave out --tls-ca, or have it do so"
+                f"the server does not speak TLS ({reason}): leave out --tls-ca, or start the"
+                " server with --tls-cert"
             )
         return None
 
     def _verify(self, _: Connection, shown: X509, number: int, depth: int, ok: int) -> bool:
-        """OpenSSL asks for each certificate of the chain; the last one is the server's.
+        """Return whether a certificate is trusted: each of the chain, the server's own last.
 
         :param number: OpenSSL's error.
-        :param ok: whether it has found none.
+        :param ok: whether OpenSSL trusts the certificate.
         """
         certificate = shown.to_cryptography()
         if not ok:
@@ -175,7 +176,7 @@ class ClientTLS:
         )
 
     def _mismatch(self, certificate: Certificate) -> str:
-        """Why a certificate is not the server's; empty if it is."""
+        """Return why a certificate is not the server's; the empty string if it is."""
         from service_identity.cryptography import (  # noqa: PLC0415
             verify_certificate_hostname,
             verify_certificate_ip_address,
@@ -188,7 +189,7 @@ class ClientTLS:
             names = _names(certificate)
             verify(certificate, self._hostname)
         except Exception:
-            # Whatever is strange about it: only a certificate that is understood is accepted.
+            # A certificate that cannot be understood is not accepted either.
             return (
                 f"the server's certificate is not for {self._hostname} but for"
                 f" {', '.join(names) or 'no host at all'}: say --connect with a name that it has"
@@ -197,7 +198,7 @@ class ClientTLS:
 
 
 def host_of(connect: str) -> str | None:
-    """The host of a Twisted endpoint for TCP; ``None`` if it is one of another kind."""
+    """Return the host of a Twisted endpoint for TCP; ``None`` for an endpoint of another kind."""
     if connect.partition(":")[0].lower() != "tcp":
         return None
     probe = _HostProbe()
@@ -206,64 +207,12 @@ def host_of(connect: str) -> str | None:
 
 
 class _HostProbe:
-    """What an endpoint takes for a reactor: keeps the host that it would connect to."""
+    """Stands in for an endpoint's reactor, and keeps the host that it would connect to."""
 
     host = ""
 
     def connectTCP(self, host: str, *_: object, **__: object) -> None:
         self.host = host
-
-
-def _read(option: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise TLSError(f"{option} {path}: {error.strerror}") from error
-
-
-def _read_certificates(option: str, path: Path) -> list[Certificate]:
-    from cryptography import x509  # noqa: PLC0415
-
-    try:
-        return x509.load_pem_x509_certificates(_read(option, path))
-    except ValueError as error:
-        raise TLSError(f"{option} {path}: there is no certificate in PEM form in it") from error
-
-
-def _read_identity(cert: Path, key: Path | None) -> dict[str, Any]:
-    """What Twisted's ``CertificateOptions`` takes for them."""
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key  # noqa: PLC0415
-
-    own, *others = _read_certificates("--tls-cert", cert)
-    option, path = ("--tls-cert", cert) if key is None else ("--tls-key", key)
-    try:
-        private_key = load_pem_private_key(_read(option, path), None)
-    except TypeError as error:
-        raise TLSError(
-            f"{option} {path}: its private key has a passphrase, which nobody is asked for:"
-            " give one without"
-        ) from error
-    except ValueError as error:
-        remedy = "; name its file with --tls-key" if key is None else ""
-        raise TLSError(
-            f"{option} {path}: there is no private key in PEM form in it{remedy}"
-        ) from error
-    if private_key.public_key() != own.public_key():
-        raise TLSError(
-            f"{option} {path}: its private key is not that of the certificate in {cert}:"
-            " name the one that belongs to it with --tls-key"
-        )
-    return {
-        "certificate": own,
-        "privateKey": private_key,
-        "extraCertChain": others,
-    }
-
-
-def _as_pem(certificate: Certificate) -> bytes:
-    from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415
-
-    return certificate.public_bytes(Encoding.PEM)
 
 
 def _names(certificate: Certificate) -> list[str]:
@@ -278,12 +227,3 @@ def _names(certificate: Certificate) -> list[str]:
         *names.get_values_for_type(x509.DNSName),
         *map(str, names.get_values_for_type(x509.IPAddress)),
     ]
-
-
-def _reason(error: Exception) -> str:
-    """The last thing that OpenSSL has said of an error."""
-    # Its argument is a list of (library, function, reason).
-    match error.args:
-        case ([*_, (_, _, str(reason))],):
-            return reason
-    return str(error)

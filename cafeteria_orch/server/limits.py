@@ -1,4 +1,4 @@
-"""How many connections there may be."""
+"""The limits of open connections: of all clients together, and of one address."""
 
 from __future__ import annotations
 
@@ -15,53 +15,61 @@ _log = Logger()
 
 
 class ConnectionLimits:
-    """Counts connections, and says whether one more is admitted.
+    """Counts open connections, and decides whether one more is admitted.
 
-    :param reactor: for the time.
-    :param counters: of the hits.
-    :param most: so many connections at once; ``None`` for any number.
-    :param most_per_host: so many of one address; ``None`` for any number.
+    :param reactor: measures the time between log lines.
+    :param counters: count how often a limit was hit.
+    :param max_connections: the limit of open connections; ``None`` sets none.
+    :param max_per_host: the limit of open connections from one address; ``None`` sets none.
     """
 
     def __init__(
-        self, reactor: Any, counters: Counters, most: int | None, most_per_host: int | None
+        self,
+        reactor: Any,
+        counters: Counters,
+        max_connections: int | None,
+        max_per_host: int | None,
     ) -> None:
         self._counters = counters
-        self._most = most
-        self._most_per_host = most_per_host
+        self._max_connections = max_connections
+        self._max_per_host = max_per_host
         self._open: Counter[str] = Counter()
         self._reports = Throttle(reactor)
 
     def admits(self, host: str | None) -> bool:
-        """Whether a connection may be made; if not, that is counted, and logged now and then.
+        """Return whether one more connection is admitted; count and log a refusal.
 
         :param host: the peer's address; ``None`` for a local socket, which has none.
         """
-        if self._most is not None and self._open.total() >= self._most:
+        if self._max_connections is not None and self._open.total() >= self._max_connections:
             self._counters.limit_hit("max_connections")
             self._refuse(
                 host,
-                f"{self._most} are open, the limit of --max-connections, or of descriptors",
+                f"{self._max_connections} are open, the limit of --max-connections,"
+                " or of descriptors",
             )
             return False
-        most_of_it = None if host is None else self._most_per_host
-        if most_of_it is not None and self._open[host or ""] >= most_of_it:
+        if host is None or self._max_per_host is None:
+            return True
+        if self._open[host] >= self._max_per_host:
             self._counters.limit_hit("max_connections_per_host")
-            self._refuse(host, f"it has {most_of_it}, the limit of --max-connections-per-host")
+            self._refuse(
+                host, f"it has {self._max_per_host}, the limit of --max-connections-per-host"
+            )
             return False
         return True
 
     def opened(self, host: str) -> None:
-        """A connection was made."""
+        """Count a connection that was made."""
         self._open[host] += 1
 
     def closed(self, host: str) -> None:
-        """It is gone."""
+        """Forget a connection that was lost, and its address with the last one of it."""
         self._open[host] -= 1
         if not self._open[host]:
             del self._open[host]
 
-    def _refuse(self, host: str | None, why: str) -> None:
+    def _refuse(self, host: str | None, error: str) -> None:
         refused = self._reports.due("refused")
         if refused:
             _log.warn(
@@ -69,5 +77,5 @@ class ConnectionLimits:
                 " | error: {error}",
                 ip=host or "unix",
                 refused=refused,
-                error=why,
+                error=error,
             )

@@ -225,16 +225,16 @@ class Before(TapTestCase):
         self.make("--store=none", "--max-connections=7")
         service = self.make("--store=none", "--tls-cert", files.cert, "--max-connections=7")
         self.assertEqual(allowed, [(7, 1), (7, 2)])
-        gates: Any = service._listener
-        self.assertIsInstance(gates.tls, ServerTLS)
-        self.assertEqual((gates.trusted, gates.most), (None, 6))
-        self.assertEqual(service._signals._reload, gates.tls.reload)
+        admission: Any = service._listener
+        self.assertIsInstance(admission.tls, ServerTLS)
+        self.assertEqual((admission.trusted, admission.max_pending), (None, 6))
+        self.assertEqual(service._signals._reload, admission.tls.reload)
 
     def test_proxy(self) -> None:
         """With the PROXY protocol the balancers are known, and nothing is to be reloaded."""
-        gates: Any = self.make("--store=none", "--proxy-protocol")._listener
-        self.assertEqual(gates.trusted, parse_networks("127.0.0.0/8,::1"))
-        self.assertIsNone(gates.tls)
+        admission: Any = self.make("--store=none", "--proxy-protocol")._listener
+        self.assertEqual(admission.trusted, parse_networks("127.0.0.0/8,::1"))
+        self.assertIsNone(admission.tls)
 
     def test_bad_certificate(self) -> None:
         """Whatever is wrong with the files is found before anything starts."""

@@ -1,9 +1,8 @@
-"""The server's certificates: read from files, read again, and what is wrong with them."""
+"""The server's certificates: read at the start, read again, and warned about."""
 
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import time
 import weakref
@@ -11,156 +10,91 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
 from twisted.internet.protocol import Protocol
-from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
-from twisted.trial.unittest import SkipTest, SynchronousTestCase
+from twisted.protocols.tls import TLSMemoryBIOFactory
+from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.edge.tls import CertificateError, ServerTLS
+from cafeteria_orch.common.clock import WallTime
+from cafeteria_orch.common.pem import PEMError
+from cafeteria_orch.edge.tls import ServerTLS
 from tests.support.builders import texts
 from tests.support.certificates import Files, issue, pem
 
 
 class TLSTestCase(SynchronousTestCase):
-    """Files in a folder of the test's own, on a clock that is right."""
+    """A server's files, in a folder of the test's own."""
 
     def setUp(self) -> None:
         self.folder = Path(self.mktemp()).absolute()
         self.folder.mkdir()
         self.files = Files(self.folder)
-        self.clock = Clock()
-        self.clock.advance(time.time())
 
-    def load(self, cert: str = "", **files: str) -> ServerTLS:
-        """What the server makes of some files."""
-        return ServerTLS(self.clock, cert or self.files.cert, **files)
-
-    def mistake(self, *parts: str, cert: str = "", **files: str) -> None:
-        """Files are refused, in one line that has these parts and a remedy."""
-        error = self.assertRaises(CertificateError, self.load, cert, **files)
-        for part in parts:
-            self.assertIn(part, str(error))
-        self.assertRegex(str(error), r"^--tls-[a-z-]+ [^\n]+: [^\n]+$")
+    def load(self, wall_time: WallTime = time.time, **files: str) -> ServerTLS:
+        """Read the server's files, with some of another name."""
+        return ServerTLS(wall_time, **{"cert": self.files.cert, **files})
 
 
-class FileTests(TLSTestCase):
-    """What is wrong with the files is said by the option, the file, and what to do."""
+class StartTests(TLSTestCase):
+    """A server reads its files before it starts."""
 
-    def test_key_of_its_own(self) -> None:
-        """Certificate and key may be in two files, or in one."""
-        certificate = issue("server")
-        cert = self.files.write("cert.pem", pem(certificate, with_key=False))
-        key = self.files.write("key.pem", certificate.private_key_pem.bytes())
-        self.load(cert, key=key)
-        self.load(self.files.cert)
-
-    def test_missing(self) -> None:
-        """Each of the files may not be there."""
+    def test_each_option_names_its_file_in_an_error(self) -> None:
+        """The line about a file that cannot be used begins with the option and the file."""
         missing = str(self.folder / "missing.pem")
-        self.mistake("--tls-cert ", missing, "No such file", cert=missing)
-        self.mistake("--tls-key ", missing, "No such file", key=missing)
-        self.mistake("--tls-client-ca ", missing, "No such file", client_ca=missing)
+        for option in ("cert", "key", "client_ca"):
+            error = self.assertRaises(PEMError, self.load, **{option: missing})
+            name = option.replace("_", "-")
+            self.assertRegex(str(error), rf"^--tls-{name} {missing}: No such file[^\n]+$")
 
-    def test_unreadable(self) -> None:
-        """What is there may not be for this user to read."""
-        Path(self.files.cert).chmod(0)
-        if os.access(self.files.cert, os.R_OK):
-            raise SkipTest("whoever runs this may read everything")
-        self.mistake("--tls-cert ", "Permission denied", "may read")
+    def test_without_the_extra_the_error_says_what_to_install(self) -> None:
+        """A server without pyOpenSSL does not start with ``--tls-cert``."""
+        with patch.dict(sys.modules, {"OpenSSL": None}):
+            error = self.assertRaises(PEMError, self.load)
+        self.assertRegex(str(error), r"^--tls-cert [^\n]*pip install 'cafeteria_orch\[tls\]'$")
 
-    def test_folder(self) -> None:
-        """A folder is no file."""
-        self.mistake("--tls-cert ", "Is a directory", cert=str(self.folder))
-
-    def test_no_pem(self) -> None:
-        """Files of something else, or of nothing, or broken."""
-        whole = Path(self.files.cert).read_bytes()
-        for data in (b"", b"not this\n", whole[: len(whole) // 2], whole.replace(b"MII", b"MIX")):
-            path = self.files.write("bad.pem", data)
-            self.mistake("--tls-cert ", path, "-----BEGIN CERTIFICATE-----", cert=path)
-            self.mistake("--tls-client-ca ", path, client_ca=path)
-        for data in (b"", b"not this\n", b"-----BEGIN PRIVATE KEY-----\n"):
-            path = self.files.write("bad.pem", data)
-            self.mistake("--tls-key ", path, "no private key", key=path)
-
-    def test_key_is_missing(self) -> None:
-        """A certificate whose file has no key, without an option for that."""
-        path = self.files.write("cert.pem", pem(issue("server"), with_key=False))
-        self.mistake("--tls-cert ", "no private key", "--tls-key", cert=path)
-
-    def test_key_of_another(self) -> None:
-        """A key that is not the certificate's, of its kind or of another."""
-        other = generate_private_key(65537, 2048)
-        rsa = other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        for data in (issue("other").private_key_pem.bytes(), rsa):
-            self.mistake("--tls-key ", "server.pem", key=self.files.write("key.pem", data))
-
-    def test_encrypted_key(self) -> None:
-        """A key that wants a passphrase: nobody is asked for it."""
-        key: Any = load_pem_private_key(issue().private_key_pem.bytes(), None)
-        encryption = BestAvailableEncryption(b"secret")
-        data = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
-        self.mistake("--tls-key ", "encrypted", key=self.files.write("key.pem", data))
-
-    def test_expired(self) -> None:
-        """A certificate that has expired is served all the same, with a warning."""
+    def test_a_certificate_outside_its_dates_is_served_with_a_warning(self) -> None:
+        """The log says that clients will refuse a certificate that has expired, or is early."""
         path = self.files.write("old.pem", pem(issue("server", days=-1)))
-        with capturedLogs() as events:
-            self.load(path)
-        (line,) = texts(list(events), LogLevel.warn)
-        self.assertRegex(line, rf"tls_cert: {path} \| error: it has expired at .*: renew it")
+        for wall_time, cert, problem in (
+            (time.time, path, r"it has expired at .*: renew it"),
+            (lambda: 0.0, self.files.cert, r"it is not valid before .*"),
+        ):
+            with capturedLogs() as events:
+                self.load(wall_time, cert=cert)
+            (line,) = texts(list(events), LogLevel.warn)
+            self.assertRegex(line, rf"tls_cert: {cert} \| error: {problem}, clients will refuse")
 
-    def test_not_yet_valid(self) -> None:
-        """So is one whose time has not come."""
-        self.clock = Clock()
-        with capturedLogs() as events:
-            self.load()
-        self.assertIn("it is not valid before", texts(list(events), LogLevel.warn)[0])
-
-    def test_valid(self) -> None:
-        """One that is valid is not spoken of."""
+    def test_a_valid_certificate_is_not_logged(self) -> None:
+        """The start with valid files logs nothing."""
         with capturedLogs() as events:
             self.load(client_ca=self.files.client_ca)
         self.assertEqual(list(events), [])
 
-    def test_without_the_extra(self) -> None:
-        """Without pyOpenSSL one line says what to install."""
-        with patch.dict(sys.modules, {"OpenSSL": None}):
-            error = self.assertRaises(CertificateError, self.load)
-        self.assertRegex(str(error), r"^--tls-cert [^\n]*pip install 'cafeteria_orch\[tls\]'$")
-
 
 class ReloadTests(TLSTestCase):
-    """The certificates are read again while the server runs."""
+    """A server reads its files again while it runs."""
 
-    def names(self, tls: ServerTLS) -> str:
-        """Whom the certificate is for that a connection gets now."""
-        connection = tls.serverConnectionForTLS(tls.wrap(Protocol()))
+    def subject(self, tls: ServerTLS) -> str:
+        """The name in the certificate of a connection that is made now."""
+        factory: Any = TLSMemoryBIOFactory(tls, False, None)  # type: ignore[arg-type]
+        connection = tls.serverConnectionForTLS(factory.protocol(factory, Protocol()))
         certificate: Any = connection.get_certificate(as_cryptography=True)
         return str(certificate.subject.rfc4514_string())
 
-    def test_reload(self) -> None:
-        """New connections get what is in the files now, and the log says so."""
+    def test_new_connections_get_the_new_certificate(self) -> None:
+        """A reload takes what the files hold now, and the log says so."""
         tls = self.load()
-        self.assertIn("CN=server", self.names(tls))
+        self.assertIn("CN=server", self.subject(tls))
         self.files.write("server.pem", pem(issue("renewed")))
         with capturedLogs() as events:
             tls.reload()
-        self.assertIn("CN=renewed", self.names(tls))
+        self.assertIn("CN=renewed", self.subject(tls))
         (line,) = texts(list(events), LogLevel.info)
         expected = f"action: reload | result: success | tls_cert: {self.files.cert}"
         self.assertEqual(line, expected)
 
-    def test_bad_files(self) -> None:
-        """A file that cannot be used keeps all as it was, and the log says why."""
+    def test_a_bad_file_changes_nothing(self) -> None:
+        """If one file cannot be used, the old certificate stays, and the log says why."""
         tls = self.load(client_ca=self.files.client_ca)
         self.files.write("server.pem", pem(issue("renewed")))
         for name, option in (("ca.pem", "--tls-client-ca"), ("server.pem", "--tls-cert")):
@@ -170,10 +104,10 @@ class ReloadTests(TLSTestCase):
             (line,) = texts(list(events), LogLevel.error)
             part = f"action: reload | result: fail | error: {option} {self.folder / name}: "
             self.assertIn(part, line)
-            self.assertIn("CN=server", self.names(tls))
+            self.assertIn("CN=server", self.subject(tls))
 
-    def test_expired(self) -> None:
-        """One that has expired meanwhile is taken, with a warning."""
+    def test_a_reload_warns_of_dates_too(self) -> None:
+        """An expired certificate is taken by a reload as at the start."""
         tls = self.load()
         self.files.write("server.pem", pem(issue("server", days=-1)))
         with capturedLogs() as events:
@@ -181,8 +115,8 @@ class ReloadTests(TLSTestCase):
         self.assertEqual(len(texts(list(events), LogLevel.warn)), 1)
         self.assertEqual(len(texts(list(events), LogLevel.info)), 1)
 
-    def test_nothing_is_left(self) -> None:
-        """What was read before is let go of."""
+    def test_a_reload_frees_what_was_read_before(self) -> None:
+        """Reloads do not add up in memory."""
         tls = self.load(client_ca=self.files.client_ca)
         held: list[Any] = [tls._options, tls._options.getContext()]
         before = [weakref.ref(each) for each in held]

@@ -11,12 +11,7 @@ from unittest.mock import patch
 from uuid import UUID
 
 import trustme
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    PrivateFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509 import load_pem_x509_certificate
 from cryptography.x509.oid import NameOID
 from twisted.internet import reactor as installed_reactor
@@ -53,15 +48,15 @@ def new_year(year: int) -> datetime:
 def server_context(
     cert: trustme.LeafCert, clients_of: trustme.CA | None = None, **options: Any
 ) -> ssl.CertificateOptions:
-    """How a server listens.
+    """The TLS options of a server.
 
-    :param clients_of: the CA that has to have signed its clients' certificates.
+    :param clients_of: the CA of its clients; ``None`` if they show no certificate.
     """
     pem = cert.private_key_and_cert_chain_pem.bytes()
     if clients_of is not None:
         trusted = [ssl.Certificate.loadPEM(clients_of.cert_pem.bytes())]
         options["trustRoot"] = ssl.trustRootFromCertificates(trusted)
-    # pyOpenSSL wants objects of cryptography by now, which Twisted passes on.
+    # Twisted passes these on to pyOpenSSL, which wants objects of cryptography.
     options["privateKey"] = load_pem_private_key(pem, None)
     options["certificate"] = load_pem_x509_certificate(pem)
     return ssl.CertificateOptions(**options)
@@ -79,7 +74,7 @@ ONLY_1_1 = {
 
 
 class FilesTestCase(SynchronousTestCase):
-    """A folder with what a client needs."""
+    """A folder with a CA, and a client's certificate and key."""
 
     def setUp(self) -> None:
         self.folder = make_folder(self)
@@ -97,87 +92,35 @@ class FilesTestCase(SynchronousTestCase):
 
 
 class Mistakes(FilesTestCase):
-    """What is wrong with the files is found before anything is sent."""
+    """A mistake in the options is found before anything is sent."""
 
-    def assert_refused(
-        self,
-        pattern: str,
-        cert: Path | None = None,
-        key: Path | None = None,
-        ca: Path | None = None,
-    ) -> None:
+    def assert_refused(self, pattern: str, **files: Path) -> None:
         """These files are refused in one line."""
         with self.assertRaisesRegex(TLSError, pattern) as caught:
-            ClientTLS(HOST, ca or self.ca_file, cert, key)
+            ClientTLS(HOST, **{"ca": self.ca_file, **files})
         self.assertNotIn("\n", str(caught.exception))
 
-    def test_accepted(self) -> None:
-        """The key has a file of its own, or stands in that of the certificate."""
-        both = self.write("both.pem", self.client.private_key_and_cert_chain_pem)
-        turned = self.write(
-            "turned.pem", *self.client.cert_chain_pems, self.client.private_key_pem
-        )
-        ClientTLS(HOST, self.ca_file)
-        ClientTLS("cafe.example", self.ca_file, self.cert_file, self.key_file)
-        for path in (both, turned):
-            ClientTLS("2001:db8::1", self.ca_file, path)
-
-    def test_missing(self) -> None:
-        """A file that is not there, or is a folder."""
+    def test_each_option_names_its_file_in_an_error(self) -> None:
+        """The line about a file that cannot be used begins with the option and the file."""
         missing = self.folder / "none.pem"
-        for path, why in ((missing, "No such file"), (self.folder, "Is a directory")):
-            self.assert_refused(f"^--tls-ca {path}: {why}", ca=path)
-            self.assert_refused(f"^--tls-cert {path}: {why}", cert=path)
-            self.assert_refused(f"^--tls-key {path}: {why}", self.cert_file, path)
+        self.assert_refused(f"^--tls-ca {missing}: No such file", ca=missing)
+        self.assert_refused(f"^--tls-cert {missing}: No such file", cert=missing)
+        self.assert_refused(f"^--tls-key {missing}: No such", cert=self.cert_file, key=missing)
+        self.assert_refused("^--tls-cert .*no private key.*--tls-key", cert=self.cert_file)
 
-    def test_no_pem(self) -> None:
-        """A file that holds something else, or something else in PEM form."""
-        for content in (b"", b"\x30\x82\x01", self.key_file.read_bytes()):
-            path = self.write("other.pem", content)
-            for option, given in (("--tls-ca", {"ca": path}), ("--tls-cert", {"cert": path})):
-                self.assert_refused(f"^{option} {path}: there is no certificate in PEM", **given)
-        path = self.write("other.key", b"secret")
-        self.assert_refused(f"^--tls-key {path}: there is no private key", self.cert_file, path)
-        broken = self.cert_file.read_bytes().replace(b"MII", b"###", 1)
-        self.assert_refused("there is no certificate in PEM", ca=self.write("broken.pem", broken))
-
-    def test_no_key(self) -> None:
-        """Where the key is not in the file of the certificate, the option for it is named."""
-        self.assert_refused(
-            f"^--tls-cert {self.cert_file}: there is no private key.*--tls-key", self.cert_file
-        )
-
-    def test_key_of_another(self) -> None:
-        """A key that does not belong to the certificate."""
-        other = self.write("other.key", self.ca.issue_cert("x.example").private_key_pem)
-        self.assert_refused(
-            f"^--tls-key {other}: .*not that of the certificate in {self.cert_file}",
-            self.cert_file,
-            other,
-        )
-
-    def test_passphrase(self) -> None:
-        """A key with a passphrase: nobody may be there to be asked."""
-        key = load_pem_private_key(self.key_file.read_bytes(), None)
-        locked = self.write(
-            "locked.key",
-            key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"x")),
-        )
-        self.assert_refused(f"^--tls-key {locked}: .*passphrase", self.cert_file, locked)
-
-    def test_host(self) -> None:
-        """A host that has no name that a certificate can be for."""
+    def test_a_host_must_be_a_name_or_an_address(self) -> None:
+        """A host for which no certificate can exist is refused."""
         with self.assertRaisesRegex(TLSError, r"^--connect: .*a\.\.b"):
             ClientTLS("a..b", self.ca_file)
 
-    def test_without_the_extra(self) -> None:
-        """Where a part of the extra is missing it says what to install."""
+    def test_without_the_extra_the_error_says_what_to_install(self) -> None:
+        """Each part of the extra is needed."""
         for module in ("service_identity", "OpenSSL"):
             with patch.dict(sys.modules, {module: None}):
                 self.assert_refused(r"^--tls-ca needs .*: pip install 'Twisted\[tls\]'$")
 
-    def test_host_of(self) -> None:
-        """The host is found in any form of a TCP endpoint, and in no other one."""
+    def test_host_of_an_endpoint(self) -> None:
+        """Any form of a TCP endpoint has a host, and no other endpoint has."""
         for connect, host in (
             ("tcp:cafe.example:8080", "cafe.example"),
             ("tcp:port=8080:host=cafe.example:timeout=3", "cafe.example"),
@@ -190,18 +133,18 @@ class Mistakes(FilesTestCase):
 
 
 class Arguments(FilesTestCase):
-    """The options of the command."""
+    """The command checks its options."""
 
     def run_main(self, *arguments: str) -> str:
-        """Run the command, which is to refuse its arguments; its last line."""
+        """Run the command with arguments that it refuses, and return its last line."""
         err = StringIO()
         with patch.object(sys, "stderr", err):
             exited = self.assertRaises(SystemExit, main, [str(DATA), *arguments])
         self.assertEqual(exited.code, 2)
         return err.getvalue().splitlines()[-1]
 
-    def test_mistakes(self) -> None:
-        """Options that do not go together, and files that are not what they have to be."""
+    def test_mistakes_end_the_command(self) -> None:
+        """Options that do not go together, and files that cannot be used, are one line each."""
         ca, cert = f"--tls-ca={self.ca_file}", f"--tls-cert={self.cert_file}"
         for arguments, what in (
             ([cert], "--tls-cert .*--tls-ca"),
@@ -215,7 +158,7 @@ class Arguments(FilesTestCase):
 
 
 class Talk(Protocol):
-    """A server of something else, which greets."""
+    """A server of another protocol, which speaks first."""
 
     transport: Any
 
@@ -224,7 +167,7 @@ class Talk(Protocol):
 
 
 class Hangup(Protocol):
-    """A server that is about to go away."""
+    """A server that closes every connection at once."""
 
     transport: Any
 
@@ -233,7 +176,7 @@ class Hangup(Protocol):
 
 
 class TLSTestCase(TestCase, FilesTestCase):
-    """Sends a folder to a server, and sees what comes of it."""
+    """Sends a folder to a real server on the loopback."""
 
     timeout = 20
 
@@ -250,7 +193,7 @@ class TLSTestCase(TestCase, FilesTestCase):
         self.patch(delivery, "_backoff", lambda _: 0.01)
 
     def count(self, batch: Any, client: Exchange) -> None:
-        """A processor that counts rows, and notes whose they are."""
+        """Count the rows of a batch, and note the name of its client."""
         self.rows += batch.amount
         (connection,) = self.factory.connections
         shown = connection.transport.getHandle().get_peer_certificate(as_cryptography=True)
@@ -259,7 +202,7 @@ class TLSTestCase(TestCase, FilesTestCase):
         send_success(client)
 
     def counted(self, factory: Any) -> Any:
-        """Have the connections to a factory counted."""
+        """Count the connections to a factory."""
         build = factory.buildProtocol
 
         def counting(address: Any) -> Any:
@@ -270,7 +213,7 @@ class TLSTestCase(TestCase, FilesTestCase):
         return factory
 
     def listen(self, context: ssl.CertificateOptions | None = None, factory: Any = None) -> None:
-        """Have a server listen, by TLS if it has a context."""
+        """Start a server, by TLS if it has a context."""
         self.state.unlink(missing_ok=True)
         factory = factory or self.factory
         if context is None:
@@ -291,7 +234,7 @@ class TLSTestCase(TestCase, FilesTestCase):
     ) -> Sent:
         """Send the folder of the tests' data.
 
-        :param files: those of the client's certificate and key.
+        :param files: the client's certificate and key.
         """
         out, err = StringIO(), StringIO()
         tls = ClientTLS(host, ca or self.ca_file, *files)
@@ -305,10 +248,10 @@ class TLSTestCase(TestCase, FilesTestCase):
 
 
 class Sending(TLSTestCase):
-    """All arrives as it does without TLS."""
+    """Everything arrives as it does without TLS."""
 
-    async def test_everything(self) -> None:
-        """To a server that is named by its address, or by its name, in both framings."""
+    async def test_a_server_is_known_by_address_or_name(self) -> None:
+        """All rows arrive, in both framings."""
         self.listen(server_context(self.server))
         for host, framing in ((HOST, "int32"), ("localhost", "opcode-first")):
             self.rows = 0
@@ -319,16 +262,16 @@ class Sending(TLSTestCase):
             self.assertGreater(self.rows, 100)
         self.assertEqual(self.names, {"nobody"})
 
-    async def test_own_certificate(self) -> None:
-        """A server that wants a certificate gets it, with either version."""
+    async def test_a_client_shows_its_certificate(self) -> None:
+        """A server that requires a certificate gets it, with either version of TLS."""
         for versions in ({}, ONLY_1_2):
             self.listen(server_context(self.server, self.ca, **versions))
             sent = await self.send(self.cert_file, self.key_file)
             self.assertEqual((sent.status, sent.lines), (0, []))
             self.assertEqual(self.names, {"agency-7"})
 
-    async def test_chain(self) -> None:
-        """What is between its certificate and its CA goes along."""
+    async def test_a_client_shows_its_chain(self) -> None:
+        """The certificates between the client's and its CA are sent too."""
         agency = self.ca.create_child_ca().issue_cert("agency-8.example", common_name="agency-8")
         both = self.write("both.pem", agency.private_key_and_cert_chain_pem)
         self.listen(server_context(self.server, self.ca))
@@ -336,15 +279,15 @@ class Sending(TLSTestCase):
         self.assertEqual((sent.status, sent.lines), (0, []))
         self.assertEqual(self.names, {"agency-8"})
 
-    async def test_several_authorities(self) -> None:
-        """The file of the CAs may hold several, as while one takes the place of another."""
+    async def test_several_cas_are_trusted(self) -> None:
+        """The file of CAs may be a bundle, as while one CA replaces another."""
         bundle = self.write("bundle.pem", trustme.CA().cert_pem, self.ca.cert_pem)
         self.listen(server_context(self.server))
         sent = await self.send(ca=bundle)
         self.assertEqual((sent.status, sent.lines), (0, []))
 
-    async def test_resume(self) -> None:
-        """A connection that is cut is made anew, and what was acknowledged is not sent again."""
+    async def test_a_cut_connection_is_resumed(self) -> None:
+        """The client connects again, and sends no batch again that was acknowledged."""
         silent = Pending()
         self.factory.register_processor(Opcode.NEW_STORES, silent, replace=True)
         self.listen(server_context(self.server))
@@ -361,8 +304,8 @@ class Sending(TLSTestCase):
         self.assertNotIn("handshake", sent.err)
         self.assertRegex(sent.out, rf"(?m)^acknowledged +8 +{self.rows} ")
 
-    async def test_again(self) -> None:
-        """A second run finds that all was acknowledged, and connects to nobody."""
+    async def test_a_second_run_does_not_connect(self) -> None:
+        """A run that finds every batch acknowledged needs no server."""
         self.listen(server_context(self.server))
         await self.send()
         sent = await self.send()
@@ -371,7 +314,7 @@ class Sending(TLSTestCase):
 
 
 class Refusals(TLSTestCase):
-    """What does not get better is one line and status 1, at the first connection."""
+    """A failure that would repeat ends the first attempt, with one line and status 1."""
 
     async def assert_refused(self, pattern: str, *files: Path, **options: Any) -> None:
         sent = await self.send(*files, **options)
@@ -379,8 +322,8 @@ class Refusals(TLSTestCase):
         self.assertRegex(sent.lines[0], f"^cafeorch-send: {pattern}")
         self.assertEqual(self.rows, 0)
 
-    async def test_unknown_authority(self) -> None:
-        """A certificate that another CA has signed."""
+    async def test_a_certificate_of_another_ca(self) -> None:
+        """The server's CA must be in the file of CAs."""
         other = self.write("other.pem", trustme.CA().cert_pem)
         self.listen(server_context(self.server))
         await self.assert_refused(
@@ -388,8 +331,8 @@ class Refusals(TLSTestCase):
             ca=other,
         )
 
-    async def test_expired(self) -> None:
-        """A certificate that was valid once."""
+    async def test_an_expired_certificate(self) -> None:
+        """The line says when the server's certificate expired."""
         self.listen(
             server_context(
                 self.ca.issue_cert(HOST, not_before=new_year(2020), not_after=new_year(2021))
@@ -397,8 +340,8 @@ class Refusals(TLSTestCase):
         )
         await self.assert_refused("the server's certificate.* has expired: .* at 2021-01-01 ")
 
-    async def test_not_valid_yet(self) -> None:
-        """One that will be, or a clock that is wrong."""
+    async def test_a_certificate_that_is_not_valid_yet(self) -> None:
+        """The line asks for the clock, too."""
         self.listen(
             server_context(
                 self.ca.issue_cert(HOST, not_before=new_year(2090), not_after=new_year(2091))
@@ -408,8 +351,8 @@ class Refusals(TLSTestCase):
             "the server's certificate.* is not valid yet: .* before 2090-01-01 .*clock"
         )
 
-    async def test_wrong_name(self) -> None:
-        """A certificate for other hosts: which ones is said."""
+    async def test_a_certificate_for_other_hosts(self) -> None:
+        """The line says which hosts the server's certificate is for."""
         for host in (HOST, "localhost"):
             self.connections = 0
             self.listen(server_context(self.ca.issue_cert("cafe.example", "192.0.2.1")))
@@ -419,22 +362,22 @@ class Refusals(TLSTestCase):
                 host=host,
             )
 
-    async def test_no_name(self) -> None:
-        """A certificate for no host, as an agency has it of the same CA: it may not pose as one."""
+    async def test_a_certificate_for_no_host(self) -> None:
+        """An agency cannot pose as the server with its own certificate of the same CA."""
         for names in ((), (f"agency@{HOST}",)):
             self.connections = 0
             self.listen(server_context(self.ca.issue_cert(*names, common_name=HOST)))
             await self.assert_refused(".* not for 127.0.0.1 but for no host at all")
 
-    async def test_certificate_required(self) -> None:
-        """A server that wants a certificate where there is none, with either version."""
+    async def test_a_server_that_requires_a_certificate(self) -> None:
+        """The line names the option for it, with either version of TLS."""
         for versions in ({}, ONLY_1_2):
             self.connections = 0
             self.listen(server_context(self.server, self.ca, **versions))
             await self.assert_refused("the server wants a certificate of this client .*--tls-cert")
 
-    async def test_certificate_refused(self) -> None:
-        """A certificate that the server's CA has not signed, with either version."""
+    async def test_a_server_that_refuses_the_certificate(self) -> None:
+        """The line names the file, with either version of TLS."""
         both = self.write("both.pem", trustme.CA().issue_cert("x").private_key_and_cert_chain_pem)
         for versions in ({}, ONLY_1_2):
             self.connections = 0
@@ -443,13 +386,13 @@ class Refusals(TLSTestCase):
                 f"the server refuses the certificate in {both} .unknown ca.: .*--tls-cert", both
             )
 
-    async def test_too_old(self) -> None:
-        """A server that speaks nothing newer than TLS 1.1."""
+    async def test_a_server_without_tls_1_2(self) -> None:
+        """A server that speaks TLS 1.1 at most is refused."""
         self.listen(server_context(self.server, **ONLY_1_1))
-        await self.assert_refused("the server speaks no TLS that is new enough .protocol version")
+        await self.assert_refused("the server does not speak TLS 1.2 or newer .protocol version")
 
-    async def test_no_tls(self) -> None:
-        """An orchestrator without TLS, and a server of something else."""
+    async def test_a_server_without_tls(self) -> None:
+        """An orchestrator in plain text, or a server of another protocol, is refused."""
         for factory in (self.factory, self.counted(Factory.forProtocol(Talk))):
             self.connections = 0
             self.listen(factory=factory)
@@ -457,29 +400,29 @@ class Refusals(TLSTestCase):
 
 
 class Retries(TLSTestCase):
-    """What may get better is tried again."""
+    """A failure that may pass is tried again."""
 
-    async def test_hung_up(self) -> None:
-        """A server that closes before there is TLS is tried again; what may be wrong is said."""
+    async def test_a_close_before_the_handshake(self) -> None:
+        """Each line asks whether the server speaks TLS."""
         self.listen(factory=Factory.forProtocol(Hangup))
         sent = await self.send(retry_for=0.05)
         *tries, last = sent.lines
         self.assertEqual(sent.status, 1)
         self.assertGreaterEqual(len(tries), 1)
         for line in sent.lines:
-            self.assertRegex(line, "handshake was not done yet: does this server speak TLS")
+            self.assertRegex(line, "handshake was not finished: does this server speak TLS")
         self.assertIn("Gave up", last)
 
-    async def test_silent(self) -> None:
-        """So is one that says nothing at all."""
+    async def test_a_silent_server(self) -> None:
+        """A server that sends nothing may not speak TLS either."""
         self.patch(delivery, "ANSWER_TIMEOUT", 0.05)
         self.listen(factory=Factory.forProtocol(Protocol))
         sent = await self.send(retry_for=0)
         self.assertEqual((sent.status, len(sent.lines)), (1, 1), sent.err)
         self.assertRegex(sent.lines[0], "does this server speak TLS.*Gave up")
 
-    async def test_away(self) -> None:
-        """A server that is not there is none of TLS, whatever was before."""
+    async def test_a_server_that_has_gone(self) -> None:
+        """A refused connection is not blamed on TLS, whatever the one before ended by."""
         self.listen(factory=self.counted(Factory.forProtocol(Hangup)))
         sending = Deferred.fromCoroutine(self.send(retry_for=0.3))
         await until(reactor, lambda: self.connections)
@@ -490,8 +433,8 @@ class Retries(TLSTestCase):
         self.assertRegex(sent.lines[-1], "Connection was refused.*Gave up")
         self.assertNotIn("TLS", sent.lines[-1])
 
-    async def test_replaced(self) -> None:
-        """A program may try again what was refused: the next connection is verified anew."""
+    async def test_each_connection_is_verified(self) -> None:
+        """A program may connect again after a refusal, and then succeed."""
         tls = ClientTLS(HOST, self.ca_file)
         for cert, expected in ((trustme.CA().issue_cert(HOST), None), (self.server, True)):
             self.listen(server_context(cert))

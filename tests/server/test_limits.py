@@ -1,8 +1,10 @@
-"""How many connections there may be, and what the log says of those that were refused."""
+"""The limits of connections, and what the log says of a connection that exceeds one."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from typing import Any
 
 from twisted.internet.address import IPv4Address, UNIXAddress
@@ -23,8 +25,14 @@ THERE = IPv4Address("TCP", "10.0.0.2", 1)
 LOCAL = UNIXAddress("/run/cafeorch")
 
 
+class Host(str):
+    """An address of which a test can tell whether anything still holds it."""
+
+    __slots__ = ("__weakref__",)
+
+
 class LimitTests(SynchronousTestCase):
-    """Which connections are admitted."""
+    """The factory admits connections up to its limits."""
 
     def setUp(self) -> None:
         self.clock = Clock()
@@ -41,28 +49,28 @@ class LimitTests(SynchronousTestCase):
         return protocol
 
     def admitted(self, factory: OrchestratorFactory, *addresses: IAddress) -> list[bool]:
-        """Whether each of some connections, one after the other, is made."""
+        """Connect from each of some addresses in turn; whether each connection was admitted."""
         return [self.connect(factory, address) is not None for address in addresses]
 
-    def test_no_limit(self) -> None:
-        """A factory of a program of one's own has no limit unless it is given one."""
+    def test_a_factory_has_no_limit_by_default(self) -> None:
+        """A program that makes its own factory sets limits only if it wants them."""
         self.assertNotIn(False, self.admitted(self.factory(), *[HERE] * 2000))
 
-    def test_at_once(self) -> None:
-        """So many at once are admitted, from wherever they come, and no more."""
+    def test_the_total_is_limited(self) -> None:
+        """The limit counts the connections of all addresses together."""
         factory = self.factory(max_connections=3)
         admitted = self.admitted(factory, HERE, THERE, LOCAL, HERE, LOCAL)
         self.assertEqual(admitted, [True, True, True, False, False])
         self.assertEqual(len(factory.connections), 3)
 
-    def test_of_one_host(self) -> None:
-        """So many of one address; another, or a local socket, is not limited by that."""
+    def test_the_connections_of_a_host_are_limited(self) -> None:
+        """The limit of one address concerns neither another address nor a local socket."""
         factory = self.factory(max_connections_per_host=2)
         admitted = self.admitted(factory, HERE, HERE, HERE, THERE, LOCAL, LOCAL, LOCAL)
         self.assertEqual(admitted, [True, True, False, True, True, True, True])
 
-    def test_gone_makes_room(self) -> None:
-        """For each that is gone one more is admitted."""
+    def test_a_lost_connection_makes_room(self) -> None:
+        """When a connection is lost, the next one is admitted."""
         factory = self.factory(max_connections=2, max_connections_per_host=1)
         for _ in range(3):
             protocol = self.connect(factory)
@@ -71,8 +79,8 @@ class LimitTests(SynchronousTestCase):
             lose(protocol)
         self.assertEqual(factory.connections, set())
 
-    def test_gone_with_a_message_in_hand(self) -> None:
-        """Who is gone takes up room until what came of it is done."""
+    def test_a_message_in_progress_takes_room(self) -> None:
+        """A lost connection counts until its last message is processed."""
         factory = self.factory(max_connections=1)
         pending = Pending()
         factory.register_processor(41, pending)
@@ -84,8 +92,25 @@ class LimitTests(SynchronousTestCase):
         pending.finish()
         self.assertEqual(self.admitted(factory, HERE), [True])
 
-    def test_one_line_a_minute(self) -> None:
-        """The first that is refused is logged, then their number once a minute."""
+    def test_nothing_remembers_a_host_that_has_left(self) -> None:
+        """A server that runs for years keeps no entry for each address that ever connected."""
+        # A buffered line would hold the address that it names.
+        factory = self.factory(max_connections_per_host=1, log_level=LogLevel.error)
+        self.admitted(factory, HERE, HERE)
+        hosts = []
+        for number in range(100):
+            address = IPv4Address("TCP", Host(f"10.1.0.{number}"), 1)
+            protocol = self.connect(factory, address)
+            assert protocol is not None
+            self.assertEqual(self.admitted(factory, address), [False])
+            lose(protocol)
+            hosts.append(weakref.ref(address.host))
+        del address, protocol
+        gc.collect()
+        self.assertEqual([host for host in hosts if host() is not None], [])
+
+    def test_refusals_are_logged_once_a_minute(self) -> None:
+        """The first refusal is logged, then the number of refusals once a minute."""
         factory = self.factory(max_connections=1)
         with capturedLogs() as events:
             self.admitted(factory, *[HERE] * 100)
@@ -101,8 +126,8 @@ class LimitTests(SynchronousTestCase):
         )
         self.assertIn("ip: 10.0.0.2 | refused: 100 |", second)
 
-    def test_line_of_one_host(self) -> None:
-        """The line says which limit it was."""
+    def test_the_log_names_the_limit(self) -> None:
+        """The line says which limit the connection exceeded."""
         factory = self.factory(max_connections_per_host=1)
         with capturedLogs() as events:
             self.admitted(factory, HERE, HERE)
@@ -113,8 +138,8 @@ class LimitTests(SynchronousTestCase):
 class ServerTests(ProcessTestCase):
     """A real server at its limit."""
 
-    def test_closed_at_once(self) -> None:
-        """One too many is closed, those before it are served, and its end makes room."""
+    def test_a_connection_beyond_the_limit_is_closed_at_once(self) -> None:
+        """The connections before it are served, and the end of one makes room."""
         server = self.start("--store", "none", "--max-connections", "3")
         clients = [wait_until(lambda: self.admitted(server), "there is room") for _ in range(3)]
         for _ in range(50):
@@ -128,7 +153,7 @@ class ServerTests(ProcessTestCase):
         self.assertEqual(server.log.count("result: refused"), 1)
 
     def admitted(self, server: Server) -> Client | None:
-        """A client that is served, if one more is."""
+        """Connect one more client; ``None`` if the server does not serve it."""
         client = self.client(server)
         with contextlib.suppress(ConnectionError):
             client.send(HELLO)

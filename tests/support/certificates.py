@@ -1,4 +1,4 @@
-"""Certificates for tests: of a CA that is trusted, of another, expired, and clients' TLS."""
+"""Certificates for tests: of a trusted CA, of another, expired; and the client's side of TLS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import trustme
 
 SERVER = "localhost"
-"""Whom the server's certificate is for."""
+"""The name in the server's certificate."""
 
 AGENCY = "agency-7"
 """The common name of the clients' certificates."""
@@ -21,12 +21,12 @@ AGENCY = "agency-7"
 
 @cache
 def authority(name: str) -> trustme.CA:
-    """A CA; the same for the same name."""
+    """The CA of a name, always the same one."""
     return trustme.CA(organization_name=name)
 
 
 def issue(name: str = AGENCY, ca: str = "ours", *, days: int = 1) -> trustme.LeafCert:
-    """A certificate with a common name, that is valid from two days ago for so many from now."""
+    """A certificate, valid from two days ago until some days from now."""
     now = datetime.now(timezone.utc)
     return authority(ca).issue_cert(
         SERVER,
@@ -37,13 +37,13 @@ def issue(name: str = AGENCY, ca: str = "ours", *, days: int = 1) -> trustme.Lea
 
 
 def pem(certificate: trustme.LeafCert, *, with_key: bool = True) -> bytes:
-    """A certificate with what is between it and its CA, as it stands in a file."""
+    """The content of a file with a certificate, the chain behind it, and its key."""
     key = certificate.private_key_pem.bytes() if with_key else b""
     return key + b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
 
 
 class Files:
-    """The files that a server is given.
+    """A server's files.
 
     :ivar cert: its certificate, with the key.
     :ivar client_ca: the CA of its clients.
@@ -55,7 +55,7 @@ class Files:
         self.cert = self.write("server.pem", pem(issue("server")))
 
     def write(self, name: str, data: bytes) -> str:
-        """Write a file; its path."""
+        """Write a file, and return its path."""
         path = self.folder / name
         path.write_bytes(data)
         return str(path)
@@ -64,10 +64,10 @@ class Files:
 def client_context(
     certificate: trustme.LeafCert | None = None, trusted: str | None = "ours"
 ) -> ssl.SSLContext:
-    """What a client speaks TLS with.
+    """The context of a client's connections.
 
-    :param certificate: that it shows.
-    :param trusted: the CA that the server's certificate has to be of; ``None`` for any.
+    :param certificate: the client's own; ``None`` if it has none.
+    :param trusted: the CA that must have signed the server's certificate; ``None`` for any.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if trusted is None:
@@ -81,7 +81,7 @@ def client_context(
 
 
 def old_context() -> ssl.SSLContext:
-    """The same for a client that speaks TLS 1.1 at most."""
+    """The context of a client that speaks TLS 1.1 at most."""
     context = client_context(trusted=None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -91,57 +91,73 @@ def old_context() -> ssl.SSLContext:
 
 
 class MemoryClient:
-    """A TLS client whose bytes are carried by the test.
+    """A TLS client in memory.
 
-    :param wire: the server's transport, whose protocol gets what the client says, and which
-        has what the server says.
+    :param wire: the server's transport, which delivers the client's bytes and holds the server's.
     """
 
     def __init__(self, wire: Any, context: ssl.SSLContext) -> None:
         self._wire = wire
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._is_secure = False
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=SERVER)
 
     def hello(self) -> bytes:
-        """What it says first."""
+        """The first bytes of the handshake."""
         with suppress(ssl.SSLWantReadError):
             self._tls.do_handshake()
         return self._outgoing.read()
 
     def carry(self) -> None:
-        """Take what the server has said, and hand over what is to be said."""
+        """Receive the bytes that the server has sent."""
         self._incoming.write(self._wire.value())
         self._wire.clear()
 
-    def handshake(self, first: bytes = b"") -> None:
+    def handshake(self, first: bytes = b"", cut: int = 0, with_end: bytes = b"") -> None:
         """Do the handshake as far as it goes.
 
-        :param first: said before it, in the same chunk.
+        :param first: sent before the handshake.
+        :param cut: the first bytes that are sent in a chunk of their own.
+        :param with_end: sent by TLS in the chunk that finishes the handshake.
         :raises ssl.SSLError: if this side refuses it.
         """
-        said = first + self.hello()
+        sent = first + self.hello()
+        self._wire.deliver(sent[:cut])
+        sent = sent[cut:]
         for _ in range(4):
-            self._say(said)
-            self.carry()
+            self._wire.deliver(sent)
             try:
-                self._tls.do_handshake()
-            except ssl.SSLWantReadError:
-                pass
+                sent = self.answer(with_end)
             except ssl.SSLError:
-                self._say(self._outgoing.read())
+                self._wire.deliver(self._outgoing.read())
                 raise
-            said = self._outgoing.read()
+
+    def answer(self, with_end: bytes = b"") -> bytes:
+        """Receive the server's part of the handshake, and return what to send next.
+
+        :param with_end: sent by TLS behind the end of the handshake.
+        :raises ssl.SSLError: if this side refuses the server's part.
+        """
+        self.carry()
+        if not self._is_secure:
+            with suppress(ssl.SSLWantReadError):
+                self._tls.do_handshake()
+                self._is_secure = True
+                self._tls.write(with_end)
+        return self._outgoing.read()
 
     def send(self, data: bytes) -> None:
-        """Say something."""
+        """Send something by TLS."""
         self._tls.write(data)
-        self._say(self._outgoing.read())
+        self._wire.deliver(self._outgoing.read())
 
     def read(self) -> bytes:
-        """What the server has said; empty if it has ended."""
+        """Receive what the server has sent; empty if it has closed TLS."""
         self.carry()
         return self._tls.read(1 << 16)
 
-    def _say(self, data: bytes) -> None:
-        if data:
-            self._wire.protocol.dataReceived(data)
+    def close(self) -> None:
+        """Close TLS, and do not wait until the server does."""
+        with suppress(ssl.SSLWantReadError):
+            self._tls.unwrap()
+        self._wire.deliver(self._outgoing.read())

@@ -39,6 +39,7 @@ REACTOR = "twisted.internet.reactor"
 
 EXTRAS = {
     "observe.prometheus": {"prometheus_client"},
+    "common.pem": {"OpenSSL", "cryptography"},
     "sender.cli": {"tqdm"},
     "sender.tls": {"OpenSSL", "cryptography", "service_identity"},
     "edge.tls": {"OpenSSL", "cryptography"},

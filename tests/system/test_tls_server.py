@@ -1,4 +1,4 @@
-"""Real servers behind TLS and behind a load balancer, on real sockets."""
+"""Real servers behind TLS and behind a load balancer."""
 
 from __future__ import annotations
 
@@ -24,16 +24,30 @@ from tests.support.processes import (
 )
 
 FINISHED = frame(b"\x03\x01\x00\x00\x00")
+STALL = """
+import pathlib, time
+from cafeteria_orch.edge import admission
+
+def stall(message, client):
+    pathlib.Path("stalled").touch()
+    time.sleep(2)
+
+def register(factory):
+    admission.ADMISSION_TIMEOUT = 1.5
+    factory.register_processor(0x28, stall)
+"""
+"""Blocks the reactor for longer than a connection may be pending."""
+
 HEADER = f"PROXY TCP4 {PEER} 198.51.100.1 4000 8080\r\n".encode()
 
 
 class TLSClient(Client):
-    """A socket that speaks TLS, as another program's would."""
+    """A client that speaks TLS by the standard library."""
 
     def __init__(self, port: int, context: ssl.SSLContext) -> None:
         super().__init__(port)
         try:
-            # The end of TLS is to be told from the end of the connection.
+            # An end of the connection without an end of TLS is an error.
             self._tls = context.wrap_socket(
                 self._socket, server_hostname=SERVER, suppress_ragged_eofs=False
             )
@@ -56,13 +70,13 @@ class TLSServerTestCase(ProcessTestCase):
         self.files = Files(self.folder)
 
     def serve(self, *arguments: str) -> Server:
-        """A server that listens."""
+        """Start a server, and wait until it listens."""
         server = self.launch("--port", "0", "--store", "none", *arguments)
         server.wait_until_listening()
         return server
 
     def secure(self, *arguments: str) -> Server:
-        """A server that speaks TLS, and has answered by it: signals find their handlers."""
+        """Start a server that speaks TLS, and wait until it has answered: it handles signals."""
         server = self.serve("--tls-cert", self.files.cert, *arguments)
         if "--tls-client-ca" not in arguments:
             first = self.talk(server)
@@ -71,26 +85,26 @@ class TLSServerTestCase(ProcessTestCase):
         return server
 
     def talk(self, server: Server, context: ssl.SSLContext | None = None) -> TLSClient:
-        """A client whose handshake is done."""
+        """Connect a client, and do its handshake."""
         client = TLSClient(server.port, context or client_context())
         self.addCleanup(client.close)
         return client
 
     def assert_served(self, client: Client) -> None:
-        """A client's batch is acknowledged."""
+        """The server acknowledges a batch."""
         client.send(batch_frame())
         self.assertEqual(client.read(5), SUCCESS)
 
     def assert_quiet(self, server: Server) -> None:
-        """Nothing in its log is ours to be ashamed of."""
+        """The log has no traceback and no error."""
         self.assertNotRegex(server.log, r"Traceback|Unhandled|#error|#critical")
 
 
 class ConversationTests(TLSServerTestCase):
-    """What is said by TLS is what is said without."""
+    """A conversation by TLS is the same as without."""
 
-    def test_whole(self) -> None:
-        """All answers come, then the end of TLS, and then that of the connection."""
+    def test_answers_come_before_the_end(self) -> None:
+        """The client gets all answers, then the end of TLS, then the end of the connection."""
         server = self.secure()
         hello, batches = HELLO, batch_frame() * 100
         for said, answers in (
@@ -102,15 +116,15 @@ class ConversationTests(TLSServerTestCase):
             self.assertEqual(client.read(len(answers) + 1), answers)
         self.assert_quiet(server)
 
-    def test_malformed(self) -> None:
-        """The last answer arrives, though more was sent after what is malformed."""
+    def test_the_last_answer_arrives(self) -> None:
+        """A malformed message is answered, whatever the client sent behind it."""
         server = self.secure()
         client = self.talk(server)
         client.send(batch_frame() + frame(b"\x08") + batch_frame() * 50)
         self.assertEqual(client.read(100), SUCCESS + FAIL + b"\x03")
 
-    def test_client_closes(self) -> None:
-        """A client that has its answers may close as TLS has it."""
+    def test_a_client_may_close_tls_first(self) -> None:
+        """A client that has its answers may close, and the next one is served."""
         server = self.secure()
         client = self.talk(server)
         self.assert_served(client)
@@ -118,16 +132,16 @@ class ConversationTests(TLSServerTestCase):
         self.assert_served(self.talk(server))
         self.assert_quiet(server)
 
-    def test_large(self) -> None:
-        """Batches and answers of many TLS records."""
+    def test_a_batch_may_span_many_records(self) -> None:
+        """Batches longer than a TLS record are acknowledged."""
         server = self.secure()
         client = self.talk(server)
         rows = [("7", "female", "2003-06-13", "x" * 100)] * 5000
         client.send(batch_frame(rows=rows) * 2 + HELLO)
         self.assertEqual(client.read(11), SUCCESS * 2 + FAIL[:1])
 
-    def test_drain(self) -> None:
-        """A stop closes clients as TLS does, and those that say nothing at once."""
+    def test_the_drain_closes_tls(self) -> None:
+        """A stop ends TLS with each client, and closes a silent connection at once."""
         server = self.secure()
         client = self.talk(server)
         self.assert_served(client)
@@ -143,17 +157,17 @@ class ConversationTests(TLSServerTestCase):
 
 
 class CertificateTests(TLSServerTestCase):
-    """Who is let in, and who is told what."""
+    """Certificates decide who is admitted."""
 
     def test_client_certificates(self) -> None:
-        """One of the right CA is served, by its name; others are closed, and the log says why."""
+        """A certificate of the right CA is admitted; others are closed, and the log says why."""
         server = self.secure("--tls-client-ca", self.files.client_ca)
         self.assert_served(self.talk(server, client_context(issue())))
         server.wait_until_logged(f"result: success | ip: 127.0.0.1 | common_name: {AGENCY}\n")
         for context, problem in (
             (client_context(issue(ca="theirs")), "its certificate is of no CA in --tls-client-ca"),
             (client_context(issue(days=-1)), "its certificate, or the CA's, has expired"),
-            (client_context(), "it has shown no certificate"),
+            (client_context(), "it showed no certificate"),
             (client_context(issue(), trusted="theirs"), "it refuses this server: unknown ca"),
         ):
             with self.assertRaises(ssl.SSLError):
@@ -165,21 +179,21 @@ class CertificateTests(TLSServerTestCase):
         plain.send(HELLO)
         with contextlib.suppress(ConnectionResetError):
             self.assertEqual(plain.read(1), b"")
-        server.wait_until_logged("error: it speaks no TLS | refused: 1")
+        server.wait_until_logged("error: it does not speak TLS | refused: 1")
         self.assertEqual(server.log.count("accept_connections"), 1)
         self.assert_served(self.talk(server, client_context(issue())))
         self.assert_quiet(server)
 
-    def test_store(self) -> None:
-        """The name of the client's certificate stands in the store."""
+    def test_the_store_has_the_common_name(self) -> None:
+        """The session in the store has the name in the client's certificate."""
         store = ("--store", "tables.db")
         server = self.secure("--tls-client-ca", self.files.client_ca, *store)
         self.assert_served(self.talk(server, client_context(issue())))
         path = str(self.folder / "tables.db")
         self.assertEqual(query(path, "SELECT common_name FROM session"), [(AGENCY,)])
 
-    def test_reload(self) -> None:
-        """After SIGHUP new connections get the new certificate, and old ones go on."""
+    def test_sighup_reads_the_certificates_again(self) -> None:
+        """New connections get the new certificate, and open ones go on."""
         server = self.secure()
         old = self.talk(server)
         self.assertEqual(old.server_name(), "server")
@@ -195,8 +209,8 @@ class CertificateTests(TLSServerTestCase):
         self.assert_served(new)
         self.assert_served(old)
 
-    def test_start(self) -> None:
-        """What is wrong with a file ends the start in one line, with status 1, as a daemon too."""
+    def test_a_bad_file_ends_the_start(self) -> None:
+        """A file that cannot be used is one line and status 1, for a daemon too."""
         for self.starter in (FOREGROUND, DAEMON):
             server = self.launch("--tls-cert", "missing.pem")
             self.assertEqual(server.status(), 1)
@@ -204,8 +218,8 @@ class CertificateTests(TLSServerTestCase):
             self.assertIn(line, server.text("stderr"))
             self.assertEqual(server.text("stderr").count("\n"), 1)
 
-    def test_expired(self) -> None:
-        """The server's own certificate may have expired: the log says so."""
+    def test_the_log_warns_of_an_expired_certificate(self) -> None:
+        """A server whose own certificate has expired serves all the same."""
         self.files.write("server.pem", pem(issue("server", days=-1)))
         server = self.serve("--tls-cert", self.files.cert)
         server.wait_until_logged("error: it has expired at ")
@@ -213,10 +227,10 @@ class CertificateTests(TLSServerTestCase):
 
 
 class SilenceTests(TLSServerTestCase):
-    """Many that connect and keep silent keep nobody out."""
+    """Silent connections keep nobody out."""
 
-    def test_thousand(self) -> None:
-        """While 1,100 keep silent, honest clients are served, old ones and new ones."""
+    def test_clients_are_served_among_a_thousand_silent_connections(self) -> None:
+        """While 1,100 connections are silent, both old and new clients are served."""
         count, honest = 1100, 5
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
@@ -233,17 +247,17 @@ class SilenceTests(TLSServerTestCase):
             self.assert_served(known)
             for _ in range(honest):
                 self.assert_served(self.talk(server))
-            server.wait_until_logged("1000 others came before it had done its handshake")
+            server.wait_until_logged("1000 others came before it finished its handshake")
             with contextlib.suppress(ConnectionResetError):
                 self.assertEqual(silent[0].recv(1), b"")
             self.assert_quiet(server)
 
 
 class BalancerTests(TLSServerTestCase):
-    """Behind a load balancer."""
+    """A load balancer passes connections on, with PROXY headers."""
 
-    def test_client(self) -> None:
-        """The client is the header's; its half-close reaches the server, and all is answered."""
+    def test_a_client_may_half_close_behind_a_balancer(self) -> None:
+        """The log has the client's address, and the client gets every answer."""
         server = self.serve("--proxy-protocol")
         client = self.client(server)
         client.send(HEADER + batch_frame() * 3)
@@ -252,8 +266,19 @@ class BalancerTests(TLSServerTestCase):
         server.wait_until_logged(f"accept_connections | result: success | ip: {PEER}\n")
         self.assert_quiet(server)
 
-    def test_tls(self) -> None:
-        """The header comes first, then TLS."""
+    def test_a_server_that_stalled_reads_before_it_judges(self) -> None:
+        """A client whose header arrived in time is served, though the server read it too late."""
+        (self.folder / "stall.py").write_text(STALL)
+        server = self.serve("--proxy-protocol", "--processors", "stall:register")
+        client, staller = self.client(server), self.client(server)
+        # The server has accepted both before it stalls.
+        staller.send(HEADER + frame(b"\x28"))
+        wait_until((self.folder / "stalled").exists, "the server stalls")
+        client.send(HEADER + batch_frame())
+        self.assertEqual(client.read(5), SUCCESS)
+
+    def test_the_header_comes_before_tls(self) -> None:
+        """The handshake may follow the header at once."""
         server = self.serve("--proxy-protocol", "--tls-cert", self.files.cert)
         plain = socket.create_connection(("127.0.0.1", server.port), PATIENCE)
         plain.sendall(HEADER)
@@ -263,8 +288,8 @@ class BalancerTests(TLSServerTestCase):
         server.wait_until_logged(f"accept_connections | result: success | ip: {PEER}\n")
         self.assert_quiet(server)
 
-    def test_elsewhere(self) -> None:
-        """Who is no balancer is not served."""
+    def test_only_balancers_are_served(self) -> None:
+        """A connection from outside --proxy-from is closed."""
         server = self.serve("--proxy-protocol", "--proxy-from", "192.0.2.0/24,::1")
         client = self.client(server)
         with contextlib.suppress(ConnectionError):
@@ -272,9 +297,9 @@ class BalancerTests(TLSServerTestCase):
             self.assertEqual(client.read(1), b"")
         server.wait_until_logged("ip: 127.0.0.1 | error: it is not in --proxy-from | refused: 1")
 
-    def test_local_socket(self) -> None:
-        """A local socket has both as well: its peer is the machine's own."""
-        # A whole path may be too long for the address of a socket.
+    def test_a_local_socket_takes_both(self) -> None:
+        """A client by a local socket may send a PROXY header, and speak TLS."""
+        # An absolute path may be too long for a socket's address.
         path = (self.folder / "socket").relative_to(Path.cwd())
         server = self.launch(
             "--listen=unix:socket",

@@ -47,9 +47,9 @@ __all__ = ("Options", "makeService")
 SWITCH_INTERVAL = 0.0005
 """Seconds that a thread may keep the interpreter lock while another one waits for it.
 
-The store's thread takes the lock several times for each commit, and a busy reactor would keep it for
-Python's 5 ms each time. Measured with one client and full batches: the store takes 20 to 60 % more
-rows, and the 99th percentile of the acknowledgements is half as long.
+The store's thread takes the lock several times for each commit, and a busy reactor would keep it
+for Python's 5 ms each time. Measured with one client and full batches: the store takes 20 to 60 %
+more rows, and the 99th percentile of the acknowledgements is half as long.
 """
 
 

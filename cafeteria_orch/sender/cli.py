@@ -21,7 +21,7 @@ from cafeteria_orch.wire.errors import ProtocolError
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, INT32
 from cafeteria_orch.wire.tables import Table
 
-from .delivery import Delivery, GaveUp, TableExports, Totals
+from .delivery import RESTORE_IT, Delivery, GaveUp, PlannedFile, TableExports, Totals
 from .exports import Export, ExportError, find_exports
 from .journal import FilePlan, Journal, JournalError
 from .tls import ClientTLS, TLSError, host_of
@@ -118,7 +118,7 @@ def _plan(
         planned, whole = [], True
         for export in files:
             try:
-                plan, left = _plan_file(export, journal, options)
+                file = _plan_file(export, journal, options)
             except ExportError as error:
                 errors.append(error)
                 whole = False
@@ -126,40 +126,44 @@ def _plan(
                 errors.append(ExportError(export.path, None, str(error.strerror)))
                 whole = False
             else:
-                planned.append((export, plan))
-                rows += left
+                planned.append(file)
+                rows += file.rows_left
         if planned:
             tables.append(TableExports(table, planned, whole))
     return tables, rows
 
 
-def _plan_file(
-    export: Export, journal: Journal, options: argparse.Namespace
-) -> tuple[FilePlan, int]:
+def _plan_file(export: Export, journal: Journal, options: argparse.Namespace) -> PlannedFile:
     name = export.path.relative_to(options.directory).as_posix()
-    digest = export.digest()
     plan = journal.plans.get(name)
-    if plan is not None and plan.digest != digest:
-        raise ExportError(
-            export.path,
-            None,
-            f"it has changed since {len(plan.acknowledged)} of its {plan.batches} batches were"
-            " acknowledged; what is new belongs into a file of its own",
-        )
+    first = plan.first if plan else journal.next_number(export.table)
     batch_rows = plan.batch_rows if plan else options.batch_rows
     max_frame_bytes = plan.max_frame_bytes if plan else options.max_frame_bytes
-    amounts = [batch.amount for batch in export.batches(1, batch_rows, max_frame_bytes)]
+    try:
+        contents = export.check(first, batch_rows, max_frame_bytes)
+    except ExportError as error:
+        if plan is None:
+            raise
+        # It had no fault when it was planned.
+        raise _changed_since(export, plan) from error
     if plan is None:
         plan = journal.add_plan(
             name,
             export.table,
-            digest=digest,
-            batches=len(amounts),
+            digest=contents.digest,
+            batches=len(contents.rows),
             batch_rows=batch_rows,
             max_frame_bytes=max_frame_bytes,
         )
-    left = enumerate(amounts, plan.first)
-    return plan, sum(amount for number, amount in left if number not in plan.acknowledged)
+    elif plan.digest != contents.digest:
+        raise _changed_since(export, plan)
+    return PlannedFile(export, plan, contents)
+
+
+def _changed_since(export: Export, plan: FilePlan) -> ExportError:
+    batches = f"{len(plan.acknowledged)} of its {plan.batches} batches"
+    what = f"it has changed since {batches} were acknowledged: {RESTORE_IT}"
+    return ExportError(export.path, None, what)
 
 
 class _PlainProgress:

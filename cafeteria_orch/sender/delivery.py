@@ -21,11 +21,14 @@ from cafeteria_orch.wire.opcodes import FailReason
 from cafeteria_orch.wire.tables import Table
 
 from .client import Answer, OrchestratorClient
-from .exports import Batch, Export, ExportError
+from .exports import Batch, Contents, Export, ExportError
 from .journal import FilePlan, Journal
 
 ANSWER_TIMEOUT = 60.0
 """How long, in seconds, a server may take for its next answer before it is given up."""
+
+RESTORE_IT = "restore it as it was; what is new belongs into a file of its own"
+"""What to do about a file that has changed."""
 
 _REASONS: dict[int | None, str] = {
     FailReason.REJECTED: "the server rejects it",
@@ -55,6 +58,47 @@ class Totals:
     earlier: int = 0
 
 
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file, how it is cut into batches, and what it held when it was checked."""
+
+    export: Export
+    plan: FilePlan
+    contents: Contents
+
+    @property
+    def rows_left(self) -> int:
+        """How many rows have not been acknowledged."""
+        numbered = enumerate(self.contents.rows, self.plan.first)
+        return sum(rows for number, rows in numbered if number not in self.plan.acknowledged)
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """Read the batches again, by their numbers.
+
+        Each is compared with what was checked, and before the last one the whole file: that one
+        is only sent, and the file is only done, if it still holds what was sent of it.
+
+        :raises ExportError: if the file has changed.
+        """
+        plan = self.plan
+        batches = self.export.batches(plan.first, plan.batch_rows, plan.max_frame_bytes)
+        numbers = range(plan.first, plan.first + plan.batches)
+        try:
+            for number, digest, batch in zip(numbers, self.contents.batch_digests, batches):
+                is_last = number == numbers[-1]
+                if batch.digest != digest or (is_last and self.export.digest() != plan.digest):
+                    raise self._changed
+                yield number, batch
+        except ExportError as error:
+            raise self._changed from error
+
+    @property
+    def _changed(self) -> ExportError:
+        return ExportError(
+            self.export.path, None, f"it has changed since it was checked: {RESTORE_IT}"
+        )
+
+
 @dataclass
 class TableExports:
     """The files of a table that are to be sent.
@@ -63,13 +107,13 @@ class TableExports:
     """
 
     table: Table
-    files: list[tuple[Export, FilePlan]]
+    files: list[PlannedFile]
     whole: bool
 
     @property
     def is_done(self) -> bool:
         """Whether all of the table was acknowledged, as far as its batches go."""
-        return self.whole and all(plan.is_done for _, plan in self.files)
+        return self.whole and all(file.plan.is_done for file in self.files)
 
 
 class Delivery:
@@ -128,7 +172,7 @@ class Delivery:
         :raises Exception: what ``explain`` raises.
         """
         for exports in tables:
-            earlier = sum(len(plan.acknowledged) for _, plan in exports.files)
+            earlier = sum(len(file.plan.acknowledged) for file in exports.files)
             self.totals[exports.table] = Totals(files=len(exports.files), earlier=earlier)
         self._service.startService()
         try:
@@ -179,17 +223,18 @@ class Delivery:
         return self._connection
 
     async def _send_table(self, connection: _Connection, exports: TableExports) -> None:
-        for export, plan in exports.files:
+        for file in exports.files:
+            plan = file.plan
             if plan.is_done:
                 continue
             try:
-                for number, batch in _planned_batches(export, plan):
+                for number, batch in file.batches():
                     if number in plan.acknowledged or (plan.file, number) in self._refused:
                         # What is passed over may be most of a large file: let answers in.
                         await deferLater(self._reactor, 0)
                     else:
                         await connection.reserve()
-                        self._send_batch(connection, export, plan, number, batch)
+                        self._send_batch(connection, file, number, batch)
             except (ExportError, OSError) as error:
                 self._note_problem(str(error))
         await connection.settle()
@@ -203,23 +248,18 @@ class Delivery:
                 self._note_problem(f"the end of {exports.table.name}: {_reason(answer)}")
 
     def _send_batch(
-        self,
-        connection: _Connection,
-        export: Export,
-        plan: FilePlan,
-        number: int,
-        batch: Batch,
+        self, connection: _Connection, file: PlannedFile, number: int, batch: Batch
     ) -> None:
         def answered(answer: Answer) -> None:
             if isinstance(answer, BatchRecvSuccess):
-                self._journal.acknowledge(plan, number)
-                self._count(export.table, batch)
+                self._journal.acknowledge(file.plan, number)
+                self._count(file.export.table, batch)
             elif self._is_for_later(answer):
                 connection.try_again = True
             else:
-                self._refused.add((plan.file, number))
+                self._refused.add((file.plan.file, number))
                 lines = f"lines {batch.first_line} to {batch.last_line}"
-                self._note_problem(f"{export.path}, {lines}: {_reason(answer)}")
+                self._note_problem(f"{file.export.path}, {lines}: {_reason(answer)}")
 
         sent = connection.expect(connection.client.send_payload(batch.payload))
         sent.addCallback(answered).addErrback(connection.fail).addBoth(connection.free)
@@ -311,25 +351,6 @@ class _Connection:
     def free(self, _: None) -> None:
         """A place in the window is free."""
         self._window.release()
-
-
-def _planned_batches(export: Export, plan: FilePlan) -> Iterator[tuple[int, Batch]]:
-    """The batches that were planned, by their numbers.
-
-    :raises ExportError: if the file does not hold just these any more.
-    """
-    changed = ExportError(export.path, None, "it has changed since it was checked")
-    if export.digest() != plan.digest:
-        raise changed
-    end = plan.first + plan.batches
-    number = plan.first
-    for batch in export.batches(plan.first, plan.batch_rows, plan.max_frame_bytes):
-        if number == end:
-            raise changed
-        yield number, batch
-        number += 1
-    if number < end:
-        raise changed
 
 
 def _reason(answer: Answer) -> str:

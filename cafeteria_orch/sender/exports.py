@@ -6,14 +6,18 @@ import csv
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from io import BufferedReader, FileIO, RawIOBase
+from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from cafeteria_orch.wire.codec import encode_row
 from cafeteria_orch.wire.messages import BATCH_HEADER
 from cafeteria_orch.wire.opcodes import BatchStatus
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import MENU_ITEMS, TABLES, Table
+
+_CHUNK_BYTES = 1 << 20
 
 # Besides the aliases that the wire itself knows.
 _EXPORT_ALIASES = {MENU_ITEMS: {"item_name": "name"}}
@@ -42,6 +46,24 @@ class Batch:
     first_line: int
     last_line: int
 
+    @property
+    def digest(self) -> bytes:
+        """Tells this payload from any other."""
+        return _new_digest(self.payload).digest()
+
+
+class Contents(NamedTuple):
+    """What a file held when it was read.
+
+    :ivar digest: of its bytes.
+    :ivar rows: how many, by batch.
+    :ivar batch_digests: of its batches.
+    """
+
+    digest: str
+    rows: list[int]
+    batch_digests: list[bytes]
+
 
 @dataclass(frozen=True)
 class Export:
@@ -59,48 +81,69 @@ class Export:
         :raises ExportError: at the first thing that is wrong.
         """
         with self.path.open("rb") as file:
-            reader = csv.reader(self._lines(file), strict=True)
-            try:
-                header = next(reader, [])
-                places = self._places(header)
-                line = reader.line_num
-                for cells in reader:
-                    first_line, line = line + 1, reader.line_num
-                    if not cells:
-                        continue
-                    if len(cells) != len(header):
-                        raise self._error(
-                            first_line, f"{len(cells)} cells, the header has {len(header)}"
-                        )
-                    row = tuple(None if place is None else cells[place] for place in places)
-                    yield first_line, line, row
-            except csv.Error as error:
-                raise self._error(reader.line_num, str(error)) from error
+            yield from self._rows(file)
 
     def digest(self) -> str:
-        """What tells this content of the file from another."""
-        digest = blake2b(digest_size=16)
-        with self.path.open("rb") as file:
-            while chunk := file.read(1 << 20):
+        """Read the file: a text that tells what it holds now from anything else."""
+        digest = _new_digest()
+        with self.path.open("rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()
 
-    def batches(self, number: int, most_rows: int, most_bytes: int) -> Iterator[Batch]:
+    def batches(self, number: int, max_rows: int, max_bytes: int) -> Iterator[Batch]:
         """Read the file into batches; the last one says EOF, and an empty file has just that.
 
         :param number: of the first batch; the next ones count on.
-        :param most_rows: in a batch.
-        :param most_bytes: in a payload.
+        :param max_rows: in a batch.
+        :param max_bytes: in a payload.
         :raises ExportError: at the first thing that is wrong.
         """
+        with self.path.open("rb") as file:
+            yield from self._batches(file, number, max_rows, max_bytes)
+
+    def check(self, number: int, max_rows: int, max_bytes: int) -> Contents:
+        """Read the whole file once, and note what tells its batches from any others.
+
+        The parameters and the errors are those of :meth:`batches`.
+        """
+        rows, batch_digests = [], []
+        with self.path.open("rb", buffering=0) as raw:
+            source = _DigestingReader(raw)
+            file = BufferedReader(source, _CHUNK_BYTES)
+            for batch in self._batches(file, number, max_rows, max_bytes):
+                rows.append(batch.amount)
+                batch_digests.append(batch.digest)
+        return Contents(source.digest.hexdigest(), rows, batch_digests)
+
+    def _rows(self, file: BinaryIO) -> Iterator[tuple[int, int, Row]]:
+        reader = csv.reader(self._lines(file), strict=True)
+        try:
+            header = next(reader, [])
+            width = len(header)
+            in_table_order = itemgetter(*self._places(header))
+            line = reader.line_num
+            for cells in reader:
+                first_line, line = line + 1, reader.line_num
+                if not cells:
+                    continue
+                if len(cells) != width:
+                    raise self._error(first_line, f"{len(cells)} cells, the header has {width}")
+                yield first_line, line, in_table_order([*cells, None])
+        except csv.Error as error:
+            raise self._error(reader.line_num, str(error)) from error
+
+    def _batches(
+        self, file: BinaryIO, number: int, max_rows: int, max_bytes: int
+    ) -> Iterator[Batch]:
         head_bytes = 1 + BATCH_HEADER.size
         encoded: list[bytes] = []
         size, first_line, last_line = head_bytes, 0, 0
-        for row_first, row_last, row in self.rows():
+        for row_first, row_last, row in self._rows(file):
             row_bytes = encode_row(row, self.table)
-            if head_bytes + len(row_bytes) > most_bytes:
-                raise self._error(row_first, f"a row that no frame of {most_bytes} bytes holds")
-            if len(encoded) == most_rows or size + len(row_bytes) > most_bytes:
+            if head_bytes + len(row_bytes) > max_bytes:
+                raise self._error(row_first, f"a row that no frame of {max_bytes} bytes holds")
+            if len(encoded) == max_rows or size + len(row_bytes) > max_bytes:
                 yield self._batch(number, BatchStatus.CONTINUE, encoded, first_line, last_line)
                 number += 1
                 encoded, size = [], head_bytes
@@ -131,8 +174,8 @@ class Export:
             except UnicodeDecodeError as error:
                 raise self._error(number, f"byte {error.start + 1} is not UTF-8") from error
 
-    def _places(self, header: Sequence[str]) -> list[int | None]:
-        """Where each of the table's columns stands in the file."""
+    def _places(self, header: Sequence[str]) -> list[int]:
+        """Where each of the table's columns stands in the file: behind its cells, if nowhere."""
         aliases = {**self.table.aliases, **_EXPORT_ALIASES.get(self.table, {})}
         names = [aliases.get(name, name) for name in header]
         for name in names:
@@ -143,10 +186,34 @@ class Export:
         for column in self.table.columns:
             if column not in names and column not in self.table.optional:
                 raise self._error(1, f"column {column!r} is missing")
-        return [names.index(name) if name in names else None for name in self.table.columns]
+        places = {name: place for place, name in enumerate(names)}
+        return [places.get(column, len(names)) for column in self.table.columns]
 
     def _error(self, line: int, what: str) -> ExportError:
         return ExportError(self.path, line, what)
+
+
+class _DigestingReader(RawIOBase):
+    """Reads a file.
+
+    :ivar digest: of what was read so far.
+    """
+
+    def __init__(self, file: FileIO) -> None:
+        self.digest = _new_digest()
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = self._file.readinto(buffer)
+        self.digest.update(buffer[:size])
+        return size
+
+
+def _new_digest(data: bytes = b"") -> blake2b:
+    return blake2b(data, digest_size=16)
 
 
 def find_exports(directory: Path) -> tuple[list[Export], list[ExportError]]:

@@ -95,14 +95,18 @@ class Journal:
         max_frame_bytes: int,
     ) -> FilePlan:
         """Give the next numbers of a table to the batches of a file."""
-        ends = [plan.first + plan.batches for plan in self._plans_of(table)]
-        first = max(ends, default=1)
+        first = self.next_number(table)
         plan = FilePlan(file, table.name, digest, first, batches, batch_rows, max_frame_bytes)
         record = {name: value for name, value in vars(plan).items() if name != "acknowledged"}
         self._append(record)
         self._sync(self._file.fileno())
         self._add(plan)
         return plan
+
+    def next_number(self, table: Table) -> int:
+        """The number of the first batch of a table's next file."""
+        plans = [plan for plan in self.plans.values() if plan.table == table.name]
+        return max((plan.first + plan.batches for plan in plans), default=1)
 
     def acknowledge(self, plan: FilePlan, number: int) -> None:
         """Note that a batch was acknowledged."""
@@ -122,9 +126,6 @@ class Journal:
     def has_ended(self, table: Table) -> bool:
         """Whether the end of a table was acknowledged, and no file of it came later."""
         return table.name in self._ended
-
-    def _plans_of(self, table: Table) -> list[FilePlan]:
-        return [plan for plan in self.plans.values() if plan.table == table.name]
 
     def _open(self, server: str) -> None:
         try:

@@ -320,7 +320,7 @@ class Batching(ExportCase):
     def batches(self, content: bytes, number: int = 1, **limits: int) -> list[Batch]:
         """The batches of a file."""
         export = self.export(content)
-        return list(export.batches(number, **({"most_rows": 4000, "most_bytes": MOST} | limits)))
+        return list(export.batches(number, **({"max_rows": 4000, "max_bytes": MOST} | limits)))
 
     def decoded(self, batches: Iterable[Batch]) -> list[TableBatch]:
         """What a server makes of batches."""
@@ -328,7 +328,7 @@ class Batching(ExportCase):
 
     def test_by_rows(self) -> None:
         """No batch has more rows than it may; numbers go on; only the last one says EOF."""
-        for rows_of_file, most_rows, amounts in (
+        for rows_of_file, max_rows, amounts in (
             (0, 3, [0]),
             (1, 3, [1]),
             (3, 3, [3]),
@@ -336,7 +336,7 @@ class Batching(ExportCase):
             (6, 3, [3, 3]),
             (7, 1, [1] * 7),
         ):
-            batches = self.batches(HEADER + LINE * rows_of_file, 5, most_rows=most_rows)
+            batches = self.batches(HEADER + LINE * rows_of_file, 5, max_rows=max_rows)
             messages = self.decoded(batches)
             self.assertEqual([message.amount for message in messages], amounts)
             self.assertEqual([batch.amount for batch in batches], amounts)
@@ -348,7 +348,7 @@ class Batching(ExportCase):
     def test_lines(self) -> None:
         """A batch knows the lines that its rows stand on."""
         quoted = b'8,"a\nb\n",,\n\n'
-        batches = self.batches(HEADER + (LINE + quoted) * 2, most_rows=2)
+        batches = self.batches(HEADER + (LINE + quoted) * 2, max_rows=2)
         lines = [(batch.first_line, batch.last_line) for batch in batches]
         self.assertEqual(lines, [(2, 5), (7, 10)])
         (empty,) = self.batches(HEADER)
@@ -359,21 +359,21 @@ class Batching(ExportCase):
         content = HEADER + LINE * 3
         (whole,) = self.batches(content)
         size = len(whole.payload)
-        (exact,) = self.batches(content, most_bytes=size)
+        (exact,) = self.batches(content, max_bytes=size)
         self.assertEqual(exact.payload, whole.payload)
-        first, second = self.batches(content, most_bytes=size - 1)
+        first, second = self.batches(content, max_bytes=size - 1)
         self.assertEqual((first.amount, second.amount), (2, 1))
-        batches = self.batches(HEADER + LINE * 6, most_bytes=size - 1)
+        batches = self.batches(HEADER + LINE * 6, max_bytes=size - 1)
         self.assertEqual([batch.amount for batch in batches], [2, 2, 2])
 
     def test_row_too_long(self) -> None:
         """A row that no frame holds is named; one that a frame just holds is sent."""
         content = HEADER + b'1,"a\nb",,\n' + LINE.replace(b"female", b"f" * 500) + LINE
-        _, long, _ = self.batches(content, most_rows=1)
+        _, long, _ = self.batches(content, max_rows=1)
         size = len(long.payload)
-        self.assertEqual(len(self.batches(content, most_bytes=size)), 3)
+        self.assertEqual(len(self.batches(content, max_bytes=size)), 3)
         with self.assertRaises(ExportError) as caught:
-            self.batches(content, most_bytes=size - 1)
+            self.batches(content, max_bytes=size - 1)
         self.assertIn(", line 4: ", str(caught.exception))
         self.assertIn(str(size - 1), str(caught.exception))
 
@@ -404,14 +404,14 @@ class Batching(ExportCase):
                 cells = dict(zip(table.columns, row))
                 writer.writerow([cells[column] for column in order])
         number = data.draw(st.integers(-5, 2**60) | I64.filter(lambda n: n < 2**62))
-        most_rows = data.draw(st.integers(1, 9))
-        most_bytes = data.draw(st.integers(1200, 3000))
-        batches = list(Export(path, table).batches(number, most_rows, most_bytes))
+        max_rows = data.draw(st.integers(1, 9))
+        max_bytes = data.draw(st.integers(1200, 3000))
+        batches = list(Export(path, table).batches(number, max_rows, max_bytes))
         messages = self.decoded(batches)
         self.assertEqual([row for message in messages for row in message.rows], written)
         for place, (batch, message) in enumerate(zip(batches, messages)):
-            self.assertLessEqual(len(batch.payload), most_bytes)
-            self.assertLessEqual(message.amount, most_rows)
+            self.assertLessEqual(len(batch.payload), max_bytes)
+            self.assertLessEqual(message.amount, max_rows)
             self.assertEqual((message.table, message.batch_number), (table, number + place))
             self.assertEqual(message.status, int(batch is batches[-1]))
 

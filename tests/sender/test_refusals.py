@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 from cafeteria_orch.sender.cli import STATE_NAME
 from cafeteria_orch.sender.journal import Journal
@@ -201,26 +203,48 @@ class FileTests(SenderTestCase):
         self.assertEqual(self.send(), 1)
         self.assertRegex(
             self.output,
-            rf"{users}: it has changed since \d of its 5 batches were acknowledged;"
-            " what is new belongs into a file of its own",
+            rf"{users}: it has changed since \d of its 5 batches were acknowledged:"
+            " restore it as it was; what is new belongs into a file of its own",
         )
         self.assertEqual(len(self.server.acknowledged()), acknowledged)
         self.assertEqual(self.server.ends(), ["stores"])
 
-    def test_file_that_changes_while_it_is_sent(self) -> None:
-        """Whatever is sent of it then is not taken for the whole: the table does not end."""
-        users = self.write_users(rows=range(40))
+    def test_no_row_of_an_edited_file_is_sent(self) -> None:
+        """Only rows that were checked are sent; put back as it was, the file is sent whole."""
+        edits: dict[str, Callable[[str], str]] = {
+            "a row not sent yet": lambda text: text.replace("\n39,female", "\n39,MALE00"),
+            "a row sent already": lambda text: text.replace("\n0,female", "\n0,MALE00"),
+            "a row more": lambda text: text + "40,MALE00,,\n",
+            "fewer rows, a batch less": lambda text: text[: text.index("\n38,") + 1],
+            "no rows": lambda text: "user_id,gender\n",
+        }
+        for what, edit in edits.items():
+            with self.subTest(what):
+                self.setUp()
+                users = self.write_users(rows=range(40))
+                # Longer than what is read at once.
+                users.write_text(users.read_text().replace("2003-06-13", " " * 2000))
+                checked = users.read_text()
 
-        def script(payload: bytes) -> None:
-            if batches([payload]) and numbers([payload]) == [2]:
-                users.write_text("user_id,gender\n")
+                def script(
+                    payload: bytes, edited: str = edit(checked), path: Path = users
+                ) -> None:
+                    if batches([payload]) and numbers([payload]) == [2]:
+                        path.write_text(edited)
 
-        # Longer than what is read at once.
-        users.write_text(users.read_text().replace("2003-06-13", "2003-06-13" + " " * 2000))
-        self.server.script = script
-        self.assertEqual(self.send("--window=1"), 1, self.output)
-        self.assertEqual(self.server.ends(), [])
-        self.assertNotIn("Traceback", self.output)
+                self.server.script = script
+                self.assertEqual(self.send("--window=1"), 1, self.output)
+                self.assertIn(f"{users}: it has changed since it was checked", self.output)
+                self.assertEqual(self.server.ends(), [])
+                self.server.script = lambda _: None
+                self.assertEqual(self.send(), 1)
+                self.assertRegex(self.output, r"changed since \d+ of its 20 batches were")
+                users.write_text(checked)
+                self.assertEqual(self.send(), 0)
+                stored = {*self.server.acknowledged()}
+                self.assertEqual(sorted(map(str, range(40))), sorted(cells(stored)))
+                self.assertNotIn(b"MALE00", b"".join(self.server.batches()))
+                self.assertEqual(self.server.ends(), ["users"])
 
     def test_file_that_vanishes(self) -> None:
         """A file that is gone before its turn comes is reported, the others are sent."""

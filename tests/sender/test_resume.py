@@ -79,6 +79,36 @@ class ProcessTests(SynchronousTestCase):
             self.assertEqual(sender.wait(), 0, sender.output)
             self._assert_complete()
 
+    def test_file_is_edited(self) -> None:
+        """No row that was not checked is stored; put back as it was, the file arrives whole."""
+        self.server.start()
+        self.server.wait_until_it_listens()
+        path = self.folder / "stores" / "b.csv"
+        place = path.read_bytes().index(b" 1299 ")
+        sender = Sender(self, self.folder, self.server.port, BATCHES, "--window=1")
+        wait_for(lambda: b"stores/b.csv" in self._last_acknowledgement(), "the file's turn")
+        self._overwrite(path, place, b" EDIT ")
+        self.assertEqual(sender.wait(), 1, sender.output)
+        self.assertIn(f"{path}: it has changed since it was checked", sender.output)
+        rows = [row for batch in read_store(self.server.store) for row in batch.rows]
+        self.assertNotIn("EDIT", str(rows))
+        self.assertIn("stores/b.csv 0 store_id", str(rows))
+        self._overwrite(path, place, b" 1299 ")
+        sender = Sender(self, self.folder, self.server.port, BATCHES)
+        self.assertEqual(sender.wait(), 0, sender.output)
+        self._assert_complete()
+
+    def _overwrite(self, path: Path, place: int, data: bytes) -> None:
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(data)
+
+    def _last_acknowledgement(self) -> bytes:
+        if not self.state.exists():
+            return b""
+        lines = self.state.read_bytes().splitlines()
+        return lines[-1] if b'"acknowledged"' in lines[-1] else b""
+
     def _wait_for_progress(self, sender: Sender, moments: Random) -> None:
         """Wait until some more acknowledgements, none to eighty, are in the state file."""
         until = self._state_bytes() + moments.randrange(4000)

@@ -25,7 +25,13 @@ from cafeteria_orch.bench.local_server import (
     cpu_seconds,
 )
 from tests.support.disks import make_folder
-from tests.support.processes import PATIENCE, ROOT, ProcessTestCase, wait_until
+from tests.support.processes import (
+    PATIENCE,
+    ROOT,
+    ProcessTestCase,
+    default_signals,
+    wait_until,
+)
 
 
 class Process:
@@ -162,20 +168,18 @@ class Processes(ProcessTestCase):
     ) -> subprocess.Popen[str]:
         """Start the command, a short load on a server of its own."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("CAFEORCH_")}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cafeteria_orch.bench.cli", "--self", *self.BRIEF, *arguments],
-            cwd=self.folder,
-            env={
-                **inherited,
-                "PYTHONPATH": str(ROOT),
-                "TMPDIR": str(self.temporary),
-                **(environment or {}),
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        own = {"PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary)}
+        command = [sys.executable, "-m", "cafeteria_orch.bench.cli", "--self", *self.BRIEF]
+        with default_signals():
+            process = subprocess.Popen(
+                [*command, *arguments],
+                cwd=self.folder,
+                env={**inherited, **own, **(environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
 
         def clean_up() -> None:
             process.kill()

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import socket
-import subprocess
-import sys
 from functools import partial
 from itertools import count, pairwise
 
@@ -14,7 +10,6 @@ from cafeteria_orch.sender.cli import STATE_NAME
 from cafeteria_orch.wire.messages import decode
 from cafeteria_orch.wire.opcodes import Opcode
 from tests.support import scripted
-from tests.support.disks import DEADLINE, ENVIRONMENT
 from tests.support.scripted import (
     CLOSE,
     CUT,
@@ -168,28 +163,6 @@ class CutTests(SenderTestCase):
             self.assertIn("cafeorch-send: interrupted; run it again to send the rest", self.output)
             self.assertEqual(self.send(), 0)
             self.assert_all_arrived()
-
-    def test_sigint(self) -> None:
-        """The same with the real thing: status 1, one line, and soon."""
-        with socket.create_server(("127.0.0.1", 0)) as silent:
-            connect = f"--connect=tcp:127.0.0.1:{silent.getsockname()[1]}"
-            command = [sys.executable, "-c", "from cafeteria_orch.sender.cli import main; main()"]
-            with subprocess.Popen(
-                [*command, str(self.folder), connect],
-                env=ENVIRONMENT,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            ) as sender:
-                self.addCleanup(sender.kill)
-                silent.settimeout(DEADLINE)
-                silent.accept()[0].close()
-                silent.accept()[0].close()
-                sender.send_signal(signal.SIGINT)
-                _, output = sender.communicate(timeout=DEADLINE)
-        self.assertEqual(sender.returncode, 1)
-        self.assertRegex(output, r"\ncafeorch-send: interrupted; run it again to send the rest\n$")
 
     def test_interrupt_while_away(self) -> None:
         """The same while there is no server to send anything to."""

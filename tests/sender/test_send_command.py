@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Sequence
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -31,6 +32,7 @@ from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange, send_success
 from cafeteria_orch.wire.opcodes import Opcode
 from tests.support.builders import DATA, Pending, until
+from tests.support.processes import default_signals
 
 from .test_send import ADDRESS, USER, USERS_HEADER, SendCase
 
@@ -265,11 +267,14 @@ class Processes(TestCase):
         self.rows += batch.amount
         send_success(client)
 
-    def start(self, *arguments: str, err: int | None = None) -> subprocess.Popen[bytes]:
+    def start(
+        self, *arguments: str, err: int | None = None, launcher: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
         """Start the command; what it says goes into files."""
-        with self.out.open("wb") as out, self.err.open("wb") as err_file:
+        command: list[str | Path] = [*launcher, COMMAND, "--state", self.state]
+        with self.out.open("wb") as out, self.err.open("wb") as err_file, default_signals():
             process = subprocess.Popen(
-                [COMMAND, "--state", self.state, "--connect", self.server, *arguments],
+                [*command, "--connect", self.server, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err_file if err is None else err,
@@ -323,19 +328,19 @@ class Processes(TestCase):
             self.assertRegex(line, r"^cafeorch-send: Connection was refused.* again for \d s\.$")
         self.assertRegex(last, r"Connection was refused.*Gave up")
 
-    async def test_interrupt(self) -> None:
-        """Ctrl-C ends it with status 1 and a line, no traceback; run again, it completes."""
+    async def check_interrupt(self, number: signal.Signals) -> None:
+        """A signal ends it with status 1 and one line; run again, it sends the rest."""
         silent = Pending()
         self.factory.register_processor(Opcode.NEW_STORES, silent, replace=True)
         process = self.start(str(DATA))
         await until(reactor, lambda: silent.messages)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         await until(reactor, lambda: process.poll() is not None)
         silent.finish()
         err = self.err.read_text()
         self.assertEqual(process.returncode, 1, err)
         (line,) = [line for line in err.splitlines() if not line.endswith("rows acknowledged")]
-        self.assertRegex(line, r"\Acafeorch-send: interrupted; run it again to send the rest\Z")
+        self.assertEqual(line, "cafeorch-send: interrupted; run it again to send the rest")
         menu_items = self.rows
         self.assertGreater(menu_items, 0)
         self.factory.register_processor(Opcode.NEW_STORES, self.count, replace=True)
@@ -343,6 +348,31 @@ class Processes(TestCase):
         self.assertEqual(status, 0, err)
         self.assertRegex(out, rf"(?m)^acknowledged +8 +{self.rows - menu_items} +7 +\d+ in ")
         self.assertRegex(out, r"(?m)^1 more batches had been acknowledged before\.$")
+
+    async def test_interrupt(self) -> None:
+        """Ctrl-C."""
+        await self.check_interrupt(signal.SIGINT)
+
+    async def test_terminate(self) -> None:
+        """SIGTERM is the same."""
+        await self.check_interrupt(signal.SIGTERM)
+
+    async def test_sigint_stays_ignored_in_the_background(self) -> None:
+        """A shell's background job ignores SIGINT: it sends everything all the same."""
+        gate: Deferred[None] = Deferred()
+
+        async def wait(batch: Any, client: Exchange) -> None:
+            await gate
+            self.count(batch, client)
+
+        self.factory.register_processor(Opcode.NEW_STORES, wait, replace=True)
+        process = self.start(str(DATA), launcher=("sh", "-c", 'trap "" INT; exec "$0" "$@"'))
+        await until(reactor, lambda: self.rows)
+        process.send_signal(signal.SIGINT)
+        gate.callback(None)
+        await until(reactor, lambda: process.poll() is not None)
+        self.assertEqual(process.returncode, 0, self.err.read_text())
+        self.assertRegex(self.out.read_text(), rf"(?m)^acknowledged +8 +{self.rows} +8 +\d+ in ")
 
     async def test_state_not_writable(self) -> None:
         """A state that cannot be written is one line with the remedy, and status 1."""

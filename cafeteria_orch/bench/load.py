@@ -17,7 +17,8 @@ from twisted.internet.interfaces import IStreamClientEndpoint, ITCPTransport
 from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
 
-from cafeteria_orch.wire.framing import FrameReceiver, Framing
+from cafeteria_orch.server.frames import FrameReceiver
+from cafeteria_orch.wire.framing import Framing
 from cafeteria_orch.wire.messages import BatchRecvSuccess, Finished, encode
 from cafeteria_orch.wire.opcodes import Opcode
 

@@ -11,8 +11,9 @@ from twisted.internet.defer import Deferred, fail
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.python.failure import Failure
 
+from cafeteria_orch.server.frames import FrameReceiver
 from cafeteria_orch.wire.errors import ProtocolError
-from cafeteria_orch.wire.framing import INT32, FrameReceiver, Framing
+from cafeteria_orch.wire.framing import INT32, Framing
 from cafeteria_orch.wire.messages import (
     DECODERS,
     BatchRecvFail,

@@ -117,13 +117,10 @@ class OrchestratorProtocol(FlowReceiver):
 
     def lengthLimitExceeded(self, length: int) -> None:
         """A frame declares more than the limit: refuse it before it is read."""
-        what = f"a frame of {length} bytes, the limit is {self.MAX_LENGTH}"
-        if length < 0:
-            what = "a frame whose length is negative"
         self.limit_hit("max_frame_bytes")
         exchange = Exchange(self, UNKNOWN)
         self._window.add(exchange)
-        self._refuse(FrameTooLong(what), exchange)
+        self._refuse(FrameTooLong(length, self.MAX_LENGTH), exchange)
 
     def framesDelivered(self) -> None:
         """What was whole is handled, or waits: the answers leave in one write."""

@@ -15,7 +15,7 @@ from twisted.internet.interfaces import (
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from cafeteria_orch.wire.framing import FrameReceiver
+from cafeteria_orch.server.frames import FrameReceiver
 
 CLOSE_TIMEOUT = 2.0
 """How long, in seconds, an orderly close waits for the peer before it becomes an abort."""

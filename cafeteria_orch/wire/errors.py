@@ -44,7 +44,16 @@ class ProtocolError(OrchestratorError, ValueError):
 
 
 class FrameTooLong(ProtocolError):
-    """A frame that declares more bytes than the limit allows."""
+    """A frame that declares more bytes than the limit allows, or a negative number of them.
+
+    :param length: what it declares.
+    :param limit: the longest payload, in bytes.
+    """
+
+    def __init__(self, length: int, limit: int) -> None:
+        what = f"a frame of {length} bytes, the limit is {limit}"
+        super().__init__("a frame whose length is negative" if length < 0 else what)
+        self.length = length
 
 
 class UnknownOpcode(ProtocolError):

@@ -1,15 +1,16 @@
-"""Frames: from a stream of bytes to payloads, in time linear in the bytes.
+"""Frames: a decoder without I/O, from a stream of bytes to payloads.
 
 There are two framings of the same messages. Above this module there is one: a payload is an
-opcode and a body, whatever stood around them on the wire.
+opcode and a body, however they are framed on the wire.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from twisted.protocols.basic import Int32StringReceiver
+from .errors import FrameTooLong
 
 DEFAULT_MAX_FRAME_BYTES = 1_048_576
 """The fullest table batch of the wire (a body of 1,048,571 bytes) fits."""
@@ -17,21 +18,20 @@ DEFAULT_MAX_FRAME_BYTES = 1_048_576
 SNIFFABLE_BELOW = 1 << 24
 """A big-endian length below this begins with a 0, by which the framings are told apart."""
 
-# A piece of a frame shorter than this is gathered with its neighbours: as an object of its own
-# it would take more memory than it holds.
-_SMALL_PIECE = 4096
+# A shorter piece of a frame is joined with its neighbours at once: an object of its own would take
+# more memory than the bytes in it.
+_MIN_PIECE_BYTES = 4096
 
 
 class Framing(NamedTuple):
-    """How a payload stands on the wire.
+    """How a payload is framed on the wire.
 
-    :ivar name: as the user says it.
-    :ivar length: the length's format, without its sign: what is negative is then one that is
-        too long, and refused by the same comparison.
-    :ivar is_signed: whether the wire has it with a sign.
-    :ivar lead: how many bytes of the payload stand before its length, and are not counted
-        in it.
-    :ivar answers_have_bodies: whether more than the opcode of an answer is sent.
+    :ivar name: the name in options.
+    :ivar length: the format of the length, read without its sign: a negative length is then a
+        long one, and one comparison refuses both.
+    :ivar is_signed: whether the length has a sign on the wire.
+    :ivar lead: the number of bytes of the payload that precede the length, and do not count in it.
+    :ivar answers_have_bodies: whether an answer has more than its opcode.
     """
 
     name: str
@@ -41,9 +41,9 @@ class Framing(NamedTuple):
     answers_have_bodies: bool
 
     def encode(self, payload: bytes) -> bytes:
-        """The bytes of one frame.
+        """Frame a payload.
 
-        :raises ValueError: if the payload lacks what stands before its length.
+        :raises ValueError: if the payload lacks the bytes that precede its length.
         """
         lead = self.lead
         if len(payload) < lead:
@@ -57,60 +57,55 @@ INT32 = Framing("int32", Struct(">I"), is_signed=False, lead=0, answers_have_bod
 OPCODE_FIRST = Framing(
     "opcode-first", Struct("<I"), is_signed=True, lead=1, answers_have_bodies=False
 )
-"""The opcode, a little-endian length, the body: the older clients in the field. They read
-nothing but the opcode of an answer, and a length of 0."""
+"""The opcode, a little-endian length, the body: the clients in the field. Of an answer they read
+the opcode and a length of 0, nothing else."""
 
 FRAMINGS = {framing.name: framing for framing in (INT32, OPCODE_FIRST)}
 
 
-class FrameReceiver(Int32StringReceiver):
-    """An :class:`Int32StringReceiver` whose work is linear in the bytes that come.
+class FrameDecoder:
+    """Bytes in, payloads out, in time linear in the bytes.
 
-    The stock class joins all it holds at every chunk, which is quadratic in the length of a
-    frame, and delivers a frame again where ``stringReceived`` pauses and resumes. Here a
-    frame that came whole is cut out of its chunk, and one that did not is collected in pieces
+    A frame that arrives whole is cut out of its chunk. One that does not is collected in pieces
     that are joined once.
 
-    ``stringReceived(payload)`` and ``lengthLimitExceeded(length)`` are the hooks, as in the
-    stock class, and :meth:`framesDelivered`. Once this side has closed the connection
-    (``transport.loseConnection()``, or :meth:`abortConnection`) nothing more is delivered; once
-    the peer has, what had come from it still is.
-
-    :ivar MAX_LENGTH: the longest payload, in bytes.
-    :ivar framing: ``None`` leaves it to the first byte that comes: 0 begins the length of
-        any :data:`INT32` frame below 16 MiB, and anything else is :data:`OPCODE_FIRST`.
-    :ivar received_bytes: that came by it so far, frames or not.
-    :ivar delivering: whether ``stringReceived`` is being called from within
-        ``dataReceived``, so that more frames may follow at once.
+    :param max_length: the longest payload, in bytes.
+    :param framing: ``None`` leaves it to the first byte: 0 begins the length of any
+        :data:`INT32` frame below 16 MiB, and anything else is :data:`OPCODE_FIRST`.
+    :ivar framing: the same; known once the first byte is.
     """
 
-    MAX_LENGTH = DEFAULT_MAX_FRAME_BYTES
-    delivering = False
-    received_bytes = 0
-    framing: Framing | None = INT32
-    transport: Any
+    __slots__ = (
+        "_chunk",
+        "_later",
+        "_length",
+        "_max_length",
+        "_missing",
+        "_offset",
+        "_pieces",
+        "framing",
+    )
 
-    # What frames are being cut out of, and where the next one starts in it.
-    _chunk = b""
-    _offset = 0
-    # The pieces of a payload that is not whole yet, how many bytes it has, and how many of them
-    # are still to come.
-    _pieces: list[bytes | bytearray]
-    _length = 0
-    _missing = 0
-    # What came while delivery was paused.
-    _later: bytearray
-    _stopped = False
-
-    def __init__(self) -> None:
-        self._pieces = []
-        self._later = bytearray()
+    def __init__(
+        self, max_length: int = DEFAULT_MAX_FRAME_BYTES, framing: Framing | None = INT32
+    ) -> None:
+        self.framing = framing
+        self._max_length = max_length
+        # What frames are cut out of, and where the next one starts in it.
+        self._chunk: bytes = b""
+        self._offset = 0
+        # What came before all of that was taken.
+        self._later: list[bytes] = []
+        # The pieces of a payload that is not whole yet, its length, and how much of it is missing.
+        self._pieces: list[bytes | bytearray] = []
+        self._length = 0
+        self._missing = 0
 
     @property
     def missing(self) -> int:
-        """How many bytes are still to come of a frame that has begun; 0 between frames.
+        """How many bytes of a frame that has begun are still to come; 0 between frames.
 
-        Of a frame whose length is not whole yet: the missing bytes of that length.
+        Of a frame whose length is not known yet: the missing bytes of that length.
         """
         begun = len(self._chunk) - self._offset
         if self._missing or not begun:
@@ -119,162 +114,111 @@ class FrameReceiver(Int32StringReceiver):
         return max(0, framing.lead + framing.length.size - begun)
 
     @property
+    def max_missing(self) -> int:
+        """How many bytes of a frame that has begun may still come; 0 between frames.
+
+        Of a frame whose length is not known yet: as many as the longest frame has.
+        """
+        if self._missing or self._offset == len(self._chunk):
+            return self._missing
+        return self._max_length
+
+    @property
     def buffered(self) -> int:
-        """How many bytes it holds that were not delivered yet."""
-        gathered = self._length - self._missing if self._missing else 0
-        return len(self._chunk) - self._offset + len(self._later) + gathered
+        """How many bytes it holds that are in no payload yet."""
+        collected = self._length - self._missing if self._missing else 0
+        return len(self._chunk) - self._offset + sum(map(len, self._later)) + collected
 
-    def dataReceived(self, data: bytes) -> None:
-        """Take bytes from the transport; deliver the frames that are whole."""
-        self.received_bytes += len(data)
-        if self._stopped:
-            return
-        if self.framing is None and data:
-            self.framing = OPCODE_FIRST if data[0] else INT32
-        if self.paused or self.delivering:
-            self._later += data
+    def feed(self, data: bytes) -> None:
+        """Take bytes of the stream."""
+        if self._later or self._offset < len(self._chunk):
+            self._later.append(data)
         else:
-            self._chunk += data
-            self._deliver()
+            self._chunk = data
+            self._offset = 0
 
-    def resumeProducing(self) -> None:
-        """Deliver what came meanwhile; read on, unless that has paused the connection again."""
-        if self._stopped:
-            return
-        self.paused = False
-        self._deliver()
-        if not self.paused:
-            self.resumeReading()
-
-    def pauseReading(self) -> None:
-        """Tell the transport to read no more for now. For a subclass to refine."""
-        self.transport.pauseProducing()
-
-    def resumeReading(self) -> None:
-        """Tell the transport to read on. For a subclass to refine."""
-        self.transport.resumeProducing()
-
-    def pauseProducing(self) -> None:
-        """Deliver nothing and read nothing until :meth:`resumeProducing`."""
-        self.paused = True
-        self.pauseReading()
-
-    def stopDelivery(self) -> None:
-        """Drop what is held and whatever comes: no frame is delivered any more."""
-        self._stopped = self.paused = True
+    def clear(self) -> None:
+        """Drop all it holds, and so what an iteration under way would still give."""
         self._chunk = b""
         self._offset = self._missing = 0
         self._pieces.clear()
         self._later.clear()
 
-    def stringReceived(self, payload: bytes) -> None:
-        """A frame is whole. A hook."""
+    def payloads(self) -> Iterator[bytes]:
+        """Take out the payloads that are whole.
 
-    def lengthLimitExceeded(self, length: int) -> None:
-        """A frame declares more than :attr:`MAX_LENGTH`, or a length below 0. A hook.
+        The iteration may be left at any payload; the next one goes on behind it. Between two
+        payloads the decoder may be fed and cleared, but not iterated.
 
-        No more is delivered.
+        :raises FrameTooLong: if a frame declares more than the limit, or a negative length.
+            Nothing that follows has a meaning then: the decoder is cleared.
         """
-        self.transport.loseConnection()
+        while True:
+            if self._missing:
+                payload = self._collect()
+                if payload is not None:
+                    yield payload
+            chunk, offset = self._chunk, self._offset
+            size = len(chunk)
+            if not self._missing and offset < size:
+                framing = self._framing_of(chunk[offset])
+                lead = framing.lead
+                head = lead + framing.length.size
+                max_length = self._max_length - lead
+                length_at = framing.length.unpack_from
+                while (start := offset + head) <= size:
+                    (length,) = length_at(chunk, offset + lead)
+                    if length > max_length:
+                        self.clear()
+                        raise self._too_long(framing, length)
+                    end = start + length
+                    if end > size:
+                        self._begin(chunk[offset : offset + lead], length, start)
+                        break
+                    payload = chunk[start:end]
+                    if lead:
+                        payload = chunk[offset : offset + lead] + payload
+                    self._offset = offset = end
+                    yield payload
+                    if self._chunk is not chunk:
+                        break
+            is_replaced = self._chunk is not chunk
+            has_begun = self._missing and self._offset < size
+            if not (is_replaced or has_begun or self._take_later()):
+                return
 
-    def abortConnection(self) -> None:
-        """Close at once, and deliver nothing more.
+    def _framing_of(self, first: int) -> Framing:
+        if self.framing is None:
+            self.framing = OPCODE_FIRST if first else INT32
+        return self.framing
 
-        To be called rather than the transport's own: an aborted TCP transport does not say
-        that it is closing, as one that loses its connection does.
-        """
-        self.stopDelivery()
-        self.transport.abortConnection()
+    def _too_long(self, framing: Framing, length: int) -> FrameTooLong:
+        is_negative = framing.is_signed and length >= 1 << 31
+        length = length - (1 << 32) if is_negative else framing.lead + length
+        return FrameTooLong(length, self._max_length)
 
-    def framesDelivered(self) -> None:
-        """Called when all that is whole was delivered, or delivery was paused. A hook."""
+    def _begin(self, lead: bytes, length: int, start: int) -> None:
+        """Begin to collect a payload whose body starts at an offset of the chunk."""
+        self._keep(lead)
+        self._length = len(lead) + length
+        self._missing = length
+        self._offset = start
 
-    def encodeFrame(self, payload: bytes) -> bytes:
-        """The bytes of one frame, in the framing of this connection."""
-        return (self.framing or INT32).encode(payload)
-
-    def encodeAnswer(self, payload: bytes) -> bytes:
-        """The same for an answer: of its body, as much as the peer can read."""
-        framing = self.framing or INT32
-        return framing.encode(payload if framing.answers_have_bodies else payload[:1])
-
-    def sendString(self, string: bytes) -> None:
-        """Send a frame."""
-        self.transport.write(self.encodeFrame(string))
-
-    def _deliver(self) -> None:
-        if self.delivering:
-            return
-        self.delivering = True
-        try:
-            while not self.paused:
-                if getattr(self.transport, "disconnecting", False):
-                    self.stopDelivery()
-                    break
-                used_up = self._collect() if self._missing else self._cut()
-                if used_up and not self._take_later():
-                    break
-        finally:
-            self.delivering = False
-        self.framesDelivered()
-
-    def _cut(self) -> bool:
-        """Deliver the frames that are whole in the chunk.
-
-        :return: whether there is nothing to do before more comes.
-        """
-        chunk, offset = self._chunk, self._offset
-        size = len(chunk)
-        transport = self.transport
-        framing = self.framing or INT32
-        lead = framing.lead
-        head = lead + framing.length.size
-        longest = self.MAX_LENGTH - lead
-        length_at = framing.length.unpack_from
-        received = self.stringReceived
-        tells_closing = hasattr(transport, "disconnecting")
-        while (start := offset + head) <= size:
-            (length,) = length_at(chunk, offset + lead)
-            if length > longest:
-                self.stopDelivery()
-                is_negative = framing.is_signed and length >= 1 << 31
-                self.lengthLimitExceeded(length - (1 << 32) if is_negative else lead + length)
-                return False
-            end = start + length
-            if end > size:
-                self._keep(chunk[offset : offset + lead])
-                self._length = lead + length
-                self._missing = length
-                self._offset = start
-                return False
-            payload = chunk[start:end]
-            if lead:
-                payload = chunk[offset : offset + lead] + payload
-            self._offset = offset = end
-            received(payload)
-            if self.paused or (tells_closing and transport.disconnecting):
-                return False
-        return True
-
-    def _collect(self) -> bool:
-        """Take what the chunk has of a payload; deliver it if it is whole.
-
-        :return: as :meth:`_cut`.
-        """
+    def _collect(self) -> bytes | None:
+        """Take the chunk's part of a payload; return the payload if it is whole."""
         piece = self._chunk[self._offset : self._offset + self._missing]
         self._keep(piece)
         self._offset += len(piece)
         self._missing -= len(piece)
         if self._missing:
-            return True
+            return None
         payload = b"".join(self._pieces)
         self._pieces.clear()
-        self.stringReceived(payload)
-        return False
+        return payload
 
     def _keep(self, piece: bytes) -> None:
         pieces = self._pieces
-        if len(piece) >= _SMALL_PIECE:
+        if len(piece) >= _MIN_PIECE_BYTES:
             pieces.append(piece)
         elif pieces and isinstance(pieces[-1], bytearray):
             pieces[-1] += piece
@@ -282,10 +226,10 @@ class FrameReceiver(Int32StringReceiver):
             pieces.append(bytearray(piece))
 
     def _take_later(self) -> bool:
-        """Go on with what came meanwhile; whether there is any."""
-        # Not to keep all of a chunk for the few bytes that are left of it.
-        self._chunk = self._chunk[self._offset :] + self._later
+        """Go on with what came meanwhile; return whether anything did."""
+        # The few bytes that are left of a chunk must not keep all of it in memory.
+        rest = self._chunk[self._offset :]
+        later, self._later = self._later, []
         self._offset = 0
-        came = bool(self._later)
-        self._later.clear()
-        return came
+        self._chunk = b"".join([rest, *later]) if rest or len(later) != 1 else later[0]
+        return bool(later)

@@ -23,11 +23,12 @@ from zope.interface import implementer
 
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.frames import FrameReceiver
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire import codec as row_codec
 from cafeteria_orch.wire import rows
-from cafeteria_orch.wire.framing import INT32, FrameReceiver
+from cafeteria_orch.wire.framing import INT32
 from cafeteria_orch.wire.messages import BATCH_HEADER, TableBatch, decode
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import Table

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FrameReceiver
+from cafeteria_orch.server.frames import FrameReceiver
+from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES
 from tests.support.builders import frame
 from tests.support.framings import (
     FEW,

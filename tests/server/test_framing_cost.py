@@ -18,7 +18,8 @@ from hypothesis.stateful import (
 from twisted.internet.testing import StringTransport
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.wire.framing import INT32, FrameReceiver, Framing
+from cafeteria_orch.server.frames import FrameReceiver
+from cafeteria_orch.wire.framing import INT32, Framing
 from tests.support.builders import frame
 from tests.support.framings import (
     Action,

@@ -8,7 +8,7 @@ from typing import ClassVar
 from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure
 
-from cafeteria_orch.wire.framing import FrameReceiver
+from cafeteria_orch.server.frames import FrameReceiver
 from tests.support.framings import (
     Action,
     EventTransport,

@@ -20,8 +20,9 @@ from cafeteria_orch.sender.client import OrchestratorClient
 from cafeteria_orch.server import responses
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.frames import FrameReceiver
 from cafeteria_orch.tap import Options, makeService
-from cafeteria_orch.wire.framing import FRAMINGS, INT32, OPCODE_FIRST, FrameReceiver, Framing
+from cafeteria_orch.wire.framing import FRAMINGS, INT32, OPCODE_FIRST, Framing
 from cafeteria_orch.wire.messages import (
     BatchRecvFail,
     BatchRecvSuccess,

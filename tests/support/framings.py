@@ -11,7 +11,8 @@ from twisted.internet.testing import StringTransport
 from twisted.protocols.basic import Int32StringReceiver
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.wire.framing import INT32, FrameReceiver
+from cafeteria_orch.server.frames import FrameReceiver
+from cafeteria_orch.wire.framing import INT32
 
 from .builders import frame
 

@@ -19,18 +19,16 @@ class ReasonTests(TestCase):
 
     def test_reasons(self) -> None:
         """Each class gives the byte that a client is told, also from an instance."""
-        reasons = {
-            OrchestratorError: 2,
-            BatchRejected: 2,
-            TryAgainLater: 1,
-            ProtocolError: 3,
-            FrameTooLong: 3,
-            UnknownOpcode: 3,
-        }
-        for error, reason in reasons.items():
-            with self.subTest(error=error.__name__):
-                self.assertEqual(error.reason, reason)
-                self.assertEqual(error("text").reason, reason)
+        for error, reason in (
+            (OrchestratorError("text"), 2),
+            (BatchRejected("text"), 2),
+            (TryAgainLater("text"), 1),
+            (ProtocolError("text"), 3),
+            (FrameTooLong(11, 10), 3),
+            (UnknownOpcode("text"), 3),
+        ):
+            with self.subTest(error=type(error).__name__):
+                self.assertEqual((error.reason, type(error).reason), (reason, reason))
 
     def test_one_base(self) -> None:
         """Whoever catches OrchestratorError catches all of them."""

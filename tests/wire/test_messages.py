@@ -372,7 +372,7 @@ class DecoderTests(TestCase):
 
     def test_protocol_error(self) -> None:
         """A ProtocolError, of any kind, was written for the log: it stays as it is."""
-        for error in (ProtocolError("no price"), FrameTooLong("too many")):
+        for error in (ProtocolError("no price"), FrameTooLong(11, 10)):
 
             def refuse(body: bytes, error: ProtocolError = error) -> None:
                 raise error

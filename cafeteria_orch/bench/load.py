@@ -17,8 +17,8 @@ from twisted.internet.interfaces import IStreamClientEndpoint, ITCPTransport
 from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
 
-from cafeteria_orch.server.frames import FrameReceiver
-from cafeteria_orch.wire.framing import Framing
+from cafeteria_orch.wire.errors import FrameTooLong
+from cafeteria_orch.wire.framing import FrameDecoder, Framing
 from cafeteria_orch.wire.messages import BatchRecvSuccess, Finished, encode
 from cafeteria_orch.wire.opcodes import Opcode
 
@@ -31,8 +31,12 @@ ANSWER_TIMEOUT = 30.0
 PROBE_TIMEOUT = 5.0
 """How long, in seconds, a server may take to close after a FINISHED."""
 
+MAX_ANSWER_BYTES = 2
+"""A FAIL with its reason is the longest answer."""
+
 _SUCCESS = encode(BatchRecvSuccess())
 _FINISHED = encode(Finished())
+_NO_ANSWER = "the server sent what is no answer"
 
 
 class Ammunition:
@@ -195,20 +199,18 @@ class LoadRun:
             wait.callback(None)
 
 
-class LoadConnection(FrameReceiver):
+class LoadConnection(Protocol):
     """One connection of a run.
 
     :ivar waiting: how many batches are on their way.
     :ivar batches: how many were acknowledged while it was measured.
     """
 
-    # A FAIL with its reason is the longest answer.
-    MAX_LENGTH = 2
+    transport: Any
 
     def __init__(self, run: LoadRun) -> None:
-        super().__init__()
         ammunition = run.ammunition
-        self.framing = ammunition.framing
+        self._decoder = FrameDecoder(MAX_ANSWER_BYTES, ammunition.framing)
         self.waiting = self.batches = self.rows = self.bytes = 0
         self._run = run
         self._ammunition = ammunition
@@ -236,13 +238,20 @@ class LoadConnection(FrameReceiver):
 
     def dataReceived(self, data: bytes) -> None:
         """Nearly always nothing but SUCCESS comes: all of it is dealt with at once."""
+        if self._is_over:
+            return
         count, part = divmod(len(data), self._answer_bytes)
-        if part or self.missing or not self._successes.startswith(data):
-            super().dataReceived(data)
-        else:
+        if not part and not self._decoder.missing and self._successes.startswith(data):
             self._answered(count, are_successes=True)
+            return
+        self._decoder.feed(data)
+        try:
+            for payload in self._decoder.payloads():
+                self._check_answer(payload)
+        except FrameTooLong:
+            self._fail(_NO_ANSWER)
 
-    def stringReceived(self, payload: bytes) -> None:
+    def _check_answer(self, payload: bytes) -> None:
         """An answer that came in parts, or among some that are no SUCCESS."""
         if payload == _SUCCESS:
             self._answered(1, are_successes=True)
@@ -251,11 +260,7 @@ class LoadConnection(FrameReceiver):
                 reason = str(payload[1]) if len(payload) > 1 else "none"
                 self._run.result.failed[reason] += 1
         else:
-            self._fail("the server sent what is no answer")
-
-    def lengthLimitExceeded(self, length: int) -> None:
-        """No answer is that long."""
-        self._fail("the server sent what is no answer")
+            self._fail(_NO_ANSWER)
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         """It is gone, as it should be after FINISHED."""
@@ -270,12 +275,14 @@ class LoadConnection(FrameReceiver):
         """Say FINISHED, if all is answered."""
         if not self.waiting and not self._has_finished:
             self._has_finished = True
-            self.sendString(_FINISHED)
+            self.transport.write(self._ammunition.framing.encode(_FINISHED))
 
     def abandon(self) -> None:
         """Close it at once; what else comes of it is of no interest."""
-        self._is_over = True
-        self.abortConnection()
+        if not self._is_over:
+            self._is_over = True
+            self._decoder.clear()
+            self.transport.abortConnection()
 
     def _send(self, count: int) -> None:
         start = self._next

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Union
+from typing import Any, Union
 from uuid import UUID
 
 from twisted.internet.defer import Deferred, fail
 from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 
-from cafeteria_orch.server.frames import FrameReceiver
 from cafeteria_orch.wire.errors import ProtocolError
-from cafeteria_orch.wire.framing import INT32, Framing
+from cafeteria_orch.wire.framing import INT32, FrameDecoder, Framing
 from cafeteria_orch.wire.messages import (
     DECODERS,
     BatchRecvFail,
@@ -38,7 +38,7 @@ Answer = Union[BatchRecvSuccess, BatchRecvFail, RawMessage]
 _ANSWER_DECODERS: dict[int, Decoder] = {opcode: DECODERS[opcode] for opcode in RESPONSES}
 
 
-class OrchestratorClient(FrameReceiver):
+class OrchestratorClient(Protocol):
     """Sends messages and pairs each with its answer. In the reactor's thread only.
 
     ::
@@ -56,9 +56,11 @@ class OrchestratorClient(FrameReceiver):
     :param framing: how to frame the messages; a server tells it by the first one.
     """
 
+    transport: Any
+
     def __init__(self, framing: Framing = INT32) -> None:
-        super().__init__()
-        self.framing = framing
+        self._framing = framing
+        self._decoder = FrameDecoder(framing=framing)
         self._waiting: deque[Deferred[Answer]] = deque()
         self._finished: Deferred[None] | None = None
         self._lost: Failure | None = None
@@ -100,7 +102,7 @@ class OrchestratorClient(FrameReceiver):
             return fail(self._lost)
         answer: Deferred[Answer] = Deferred()
         self._waiting.append(answer)
-        self.sendString(payload)
+        self.transport.write(self._framing.encode(payload))
         return answer
 
     def finish(self, agency_id: int | None = None) -> Deferred[None]:
@@ -116,23 +118,21 @@ class OrchestratorClient(FrameReceiver):
         if self._finished is not None:
             raise RuntimeError("finish() has been called before")
         self._finished = Deferred()
-        self.sendString(encode(Finished(agency_id)))
+        self.transport.write(self._framing.encode(encode(Finished(agency_id))))
         return self._finished
 
-    def stringReceived(self, payload: bytes) -> None:
-        """An answer has come: it is that of the oldest message without one."""
+    def dataReceived(self, data: bytes) -> None:
+        """Give each answer to the oldest message that has none."""
+        if not self.connected:
+            return
+        self._decoder.feed(data)
         try:
-            answer = self._decode_answer(payload)
+            for payload in self._decoder.payloads():
+                answer = self._decode_answer(payload)
+                self._waiting.popleft().callback(answer)
         except ProtocolError:
             self._lost = Failure()
             self.abortConnection()
-            return
-        self._waiting.popleft().callback(answer)
-
-    def lengthLimitExceeded(self, length: int) -> None:
-        """An answer of this length is no answer."""
-        self._lost = Failure(ProtocolError(f"an answer of {length} bytes"))
-        self.abortConnection()
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         """The connection is gone: nothing more is answered."""
@@ -150,10 +150,12 @@ class OrchestratorClient(FrameReceiver):
                 finished.errback(self._lost)
 
     def abortConnection(self) -> None:
-        """Close at once, unless that is over."""
+        """Close at once, unless the connection is closed; no further answer is delivered."""
         # A TLS transport does not bear to be told when it is.
         if self.connected:
-            super().abortConnection()
+            self.connected = 0
+            self._decoder.clear()
+            self.transport.abortConnection()
 
     def _decode_answer(self, payload: bytes) -> Answer:
         if not self._waiting:

@@ -14,6 +14,7 @@ from tests.support.scripted import (
     CLOSE,
     CUT,
     IGNORE,
+    REJECT,
     SUCCEED,
     Reaction,
     Script,
@@ -134,6 +135,17 @@ class CutTests(SenderTestCase):
         )
         self.assertEqual(self.send("--window=1"), 0)
         self.assertEqual(numbers(batches(self.server.links[1].payloads)), [4, 5])
+
+    def test_the_reactor_has_turns_while_acknowledged_batches_are_passed_over(self) -> None:
+        """One turn at least for each: answers, timeouts and Ctrl-C are not kept waiting."""
+        self.write_users(rows=range(200))
+        self.server.script = lambda payload: REJECT if is_batch(payload, 100) else None
+        self.send()
+        self.server.script = lambda _: None
+        turns: list[float] = []
+        self.assertEqual(self.send(interrupt=lambda: turns.append(self.clock.seconds())), 0)
+        self.assertEqual(numbers(batches(self.server.links[1].payloads)), [100])
+        self.assertGreaterEqual(len(turns), 99)
 
     def test_window_after_cuts(self) -> None:
         """The window holds on each of the connections, and is used on each."""

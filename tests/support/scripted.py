@@ -56,6 +56,25 @@ Script = Callable[[bytes], "Reaction | bytes | None"]
 """What a test has the server do with a payload; ``None`` for what any server would do."""
 
 
+class TurnClock(Clock):
+    """A clock that works in turns, as a reactor does: what is called later waits for the next.
+
+    :ivar turns: how many there have been.
+    """
+
+    turns = 0
+
+    def advance(self, amount: float) -> None:
+        self.turns += 1
+        self.rightNow += amount
+        due = [call for call in self.calls if call.getTime() <= self.seconds()]
+        for call in due:
+            if call in self.calls:
+                self.calls.remove(call)
+                call.called = 1
+                call.func(*call.args, **call.kw)
+
+
 @implementer(IStreamClientEndpoint)
 class ScriptedServer:
     """Takes one connection after the other.
@@ -217,7 +236,7 @@ class SenderTestCase(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.folder = make_folder(self)
-        self.clock = Clock()
+        self.clock = TurnClock()
         self.server = ScriptedServer(self.clock)
         self.output = ""
 

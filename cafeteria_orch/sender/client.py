@@ -1,4 +1,4 @@
-"""The sending side, for programs: one connection to an orchestrator."""
+"""The client for programs that send: one connection to an orchestrator."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import Table
 
 Answer = Union[BatchRecvSuccess, BatchRecvFail, RawMessage]
-"""What a server answers; a :class:`RawMessage` is a response of its own."""
+"""An answer of a server; a :class:`RawMessage` is a response that a processor made itself."""
 
 _ANSWER_DECODERS: dict[int, Decoder] = {opcode: DECODERS[opcode] for opcode in RESPONSES}
 
 
 class OrchestratorClient(Protocol):
-    """Sends messages and pairs each with its answer. In the reactor's thread only.
+    """Sends messages and pairs each with its answer. Use it in the reactor's thread only.
 
     ::
 
@@ -47,13 +47,13 @@ class OrchestratorClient(Protocol):
         answer = await client.send_batch(USERS, rows, batch_number=1)
         await client.finish()
 
-    Messages may be sent without waiting for the answers of those before; how many are on
-    their way at once is the caller's to limit. A Deferred of an answer fails with
-    ``ConnectionLost`` if the connection ends before it (its ``__cause__`` is what the
-    transport said of that, such as an ``OpenSSL.SSL.Error``), and with a
-    :class:`~cafeteria_orch.wire.errors.ProtocolError` if the server sends what is no answer.
+    A message may be sent before the earlier ones are answered; the caller limits how many
+    are unanswered at once. A Deferred of an answer fails with ``ConnectionLost`` if the
+    connection ends first (its ``__cause__`` is the transport's reason, such as an
+    ``OpenSSL.SSL.Error``), and with a :class:`~cafeteria_orch.wire.errors.ProtocolError` if
+    the server sends something that is not an answer.
 
-    :param framing: how to frame the messages; a server tells it by the first one.
+    :param framing: of the messages; a server recognises it by the first byte.
     """
 
     transport: Any
@@ -75,29 +75,29 @@ class OrchestratorClient(Protocol):
         """Send rows of a table.
 
         :param rows: tuples in the order of ``table.columns``.
-        :param batch_number: 1 for the first of a table, and so on.
+        :param batch_number: 1 for the first batch of a table, then 2, and so on.
         :param status: a :class:`~cafeteria_orch.wire.opcodes.BatchStatus`.
-        :raises ValueError: if a row does not fit the table; nothing is sent then.
+        :raises ValueError: if a row does not fit the table; then nothing is sent.
         """
         return self.send_message(TableBatch(table, batch_number, status, tuple(rows)))
 
     def send_eof(self, table: Table) -> Deferred[Answer]:
-        """Say that no more batches of a table come."""
+        """Tell the server that a table is complete."""
         return self.send_message(end_of_table(table.name))
 
     def send_hello(self, client_id: UUID) -> Deferred[Answer]:
-        """Say who this is, across connections. Before anything else, or not at all."""
+        """Identify this sender across connections. It must be the first message, if it is sent."""
         return self.send_message(ClientHello(client_id))
 
     def send_message(self, message: Message) -> Deferred[Answer]:
-        """Send any message that is answered.
+        """Send any message that the server answers.
 
-        :raises ValueError: if it cannot be encoded; nothing is sent then.
+        :raises ValueError: if it cannot be encoded; then nothing is sent.
         """
         return self.send_payload(encode(message))
 
     def send_payload(self, payload: bytes) -> Deferred[Answer]:
-        """Send a message that is encoded already: what may have to be sent again."""
+        """Send a message that is already encoded."""
         if self._lost is not None:
             return fail(self._lost)
         answer: Deferred[Answer] = Deferred()
@@ -106,11 +106,11 @@ class OrchestratorClient(Protocol):
         return answer
 
     def finish(self, agency_id: int | None = None) -> Deferred[None]:
-        """Say that all is sent.
+        """Send FINISHED: all is sent.
 
-        :param agency_id: the number of the agency, if it is to be told.
+        :param agency_id: the number of the agency; ``None`` leaves it out.
         :return: fires when the server has answered everything and closed the connection;
-            fails if it closes with an answer owed, or the connection is cut.
+            fails if it closes before it has answered, or the connection is lost.
         :raises RuntimeError: if it was called before.
         """
         if self._lost is not None:
@@ -122,7 +122,7 @@ class OrchestratorClient(Protocol):
         return self._finished
 
     def dataReceived(self, data: bytes) -> None:
-        """Give each answer to the oldest message that has none."""
+        """Pair each answer with the oldest message that has none."""
         if not self.connected:
             return
         self._decoder.feed(data)
@@ -135,7 +135,7 @@ class OrchestratorClient(Protocol):
             self.abortConnection()
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
-        """The connection is gone: nothing more is answered."""
+        """Fail what is still waiting: no answer comes any more."""
         self.connected = 0
         if self._lost is None:
             clean = reason.check(ConnectionDone) is not None and not self._waiting
@@ -150,8 +150,8 @@ class OrchestratorClient(Protocol):
                 finished.errback(self._lost)
 
     def abortConnection(self) -> None:
-        """Close at once, unless the connection is closed; no further answer is delivered."""
-        # A TLS transport does not bear to be told when it is.
+        """Close the connection at once; no further answer is delivered."""
+        # A TLS transport raises if it is already closed.
         if self.connected:
             self.connected = 0
             self._decoder.clear()

@@ -1,4 +1,4 @@
-"""The agencies' CSV exports: which files a folder holds, their rows, the batches of them."""
+"""The agencies' CSV exports: the files of a folder, their rows, and batches of these."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from cafeteria_orch.wire.tables import MENU_ITEMS, TABLES, Table
 
 _CHUNK_BYTES = 1 << 20
 
-# Besides the aliases that the wire itself knows.
+# In addition to the aliases of the wire.
 _EXPORT_ALIASES = {MENU_ITEMS: {"item_name": "name"}}
 
 
 class ExportError(Exception):
-    """A file that is not sent. Its text names the file, the line and what is wrong there."""
+    """A file that cannot be sent. Its text names the file, the line and the fault."""
 
     def __init__(self, path: Path, line: int | None, what: str) -> None:
         place = str(path) if line is None else f"{path}, line {line}"
@@ -35,10 +35,10 @@ class ExportError(Exception):
 class Batch:
     """An encoded batch of a file.
 
-    :ivar payload: what a frame is to hold.
-    :ivar amount: how many rows.
-    :ivar first_line: where in the file its first row starts; 0 if it has none.
-    :ivar last_line: where its last row ends.
+    :ivar payload: the payload of its frame.
+    :ivar amount: the number of rows.
+    :ivar first_line: the line of the file in which its first row starts; 0 without rows.
+    :ivar last_line: the line in which its last row ends.
     """
 
     payload: bytes
@@ -56,8 +56,8 @@ class Contents(NamedTuple):
     """What a file held when it was read.
 
     :ivar digest: of its bytes.
-    :ivar rows: how many, by batch.
-    :ivar batch_digests: of its batches.
+    :ivar rows: the number of rows of each batch.
+    :ivar batch_digests: of each batch.
     """
 
     digest: str
@@ -73,18 +73,17 @@ class Export:
     table: Table
 
     def rows(self) -> Iterator[tuple[int, int, Row]]:
-        """Read the file: for each row its first and last line, and its cells.
+        """Read the rows of the file: the first and last line of each, and its cells.
 
-        The cells are in the order of the table's columns, whatever that of the file, and as
-        they stand there. Blank lines are passed over.
+        The cells are in the order of the table's columns, unchanged. Blank lines are skipped.
 
-        :raises ExportError: at the first thing that is wrong.
+        :raises ExportError: at the first fault.
         """
         with self.path.open("rb") as file:
             yield from self._rows(file)
 
     def digest(self) -> str:
-        """Read the file: a text that tells what it holds now from anything else."""
+        """Read the file and return the digest of its bytes, as :attr:`Contents.digest`."""
         digest = _new_digest()
         with self.path.open("rb", buffering=0) as file:
             while chunk := file.read(_CHUNK_BYTES):
@@ -92,18 +91,18 @@ class Export:
         return digest.hexdigest()
 
     def batches(self, number: int, max_rows: int, max_bytes: int) -> Iterator[Batch]:
-        """Read the file into batches; the last one says EOF, and an empty file has just that.
+        """Read the file into batches. The last one says EOF; it is empty if the file is.
 
-        :param number: of the first batch; the next ones count on.
-        :param max_rows: in a batch.
-        :param max_bytes: in a payload.
-        :raises ExportError: at the first thing that is wrong.
+        :param number: of the first batch; those of the next ones follow.
+        :param max_rows: of a batch.
+        :param max_bytes: of a payload.
+        :raises ExportError: at the first fault.
         """
         with self.path.open("rb") as file:
             yield from self._batches(file, number, max_rows, max_bytes)
 
     def check(self, number: int, max_rows: int, max_bytes: int) -> Contents:
-        """Read the whole file once, and note what tells its batches from any others.
+        """Read the whole file once; it can be compared with what it holds later.
 
         The parameters and the errors are those of :meth:`batches`.
         """
@@ -169,13 +168,13 @@ class Export:
     def _lines(self, file: BinaryIO) -> Iterator[str]:
         for number, line in enumerate(file, 1):
             try:
-                # Spreadsheet programs put a mark before the header; it is not part of it.
+                # Spreadsheet programs write a byte order mark before the header.
                 yield str(line, "utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise self._error(number, f"byte {error.start + 1} is not UTF-8") from error
 
     def _places(self, header: Sequence[str]) -> list[int]:
-        """Where each of the table's columns stands in the file: behind its cells, if nowhere."""
+        """The place of each column of the table in a row, one behind its end for a missing one."""
         aliases = {**self.table.aliases, **_EXPORT_ALIASES.get(self.table, {})}
         names = [aliases.get(name, name) for name in header]
         for name in names:
@@ -217,10 +216,10 @@ def _new_digest(data: bytes = b"") -> blake2b:
 
 
 def find_exports(directory: Path) -> tuple[list[Export], list[ExportError]]:
-    """Find the CSV files in a folder and the folders in it.
+    """Find the CSV files in a folder and its subfolders.
 
-    A file belongs to the table that its name begins with, or that a folder around it is
-    called by, the nearest first.
+    A file belongs to the table that its name begins with; otherwise, to the table that the name
+    of a folder around it begins with, the nearest folder first.
 
     :return: the files by table, in the order of their paths; and an error for each file
         that belongs to no table.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from itertools import count, pairwise
 
+from twisted.internet import error as errors
+
 from cafeteria_orch.sender import delivery
 from cafeteria_orch.sender.cli import STATE_NAME
 from cafeteria_orch.wire.messages import decode
@@ -45,7 +47,33 @@ class CompleteTests(SenderTestCase):
         self.assertEqual(self.server.ends(), ["stores", "users"])
         self.assertEqual(numbers(link.acknowledged[1:3]), [1, 2])
         self.assertEqual(cells(self.server.batches()[2:]), [str(row) for row in range(10)])
-        self.assertRegex(self.output, r"acknowledged +2 +14 +7 ")
+        self.assertEqual(self.problems(), [])
+
+    def test_summary(self) -> None:
+        """It ends with what was acknowledged, by table and in all: files, rows, batches, bytes."""
+        self.write_users("users-1.csv", range(3))
+        self.write_users("users-2.csv", [])
+        self.write_stores(rows=range(1))
+        self.send()
+        stores, *users = map(len, self.server.batches())
+        self.assertEqual(
+            [line.split()[:5] for line in self.output.splitlines()[-4:]],
+            [
+                ["table", "files", "rows", "batches", "bytes"],
+                ["stores", "1", "1", "1", str(stores)],
+                ["users", "2", "3", "3", str(sum(users))],
+                ["acknowledged", "3", "4", "4", str(stores + sum(users))],
+            ],
+        )
+
+    def test_limits(self) -> None:
+        """No batch has more rows or bytes than it may."""
+        self.write_users(rows=range(50))
+        self.assertEqual(self.send("--batch-rows=4", "--max-frame-bytes=300"), 0)
+        sizes = [(decode(batch).amount, len(batch)) for batch in self.server.batches()]
+        for amount, size in sizes:
+            self.assertLessEqual(amount, 4)
+            self.assertLessEqual(size, 300)
 
     def test_run_again(self) -> None:
         """When all was acknowledged, a run needs no server, and says why."""
@@ -57,6 +85,11 @@ class CompleteTests(SenderTestCase):
         self.assertIn(
             f"All had been acknowledged before. To send all anew, remove {state}.", self.output
         )
+        state.unlink()
+        self.assertEqual(self.send(), 0)
+        first, second = (link.payloads for link in self.server.links)
+        self.assertEqual(first[1:], second[1:])
+        self.assertNotEqual(first[0], second[0])
 
     def test_new_file(self) -> None:
         """A new file of a table goes on with its numbers, and the end is sent again."""
@@ -74,9 +107,9 @@ class CompleteTests(SenderTestCase):
         """As many batches are on their way at once as the window says, and no more."""
         self.write_users(rows=range(50))
         for window in (1, 3):
-            (self.folder / STATE_NAME).unlink(missing_ok=True)
+            self.forget()
             self.send(f"--window={window}")
-            self.assertEqual(self.server.links[-1].most_unanswered, window)
+            self.assertEqual(self.server.links[-1].max_unanswered, window)
 
 
 class CutTests(SenderTestCase):
@@ -112,8 +145,7 @@ class CutTests(SenderTestCase):
     def test_cut_anywhere(self) -> None:
         """A cut before any answer, even that of the end: the same numbers and bytes again."""
         for message in range(11):
-            (self.folder / STATE_NAME).unlink(missing_ok=True)
-            self.server.links.clear()
+            self.forget()
             self.server.script = self.script_at(message, CUT)
             self.assertEqual(self.send(), 0, self.output)
             self.assertEqual(len(self.server.links), 2)
@@ -122,8 +154,7 @@ class CutTests(SenderTestCase):
     def test_cut_after_commit(self) -> None:
         """The same where the server has stored the batch and only its answer was lost."""
         for message in range(1, 8):
-            (self.folder / STATE_NAME).unlink(missing_ok=True)
-            self.server.links.clear()
+            self.forget()
             self.server.script = self.script_at(message, Reaction(SUCCEED, CUT.end))
             self.assertEqual(self.send(), 0, self.output)
             self.assert_all_arrived()
@@ -154,8 +185,8 @@ class CutTests(SenderTestCase):
         self.server.script = lambda _: CUT if next(counter) % 12 == 0 else None
         self.assertEqual(self.send("--window=4"), 0)
         self.assertGreater(len(self.server.links), 4)
-        self.assertEqual({link.most_unanswered for link in self.server.links[:4]}, {4})
-        self.assertLessEqual(max(link.most_unanswered for link in self.server.links), 4)
+        self.assertEqual({link.max_unanswered for link in self.server.links[:4]}, {4})
+        self.assertLessEqual(max(link.max_unanswered for link in self.server.links), 4)
 
     def test_close_by_the_server(self) -> None:
         """A server that closes in good order, to be restarted, is no different."""
@@ -169,19 +200,19 @@ class CutTests(SenderTestCase):
     def test_interrupt(self) -> None:
         """Ctrl-C ends it at once, wherever it is; the next run sends the rest."""
         for message in range(1, 11):
-            (self.folder / STATE_NAME).unlink(missing_ok=True)
-            self.server.links.clear()
+            self.forget()
             self.assertEqual(self.send(interrupt=partial(self.has_received, message)), 1)
             self.assertIn("cafeorch-send: interrupted; run it again to send the rest", self.output)
             self.assertEqual(self.send(), 0)
             self.assert_all_arrived()
 
     def test_interrupt_while_away(self) -> None:
-        """The same while there is no server to send anything to."""
+        """The same while it connects, and between two attempts."""
         self.server.is_away = True
-        self.assertEqual(self.send(interrupt=lambda: self.clock.seconds() > 3), 1)
-        self.assertIn("interrupted", self.output)
-        self.assertLess(self.clock.seconds(), 20)
+        for end in (lambda: self.server.attempts, lambda: self.clock.seconds() > 3):
+            self.assertEqual(self.send(interrupt=end), 1)
+            self.assertIn("interrupted", self.problems()[-1])
+            self.assertLess(self.clock.seconds(), 20)
 
     def test_other_options(self) -> None:
         """A file that was begun is cut as it was, whatever the options say now."""
@@ -224,12 +255,32 @@ class AwayTests(SenderTestCase):
         self.assertLess(len(waits), 40)
         self.assertGreater(waits[-1], 3 * waits[0])
 
-    def test_no_patience(self) -> None:
-        """With --retry-for 0 the first failure is the last."""
+    def test_no_retries(self) -> None:
+        """With --retry-for 0 the first failure is the last: one line, with the reason."""
         self.server.is_away = True
-        self.assertEqual(self.send("--retry-for=0"), 1)
-        self.assert_gave_up(0, "Connection was refused")
-        self.assertEqual(len(self.server.attempts), 1)
+        for refusal in (
+            errors.ConnectionRefusedError(),
+            errors.TimeoutError(),
+            errors.DNSLookupError("no-such-host.invalid"),
+        ):
+            self.server.refusal = refusal
+            self.assertEqual(self.send("--retry-for=0"), 1)
+            self.assert_gave_up(0, str(refusal).rstrip("."))
+            self.assertEqual(len(self.problems()), 1)
+            self.assertRegex(self.output, r"(?m)^acknowledged +1 +0 +0 +0 in ")
+        self.assertEqual(len(self.server.attempts), 3)
+
+    def test_a_cut_is_the_last_failure_too(self) -> None:
+        """The same where the connection is lost, before a batch is answered or the close comes."""
+        for opcode, batches_before in ((Opcode.NEW_USERS, 0), (Opcode.FINISHED, 5)):
+            for end in (CUT, CLOSE) if batches_before == 0 else (CUT,):
+                self.forget()
+                self.server.script = lambda payload, at=opcode, end=end: (  # type: ignore[misc]
+                    end if payload[0] == at else None
+                )
+                self.assertEqual(self.send("--retry-for=0"), 1)
+                self.assertIn("Gave up", "".join(self.problems()))
+                self.assertRegex(self.output, rf"(?m)^users +1 +\d+ +{batches_before} ")
 
     def test_comes_back(self) -> None:
         """A server that comes in time gets everything."""
@@ -274,11 +325,12 @@ class AwayTests(SenderTestCase):
     def test_no_answer_to_other_messages(self) -> None:
         """The same with HELLO, the end of a table, and FINISHED."""
         for opcode in (Opcode.CLIENT_HELLO, Opcode.EOF, Opcode.FINISHED):
-            (self.folder / STATE_NAME).unlink(missing_ok=True)
-            self.server.links.clear()
+            self.forget()
             self.server.script = partial(self.ignore_at_first, opcode)
             self.assertEqual(self.send(), 0, self.output)
             self.assertEqual(len(self.server.links), 2)
+            # Nothing comes after a message that has to be answered first.
+            self.assertEqual(self.server.links[0].payloads[-1][0], opcode)
             self.assertEqual(set(numbers(self.server.acknowledged())), {1, 2, 3, 4, 5})
 
     def test_slow_answers(self) -> None:

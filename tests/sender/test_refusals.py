@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 from cafeteria_orch.sender.cli import STATE_NAME
-from cafeteria_orch.sender.journal import Journal
-from cafeteria_orch.wire.opcodes import Opcode
+from cafeteria_orch.sender.journal import Journal, JournalError
+from cafeteria_orch.wire.messages import decode
+from cafeteria_orch.wire.opcodes import BatchStatus, Opcode
 from tests.support.disks import fill_disk, mount_small_disk
 from tests.support.scripted import (
     CLOSE,
@@ -32,12 +34,6 @@ class RefusalTests(SenderTestCase):
         super().setUp()
         self.users = self.write_users()
         self.write_stores()
-
-    def problems(self) -> list[str]:
-        """What was said last, after the table of figures."""
-        lines = self.output.splitlines()
-        (end,) = [place for place, line in enumerate(lines) if line.startswith("acknowledged")]
-        return [line.removeprefix("cafeorch-send: ") for line in lines[end + 1 :]]
 
     def refuse(self, number: int, reaction: Reaction | bytes) -> None:
         """Have one batch of users be refused, always."""
@@ -100,17 +96,14 @@ class RefusalTests(SenderTestCase):
         self.assertEqual(numbers(self.server.acknowledged()), [1, 2, 1, 2, 4, 5])
         self.assertEqual(numbers(self.server.batches()).count(3), 1)
         self.assertEqual(self.server.payloads()[-1][0], Opcode.FINISHED)
+        self.assertRegex(self.output, r"(?m)^users +1 +8 +4 ")
+        self.assertRegex(self.output, r"(?m)^acknowledged +2 +12 +6 ")
 
-    def test_no_end_without_all(self) -> None:
-        """A table of which a batch was refused does not end; the others do."""
+    def test_a_table_without_all_its_batches_does_not_end(self) -> None:
+        """Others do; the next run sends what was refused, and the end."""
         self.refuse(3, REJECT)
         self.send()
         self.assertEqual(self.server.ends(), ["stores"])
-
-    def test_rejected_is_sent_by_the_next_run(self) -> None:
-        """The server may have been mended: the next run sends it again, and the end."""
-        self.refuse(3, REJECT)
-        self.send()
         self.server.script = lambda _: None
         self.assertEqual(self.send(), 0)
         self.assertEqual(numbers(batches(self.server.links[1].payloads)), [3])
@@ -139,9 +132,9 @@ class RefusalTests(SenderTestCase):
         self.assertEqual(self.server.ends(), ["stores"])
 
     def test_without_a_reason(self) -> None:
-        """A FAIL that does not say why, or says what is unknown, is final as well."""
-        for answer in (b"\x02", b"\x02\x09"):
-            (self.folder / STATE_NAME).unlink(missing_ok=True)
+        """A FAIL without a known reason, or a response of a processor's own, is final as well."""
+        for answer in (b"\x02", b"\x02\x09", b"\x32own"):
+            self.forget()
             self.refuse(1, answer)
             self.assertEqual(self.send(), 1)
             self.assertEqual(
@@ -175,7 +168,7 @@ class FileTests(SenderTestCase):
     """What lies in the folder."""
 
     def test_broken_file(self) -> None:
-        """Of a file that is broken nothing is sent, nor the end of its table; the rest is."""
+        """Neither it nor its table's end is sent, the rest is; mended, it is sent, then the end."""
         self.write_users("users-1.csv", range(4))
         broken = self.write_users("users-2.csv", range(4, 8))
         broken.write_text(broken.read_text() + "8,male\n")
@@ -185,13 +178,40 @@ class FileTests(SenderTestCase):
         self.assertEqual(self.server.ends(), ["stores"])
         self.assertIn(f"{broken}, line 6: 2 cells, the header has 4", self.output)
 
-    def test_mended_file(self) -> None:
-        """When it is mended it is sent, and then the end."""
-        self.test_broken_file()
         self.write_users("users-2.csv", range(4, 9))
         self.assertEqual(self.send(), 0)
         self.assertEqual(numbers(batches(self.server.links[1].payloads)), [3, 4, 5])
         self.assertEqual(self.server.ends(), ["stores", "users"])
+
+    def test_nothing_to_send(self) -> None:
+        """Without a file that can be sent nobody is called: each fault is a line, status 1."""
+        shoes, empty = self.folder / "shoes.csv", self.folder / "stores.csv"
+        for name, what in (
+            ("notes.txt", [f"{self.folder}: there is no CSV file in it"]),
+            (shoes.name, [f"{shoes}: neither it nor its folder is named for one of menu_items"]),
+            (empty.name, [f"{empty}, line 1: column 'store_id' is missing", str(shoes)]),
+        ):
+            (self.folder / name).touch()
+            self.assertEqual(self.send(), 1)
+            self.assertEqual(len(self.problems()), len(what))
+            for line in what:
+                self.assertIn(line, self.output)
+        self.assertEqual(self.server.attempts, [])
+
+    def test_file_of_no_table(self) -> None:
+        """It is named; the tables are none the less complete."""
+        (self.folder / "shoes.csv").touch()
+        self.write_users()
+        self.assertEqual(self.send(), 1)
+        self.assertEqual(self.server.ends(), ["users"])
+
+    def test_row_that_no_frame_holds(self) -> None:
+        """It is found before anything is sent."""
+        users = self.write_users()
+        users.write_text(users.read_text() + f"10,{'m' * 500},,\n")
+        self.assertEqual(self.send("--max-frame-bytes=500"), 1)
+        self.assertIn(f"{users}, line 12: a row that no frame of 500 bytes holds", self.output)
+        self.assertEqual(self.server.batches(), [])
 
     def test_changed_file(self) -> None:
         """A file that has changed since it was begun is refused, with what to do about it."""
@@ -218,8 +238,9 @@ class FileTests(SenderTestCase):
             "fewer rows, a batch less": lambda text: text[: text.index("\n38,") + 1],
             "no rows": lambda text: "user_id,gender\n",
         }
-        for what, edit in edits.items():
-            with self.subTest(what):
+        # After the CLIENT_HELLO, or the second batch.
+        for (what, edit), at in product(edits.items(), (1, 3)):
+            with self.subTest(what, at=at):
                 self.setUp()
                 users = self.write_users(rows=range(40))
                 # Longer than what is read at once.
@@ -227,9 +248,9 @@ class FileTests(SenderTestCase):
                 checked = users.read_text()
 
                 def script(
-                    payload: bytes, edited: str = edit(checked), path: Path = users
+                    payload: bytes, edited: str = edit(checked), path: Path = users, at: int = at
                 ) -> None:
-                    if batches([payload]) and numbers([payload]) == [2]:
+                    if len(self.server.payloads()) == at:
                         path.write_text(edited)
 
                 self.server.script = script
@@ -259,8 +280,8 @@ class FileTests(SenderTestCase):
         """A file of a header alone is one empty batch, and the table ends."""
         self.write_users(rows=[])
         self.assertEqual(self.send(), 0)
-        self.assertEqual(cells(self.server.batches()), [])
-        self.assertEqual(len(self.server.batches()), 1)
+        (batch,) = map(decode, self.server.batches())
+        self.assertEqual((batch.amount, batch.status), (0, BatchStatus.EOF))
         self.assertEqual(self.server.ends(), ["users"])
 
 
@@ -306,11 +327,50 @@ class StateTests(SenderTestCase):
 
     def test_unwritable(self) -> None:
         """There is no place for it: nothing is sent at all."""
+        users = self.write_users()
+        for state, why in (
+            (self.folder, "Is a directory"),
+            (self.folder / "missing" / "state", "No such file"),
+            (users / "state", "Not a directory"),
+        ):
+            self.assertEqual(self.send(f"--state={state}"), 1)
+            self.assertEqual(self.server.attempts, [])
+            (line,) = self.output.splitlines()
+            self.assertRegex(line, f"the state file {state}: {why}.*--state")
+
+    def test_elsewhere(self) -> None:
+        """With --state nothing is written into the folder, and without it only the state."""
+        users = self.write_users()
+        self.send(f"--state={self.mktemp()}")
+        self.assertEqual([*self.folder.iterdir()], [users])
+        self.send()
+        self.assertEqual({*self.folder.iterdir()}, {users, self.folder / STATE_NAME})
+
+    def test_plans_come_first(self) -> None:
+        """All plans are in the state before anything is sent, and no acknowledgement yet."""
         self.write_users()
-        self.assertEqual(self.send(f"--state={self.folder}/missing/state"), 1)
-        self.assertEqual(self.server.attempts, [])
-        (line,) = self.output.splitlines()
-        self.assertRegex(line, "missing/state: .*--state")
+        self.write_stores()
+        states: list[list[str]] = []
+        path = self.folder / STATE_NAME
+        self.server.script = lambda _: states.append(path.read_text().splitlines())
+        self.send()
+        files = [json.loads(record).get("file") for record in states[0]]
+        self.assertEqual(files, [None, "stores.csv", "users.csv"])
+
+    def test_broken_files_are_named_all_the_same(self) -> None:
+        """What is wrong with the files is said before what is wrong with the state."""
+        broken = self.write_users()
+        broken.write_text(broken.read_text() + "8,m\n")
+        self.write_stores()
+
+        def acknowledge(*_: object) -> None:
+            raise JournalError("no room")
+
+        self.patch(Journal, "acknowledge", acknowledge)
+        self.assertEqual(self.send(), 1)
+        first, last = self.problems()
+        self.assertIn(f"{broken}, line 12: ", first)
+        self.assertEqual(last, "no room")
 
     def test_other_server(self) -> None:
         """The state of one server is not that of another."""

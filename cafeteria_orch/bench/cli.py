@@ -21,7 +21,7 @@ from cafeteria_orch.common.commands import DEFAULT_CONNECT, endpoint, number, ru
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 from cafeteria_orch.wire.tables import TABLES
 
-from .load import Ammunition, LoadRun, speaks
+from .load import BatchPool, LoadRun, speaks
 from .local_server import StartError, cpu_seconds, local_server
 from .measurements import Result
 from .synthetic import SyntheticBatch, make_batch
@@ -29,7 +29,7 @@ from .synthetic import SyntheticBatch, make_batch
 POOL = 15
 """How many different batches there are, which are sent again and again: of each table 3."""
 
-LEAST_FRAME_BYTES = 1024
+MIN_FRAME_BYTES = 1024
 """Any row fits into a batch of this length."""
 
 _DEFAULT_ROWS = 1000
@@ -122,7 +122,7 @@ async def _run(
     load = LoadRun(
         reactor,
         server,
-        Ammunition(batches, framing, options.window),
+        BatchPool(batches, framing, options.window),
         clients=options.clients,
         seconds=options.seconds,
         warmup=options.warmup,
@@ -147,17 +147,17 @@ def _framings(options: argparse.Namespace) -> list[Framing]:
 def _make_batches(options: argparse.Namespace) -> list[SyntheticBatch]:
     tables = [table for table in TABLES if options.table in {None, table.name}]
     random = Random(options.seed)  # noqa: S311 (to be guessed is what a seed is for)
-    most_rows, most_bytes = options.rows, DEFAULT_MAX_FRAME_BYTES
+    max_rows, max_bytes = options.rows, DEFAULT_MAX_FRAME_BYTES
     if options.bytes:
-        most_rows, most_bytes = float("inf"), options.bytes
+        max_rows, max_bytes = float("inf"), options.bytes
     batches = []
     for place in range(POOL):
         table = tables[place % len(tables)]
-        batch = make_batch(table, random, place + 1, most_rows, most_bytes)
-        if not options.bytes and batch.amount < most_rows:
+        batch = make_batch(table, random, place + 1, max_rows, max_bytes)
+        if not options.bytes and batch.amount < max_rows:
             raise BatchTooLong(
-                f"a frame of {most_bytes} bytes holds {batch.amount} rows of {table.name}, not"
-                f" {most_rows}: say less --rows, or --bytes {most_bytes} to fill it"
+                f"a frame of {max_bytes} bytes holds {batch.amount} rows of {table.name}, not"
+                f" {max_rows}: say less --rows, or --bytes {max_bytes} to fill it"
             )
         batches.append(batch)
     return batches
@@ -263,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     size.add_argument(
         "--bytes",
-        type=number(int, LEAST_FRAME_BYTES, DEFAULT_MAX_FRAME_BYTES),
+        type=number(int, MIN_FRAME_BYTES, DEFAULT_MAX_FRAME_BYTES),
         default=argparse.SUPPRESS,
         help="fill each batch with rows up to this length of its frame instead",
     )

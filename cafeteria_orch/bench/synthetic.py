@@ -39,7 +39,7 @@ class SyntheticBatch(NamedTuple):
 
 
 def make_batch(
-    table: Table, random: Random, batch_number: int, most_rows: float, most_frame_bytes: int
+    table: Table, random: Random, batch_number: int, max_rows: float, max_frame_bytes: int
 ) -> SyntheticBatch:
     """Fill a batch with random rows until it has so many, or its frame holds no more.
 
@@ -50,12 +50,12 @@ def make_batch(
     row_head = _LENGTH.pack(len(keys))
     rows: list[bytes] = []
     size = FRAME_HEAD_BYTES + 1 + BATCH_HEADER.size
-    while len(rows) < most_rows:
+    while len(rows) < max_rows:
         pairs = [key + _encode(cell(random)) for key, cell in zip(keys, cells)]
         random.shuffle(pairs)
         row = row_head + b"".join(pairs)
         size += len(row)
-        if size > most_frame_bytes:
+        if size > max_frame_bytes:
             break
         rows.append(row)
     header = BATCH_HEADER.pack(len(rows), batch_number, BatchStatus.CONTINUE)

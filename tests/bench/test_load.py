@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.task import Clock
-from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.bench.load import (
     ANSWER_TIMEOUT,
     PROBE_TIMEOUT,
-    Ammunition,
+    BatchPool,
     LoadConnection,
     LoadRun,
     speaks,
@@ -72,7 +71,7 @@ class LoadTestCase(SynchronousTestCase):
             **options,
         }
         self.server.framing = framing
-        return LoadRun(self.clock, self.server, Ammunition(BATCHES, framing, window), **options)
+        return LoadRun(self.clock, self.server, BatchPool(BATCHES, framing, window), **options)
 
     def run_load(self, *arguments: Any, **options: Any) -> Result:
         """A run, to its end."""
@@ -341,18 +340,14 @@ class Answers(LoadTestCase):
         run = self.make(clients=1)
         self.server.script = script
         running = Deferred.fromCoroutine(run.run())
-        (link,) = self.wait_for_links(1)
+        self.clock.pump([LATENCY] * 151)
+        (link,) = self.server.links
         for _ in range(3):
             self.clock.advance(ANSWER_TIMEOUT * 0.9)
             self.assertNoResult(running)
             link._deliver(INT32.encode(SUCCEED))
         self.clock.pump([LATENCY] * 3)
         self.assertEqual(self.successResultOf(running).errors, [])
-
-    def wait_for_links(self, count: int) -> list[Any]:
-        """Connect, and let the time that is measured pass."""
-        self.clock.pump([LATENCY] * (count + 150))
-        return self.server.links
 
 
 class Connecting(LoadTestCase):
@@ -417,11 +412,12 @@ class Probing(LoadTestCase):
         self.assertEqual(int(self.clock.seconds()), PROBE_TIMEOUT)
 
     def test_interrupted(self) -> None:
-        """An interrupt ends it at once; that the connection ends then, is no error."""
+        """An interrupt ends it and its connection at once."""
         running = Deferred.fromCoroutine(speaks(self.clock, self.server, INT32))
         self.server.script = lambda _: IGNORE
         self.clock.pump([LATENCY] * 2)
         running.cancel()
         self.failureResultOf(running, CancelledError)
-        self.server.links[0]._protocol.connectionLost(Failure(ConnectionDone()))
+        self.clock.advance(0)
+        self.assertTrue(self.server.links[0]._is_lost)
         self.assertEqual(self.clock.getDelayedCalls(), [])

@@ -20,7 +20,7 @@ MIB = 1_048_576
 
 
 def make(table: Table, seed: int = 0, number: int = 1, **bounds: Any) -> SyntheticBatch:
-    bounds = {"most_rows": 50, "most_frame_bytes": MIB, **bounds}
+    bounds = {"max_rows": 50, "max_frame_bytes": MIB, **bounds}
     return make_batch(table, Random(seed), number, **bounds)
 
 
@@ -52,7 +52,7 @@ class Batches(SynchronousTestCase):
     @given(tables(), st.integers(0, 1000), st.integers(0, 20))
     def test_decodes(self, table: Table, seed: int, amount: int) -> None:
         """A server decodes it to the rows that stand there, by the names of their columns."""
-        payload, told = make(table, seed, 7, most_rows=amount)
+        payload, told = make(table, seed, 7, max_rows=amount)
         batch: TableBatch = decode(payload)
         self.assertEqual((batch.table, batch.batch_number, batch.amount), (table, 7, amount))
         self.assertEqual((told, batch.status), (amount, 0))
@@ -61,7 +61,7 @@ class Batches(SynchronousTestCase):
     def test_order_of_keys(self) -> None:
         """The order of the keys varies from row to row; each of the columns comes first."""
         for table in TABLES:
-            rows = pairs(make(table, most_rows=200).payload)
+            rows = pairs(make(table, max_rows=200).payload)
             orders = {tuple(key for key, _ in row) for row in rows}
             self.assertGreater(len(orders), 15, table.name)
             self.assertEqual({order[0] for order in orders}, {*table.columns})
@@ -75,7 +75,7 @@ class Batches(SynchronousTestCase):
     @given(tables(), st.integers(1024, 30_000))
     def test_bytes(self, table: Table, most: int) -> None:
         """It is filled up to a length of its frame, in either framing, and not beyond."""
-        batch = make(table, most_rows=10**9, most_frame_bytes=most)
+        batch = make(table, max_rows=10**9, max_frame_bytes=most)
         longest = max(len(row) for row in pairs_bytes(batch.payload))
         for framing in FRAMINGS.values():
             length = len(framing.encode(batch.payload))

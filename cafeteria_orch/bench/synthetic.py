@@ -1,4 +1,4 @@
-"""Random batches with cells like those of the agencies' exports, to measure with."""
+"""Random batches, with cells like those of the agencies' exports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cafeteria_orch.wire.tables import (
 )
 
 FRAME_HEAD_BYTES = 4
-"""What a frame of either framing has beside its payload."""
+"""The bytes that a frame of either framing adds to its payload."""
 
 _LENGTH = Struct("<i")
 
@@ -30,8 +30,8 @@ _Cell = Callable[[Random], str]
 class SyntheticBatch(NamedTuple):
     """An encoded batch.
 
-    :ivar payload: what a frame is to hold.
-    :ivar amount: how many rows.
+    :ivar payload: the payload of its frame.
+    :ivar amount: the number of rows.
     """
 
     payload: bytes
@@ -41,7 +41,7 @@ class SyntheticBatch(NamedTuple):
 def make_batch(
     table: Table, random: Random, batch_number: int, max_rows: float, max_frame_bytes: int
 ) -> SyntheticBatch:
-    """Fill a batch with random rows until it has so many, or its frame holds no more.
+    """Fill a batch with random rows, as many as the limits allow.
 
     Each row has its keys in another order, as the clients in the field send them.
     """
@@ -80,7 +80,7 @@ def _one_of(*texts: str) -> _Cell:
 
 
 def _or_empty(cell: _Cell, share: float) -> _Cell:
-    """A cell that is there in this share of the rows only."""
+    """A cell that is not empty in a share of the rows."""
     return lambda random: cell(random) if random.random() < share else ""
 
 

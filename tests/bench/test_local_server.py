@@ -17,6 +17,7 @@ from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
+import cafeteria_orch
 from cafeteria_orch.bench.local_server import (
     START_TIMEOUT,
     STOP_TIMEOUT,
@@ -53,9 +54,15 @@ class Reactor(MemoryReactorClock):
     """Starts a process in memory."""
 
     def spawnProcess(
-        self, protocol: LocalServer, program: str, command: Sequence[str], *_: Any, **__: Any
+        self,
+        protocol: LocalServer,
+        program: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *_: Any,
+        **__: Any,
     ) -> Process:
-        self.command = command
+        self.command, self.environment = command, environment
         self.process = protocol.transport = Process()
         return self.process
 
@@ -85,6 +92,11 @@ class Lives(SynchronousTestCase):
         self.assertEqual((store, none), ("--store", "none"))
         self.assertEqual((interface, loopback, port), ("--interface", "127.0.0.1", "--port"))
         self.assertEqual(number, str(self.server.port))
+
+    def test_it_runs_the_same_code(self) -> None:
+        """It imports the package that this process has imported, whatever is installed."""
+        first, _, _ = self.reactor.environment["PYTHONPATH"].partition(os.pathsep)
+        self.assertEqual(Path(first), Path(cafeteria_orch.__file__).parent.parent)
 
     def test_start(self) -> None:
         """It is tried again until it listens; the connection that tells is closed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import count, pairwise
+from typing import Any
 
 from twisted.internet import error as errors
 
@@ -31,10 +32,10 @@ def is_batch(payload: bytes, number: int) -> bool:
     return numbers(batches([payload])) == [number]
 
 
-class CompleteTests(SenderTestCase):
+class OrderTests(SenderTestCase):
     """Nothing goes wrong."""
 
-    def test_all(self) -> None:
+    def test_order_of_messages(self) -> None:
         """HELLO, the batches of each table in turn, its end; FINISHED with the agency."""
         self.write_users()
         self.write_stores()
@@ -66,7 +67,7 @@ class CompleteTests(SenderTestCase):
             ],
         )
 
-    def test_limits(self) -> None:
+    def test_limits_of_a_batch(self) -> None:
         """No batch has more rows or bytes than it may."""
         self.write_users(rows=range(50))
         self.assertEqual(self.send("--batch-rows=4", "--max-frame-bytes=300"), 0)
@@ -75,8 +76,8 @@ class CompleteTests(SenderTestCase):
             self.assertLessEqual(amount, 4)
             self.assertLessEqual(size, 300)
 
-    def test_run_again(self) -> None:
-        """When all was acknowledged, a run needs no server, and says why."""
+    def test_acknowledged_files_are_not_sent_again(self) -> None:
+        """The run calls no server, and says why; without its state it sends all, as another."""
         self.write_users()
         self.send()
         self.assertEqual(self.send(), 0)
@@ -92,7 +93,7 @@ class CompleteTests(SenderTestCase):
         self.assertNotEqual(first[0], second[0])
 
     def test_new_file(self) -> None:
-        """A new file of a table goes on with its numbers, and the end is sent again."""
+        """A new file of a table continues its numbers, and the end is sent again."""
         self.write_users()
         self.write_stores()
         self.send()
@@ -104,7 +105,7 @@ class CompleteTests(SenderTestCase):
         self.assertEqual(cells(self.server.batches())[4:], [str(row) for row in range(15)])
 
     def test_window(self) -> None:
-        """As many batches are on their way at once as the window says, and no more."""
+        """As many batches are unanswered at once as the window says, and no more."""
         self.write_users(rows=range(50))
         for window in (1, 3):
             self.forget()
@@ -113,7 +114,7 @@ class CompleteTests(SenderTestCase):
 
 
 class CutTests(SenderTestCase):
-    """The connection does not last."""
+    """The connection is lost, or the user interrupts the run."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -122,12 +123,12 @@ class CutTests(SenderTestCase):
         self.rows = [*range(4), *range(10)]
 
     def script_at(self, message: int, reaction: Reaction) -> Script:
-        """React in a way to one of all the messages that come, counted from 0."""
+        """React to one message, counted from 0."""
         counter = count()
         return lambda _: reaction if next(counter) == message else None
 
     def assert_all_arrived(self) -> None:
-        """Every batch was acknowledged, and wherever it was sent again it was the same."""
+        """Every batch was acknowledged; one that was sent again had the same bytes."""
         by_number: dict[tuple[int, int], set[bytes]] = {}
         for payload in self.server.batches():
             key = payload[0], decode(payload).batch_number
@@ -159,8 +160,8 @@ class CutTests(SenderTestCase):
             self.assertEqual(self.send(), 0, self.output)
             self.assert_all_arrived()
 
-    def test_acknowledged_is_not_sent_again(self) -> None:
-        """What was acknowledged before the cut stays so."""
+    def test_acknowledged_batches_are_not_sent_again(self) -> None:
+        """After a cut the rest is sent."""
         self.server.script = lambda payload: (
             CUT if is_batch(payload, 4) and len(self.server.links) == 1 else None
         )
@@ -179,7 +180,7 @@ class CutTests(SenderTestCase):
         self.assertGreater(self.clock.turns - before, 99)
 
     def test_window_after_cuts(self) -> None:
-        """The window holds on each of the connections, and is used on each."""
+        """Each of the connections uses the whole window, and no more."""
         self.write_users("users-2.csv", range(10, 110))
         counter = count(1)
         self.server.script = lambda _: CUT if next(counter) % 12 == 0 else None
@@ -189,7 +190,7 @@ class CutTests(SenderTestCase):
         self.assertLessEqual(max(link.max_unanswered for link in self.server.links), 4)
 
     def test_close_by_the_server(self) -> None:
-        """A server that closes in good order, to be restarted, is no different."""
+        """A server that closes the connection cleanly, to restart, is no different."""
         self.server.script = self.script_at(3, CLOSE)
         self.assertEqual(self.send(), 0)
         self.assert_all_arrived()
@@ -215,7 +216,7 @@ class CutTests(SenderTestCase):
             self.assertLess(self.clock.seconds(), 20)
 
     def test_other_options(self) -> None:
-        """A file that was begun is cut as it was, whatever the options say now."""
+        """A file that was begun keeps its batches, whatever the options are now."""
         self.send(interrupt=lambda: len(self.server.acknowledged()) >= 4)
         self.write_users("users-2.csv", range(10, 20))
         self.rows += range(10, 20)
@@ -235,7 +236,7 @@ class AwayTests(SenderTestCase):
         self.patch(delivery, "ANSWER_TIMEOUT", 5.0)
 
     def assert_gave_up(self, after: float, why: str) -> None:
-        """One clear reason, at about the time that was said."""
+        """It gave up in time, with one clear reason."""
         self.assertGreaterEqual(self.clock.seconds(), after)
         self.assertLess(self.clock.seconds(), after + 25)
         last = self.output.splitlines()[-1]
@@ -246,7 +247,7 @@ class AwayTests(SenderTestCase):
         self.assertNotIn("Traceback", self.output)
 
     def test_away(self) -> None:
-        """It tries again, less and less often, and gives up in time."""
+        """It says that it tries again, does so less and less often, and gives up in time."""
         self.server.is_away = True
         self.assertEqual(self.send("--retry-for=60"), 1)
         self.assert_gave_up(60, "Connection was refused")
@@ -254,9 +255,13 @@ class AwayTests(SenderTestCase):
         self.assertGreater(len(waits), 4)
         self.assertLess(len(waits), 40)
         self.assertGreater(waits[-1], 3 * waits[0])
+        first, *_ = self.output.splitlines()
+        self.assertRegex(
+            first, r"^cafeorch-send: Connection was refused.* Trying again for 60 s\.$"
+        )
 
-    def test_no_retries(self) -> None:
-        """With --retry-for 0 the first failure is the last: one line, with the reason."""
+    def test_without_retries_a_server_that_is_away_is_one_line(self) -> None:
+        """With --retry-for 0 the first failure is the last."""
         self.server.is_away = True
         for refusal in (
             errors.ConnectionRefusedError(),
@@ -270,17 +275,19 @@ class AwayTests(SenderTestCase):
             self.assertRegex(self.output, r"(?m)^acknowledged +1 +0 +0 +0 in ")
         self.assertEqual(len(self.server.attempts), 3)
 
-    def test_a_cut_is_the_last_failure_too(self) -> None:
-        """The same where the connection is lost, before a batch is answered or the close comes."""
-        for opcode, batches_before in ((Opcode.NEW_USERS, 0), (Opcode.FINISHED, 5)):
-            for end in (CUT, CLOSE) if batches_before == 0 else (CUT,):
-                self.forget()
-                self.server.script = lambda payload, at=opcode, end=end: (  # type: ignore[misc]
-                    end if payload[0] == at else None
-                )
-                self.assertEqual(self.send("--retry-for=0"), 1)
-                self.assertIn("Gave up", "".join(self.problems()))
-                self.assertRegex(self.output, rf"(?m)^users +1 +\d+ +{batches_before} ")
+    def test_without_retries_a_lost_connection_is_one_line(self) -> None:
+        """So it is before a batch is answered, and while the server's close is awaited."""
+        for opcode, end, acknowledged in (
+            (Opcode.NEW_USERS, CUT, 0),
+            (Opcode.NEW_USERS, CLOSE, 0),
+            (Opcode.FINISHED, CUT, 5),
+        ):
+            self.forget()
+            self.server.script = partial(self.react_at_first, opcode, end)
+            self.assertEqual(self.send("--retry-for=0"), 1)
+            self.assert_gave_up(0, "Connection")
+            self.assertEqual(len(self.problems()), 1)
+            self.assertRegex(self.output, rf"(?m)^users +1 +\d+ +{acknowledged} ")
 
     def test_comes_back(self) -> None:
         """A server that comes in time gets everything."""
@@ -289,8 +296,8 @@ class AwayTests(SenderTestCase):
         self.assertEqual(self.send("--retry-for=60"), 0)
         self.assertEqual(numbers(self.server.acknowledged()), [1, 2, 3, 4, 5])
 
-    def test_patience_is_renewed(self) -> None:
-        """The time counts from the last acknowledgement: slow is not away."""
+    def test_the_time_counts_from_the_last_acknowledgement(self) -> None:
+        """A server that is slow is not given up."""
 
         def script(payload: bytes) -> Reaction | None:
             if batches([payload]):
@@ -304,47 +311,32 @@ class AwayTests(SenderTestCase):
         self.assertGreater(self.clock.seconds(), 4 * 45)
 
     def test_no_answers(self) -> None:
-        """A server that takes batches and never answers is given up, and tried again."""
+        """A connection without answers is given up, and the server tried again."""
         self.server.script = lambda payload: IGNORE if batches([payload]) else None
         self.assertEqual(self.send("--retry-for=20"), 1)
         self.assert_gave_up(20, "Connection")
         self.assertGreater(len(self.server.links), 2)
 
-    def test_no_answer_once(self) -> None:
-        """The same where the next connection is better."""
-        self.server.script = lambda payload: (
-            IGNORE if batches([payload]) and len(self.server.links) == 1 else None
-        )
-        self.assertEqual(self.send(), 0)
-        self.assertEqual(len(self.server.links), 2)
-        self.assertLess(self.clock.seconds(), 10)
+    def react_at_first(self, opcode: Opcode, reaction: Reaction, payload: bytes) -> Any:
+        """React to a message on the first connection."""
+        return reaction if payload[0] == opcode and len(self.server.links) == 1 else None
 
-    def ignore_at_first(self, opcode: Opcode, payload: bytes) -> Reaction | None:
-        return IGNORE if payload[0] == opcode and len(self.server.links) == 1 else None
-
-    def test_no_answer_to_other_messages(self) -> None:
-        """The same with HELLO, the end of a table, and FINISHED."""
-        for opcode in (Opcode.CLIENT_HELLO, Opcode.EOF, Opcode.FINISHED):
+    def test_no_answer_on_one_connection(self) -> None:
+        """The next one sends the rest, whichever message the server has not answered."""
+        for opcode in (Opcode.CLIENT_HELLO, Opcode.NEW_USERS, Opcode.EOF, Opcode.FINISHED):
             self.forget()
-            self.server.script = partial(self.ignore_at_first, opcode)
+            began = self.clock.seconds()
+            self.server.script = partial(self.react_at_first, opcode, IGNORE)
             self.assertEqual(self.send(), 0, self.output)
+            self.assertLess(self.clock.seconds() - began, 10)
             self.assertEqual(len(self.server.links), 2)
             # Nothing comes after a message that has to be answered first.
             self.assertEqual(self.server.links[0].payloads[-1][0], opcode)
             self.assertEqual(set(numbers(self.server.acknowledged())), {1, 2, 3, 4, 5})
 
     def test_slow_answers(self) -> None:
-        """A server that is slow but answers is not given up."""
+        """A server that answers in time keeps its connection."""
         self.patch(delivery, "ANSWER_TIMEOUT", 1.0)
         self.patch(scripted, "LATENCY", 0.45)
         self.assertEqual(self.send("--window=1"), 0)
         self.assertEqual(len(self.server.links), 1)
-
-    def test_says_what_it_waits_for(self) -> None:
-        """While it tries again it says why, and for how long it will."""
-        self.server.is_away = True
-        self.send("--retry-for=60")
-        first = self.output.splitlines()[0]
-        self.assertRegex(
-            first, r"^cafeorch-send: Connection was refused.* Trying again for 60 s\.$"
-        )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from itertools import pairwise, product
 from pathlib import Path
 
 from cafeteria_orch.sender.cli import STATE_NAME
+from cafeteria_orch.sender.exports import Contents, Export
 from cafeteria_orch.sender.journal import Journal, JournalError
 from cafeteria_orch.wire.messages import decode
 from cafeteria_orch.wire.opcodes import BatchStatus, Opcode
@@ -36,7 +39,7 @@ class RefusalTests(SenderTestCase):
         self.write_stores()
 
     def refuse(self, number: int, reaction: Reaction | bytes) -> None:
-        """Have one batch of users be refused, always."""
+        """Refuse one batch of users, always."""
         self.server.script = lambda payload: (
             reaction if payload[0] == Opcode.NEW_USERS and numbers([payload]) == [number] else None
         )
@@ -64,7 +67,7 @@ class RefusalTests(SenderTestCase):
         )
 
     def test_try_again_for_ever(self) -> None:
-        """A server that takes nothing for too long is given up, and what it took is kept."""
+        """A server that accepts nothing for too long is given up; what it accepted is kept."""
         self.refuse(2, TRY_AGAIN)
         self.assertEqual(self.send("--retry-for=30"), 1)
         self.assertLess(self.clock.seconds(), 30 + 25)
@@ -110,7 +113,7 @@ class RefusalTests(SenderTestCase):
         self.assertEqual(self.server.ends(), ["stores", "users"])
 
     def test_malformed(self) -> None:
-        """FAIL 3 comes with a close: the batch is reported, and the rest goes on after it."""
+        """FAIL 3 comes with a close: the batch is reported, and the rest is sent after it."""
         self.refuse(3, Reaction(MALFORMED, CLOSE.end))
         self.assertEqual(self.send(), 1)
         self.assertEqual(
@@ -156,8 +159,8 @@ class RefusalTests(SenderTestCase):
         self.assertEqual(self.send(), 0)
         self.assertEqual(self.server.ends(), ["stores", "users"] * 2)
 
-    def test_no_answer_at_all(self) -> None:
-        """What answers with something else is no orchestrator: it ends at once, and says so."""
+    def test_something_that_is_not_an_answer(self) -> None:
+        """A server that sends it does not speak the protocol: one line, at once."""
         self.server.script = lambda _: b"\x01\x01"
         self.assertEqual(self.send(), 1)
         self.assertIn("the server does not speak this protocol", self.output)
@@ -165,7 +168,7 @@ class RefusalTests(SenderTestCase):
 
 
 class FileTests(SenderTestCase):
-    """What lies in the folder."""
+    """Files that cannot be sent, or change."""
 
     def test_broken_file(self) -> None:
         """Neither it nor its table's end is sent, the rest is; mended, it is sent, then the end."""
@@ -204,6 +207,33 @@ class FileTests(SenderTestCase):
         self.write_users()
         self.assertEqual(self.send(), 1)
         self.assertEqual(self.server.ends(), ["users"])
+
+    def test_file_that_cannot_be_read(self) -> None:
+        """It is named, and the others are sent."""
+        users = self.write_users()
+        self.write_stores()
+        check = Export.check
+
+        def fail(export: Export, *limits: int) -> Contents:
+            if export.path == users:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return check(export, *limits)
+
+        self.patch(Export, "check", fail)
+        self.assertEqual(self.send(), 1)
+        self.assertEqual(self.problems(), [f"{users}: Input/output error"])
+        self.assertEqual(self.server.ends(), ["stores"])
+
+    def test_interrupt_while_files_are_checked(self) -> None:
+        """The reactor does not run yet, and Python itself handles the signal: one line."""
+        self.write_users()
+
+        def interrupt(*_: object) -> Contents:
+            raise KeyboardInterrupt
+
+        self.patch(Export, "check", interrupt)
+        self.assertEqual(self.send(), 1)
+        self.assertEqual(self.problems(), ["interrupted; run it again to send the rest"])
 
     def test_row_that_no_frame_holds(self) -> None:
         """It is found before anything is sent."""
@@ -289,7 +319,7 @@ class StateTests(SenderTestCase):
     """The state file cannot be written."""
 
     def test_full_disk(self) -> None:
-        """No room for an acknowledgement: it stops, says why, and the next run goes on."""
+        """Without room for an acknowledgement it stops, says why, and the next run goes on."""
         self.write_users(rows=range(200))
         disk = mount_small_disk(self, "64k")
         state = f"--state={disk / 'state'}"
@@ -310,7 +340,7 @@ class StateTests(SenderTestCase):
         self.assertEqual({*cells(self.server.acknowledged())}, {str(row) for row in range(200)})
 
     def test_full_from_the_start(self) -> None:
-        """No room for a new state, or for a plan in one: nothing is sent, and it says why."""
+        """Without room for a new state, or for a plan in one, nothing is sent; it says why."""
         self.write_users()
         for has_state in (False, True):
             disk = mount_small_disk(self, "16k")
@@ -326,7 +356,7 @@ class StateTests(SenderTestCase):
             self.assertEqual(self.server.batches(), [])
 
     def test_unwritable(self) -> None:
-        """There is no place for it: nothing is sent at all."""
+        """Where it cannot be, nothing is sent: one line with the remedy."""
         users = self.write_users()
         for state, why in (
             (self.folder, "Is a directory"),

@@ -204,7 +204,7 @@ def _means(batches: Sequence[SyntheticBatch]) -> tuple[float, float]:
 def _print_heading(batches: Sequence[SyntheticBatch], options: argparse.Namespace) -> None:
     rows, frame_bytes = _means(batches)
     print(
-        f"{options.clients} clients, {options.window} batches of each on their way,"
+        f"{options.clients} clients, {options.window} batches of each unanswered,"
         f" {rows:.0f} rows or {frame_bytes / 1000:.1f} kB in a batch, {options.seconds:g} s"
     )
     print(_COLUMNS, flush=True)

@@ -1,4 +1,4 @@
-"""The sending side: what it writes, and which answer belongs to which message."""
+"""The client: what it writes, and how it pairs answers with messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CLIENT = UUID(int=7)
 
 
 class ClientCase(SynchronousTestCase):
-    """A test with a client that is connected to nothing but the test."""
+    """A client that is connected to the test."""
 
     def setUp(self) -> None:
         self.client = OrchestratorClient()
@@ -52,7 +52,7 @@ class ClientCase(SynchronousTestCase):
         return [self.client.send_batch(USERS, [USER_ROW], number) for number in range(count)]
 
     def lose(self, reason: Exception) -> None:
-        """The connection is gone."""
+        """End the connection."""
         self.client.connectionLost(Failure(reason))
 
 
@@ -79,7 +79,7 @@ class Sending(ClientCase):
         self.assert_sent(batch_frame(table=TRANSACTIONS, rows=[row]))
 
     def test_other_messages(self) -> None:
-        """Each message is the frame that the wire says."""
+        """Each message is the frame of the wire's definition."""
         self.client.send_hello(CLIENT)
         self.assert_sent(frame(b"\x1e" + CLIENT.bytes))
         self.client.send_eof(MENU_ITEMS)
@@ -144,7 +144,7 @@ class Answers(ClientCase):
         self.assertEqual(self.successResultOf(answer), BatchRecvFail(3))
 
     def test_every_message_has_one(self) -> None:
-        """HELLO, EOF and messages of one's own are answered as batches are."""
+        """HELLO, EOF and other messages are answered as batches are."""
         deferreds = [
             self.client.send_hello(CLIENT),
             self.client.send_eof(USERS),
@@ -164,7 +164,7 @@ class Answers(ClientCase):
         self.assertEqual(self.successResultOf(second), RawMessage(8, b""))
 
     def test_sending_from_an_answer(self) -> None:
-        """What an answer's callback sends takes its place behind what was sent before."""
+        """The callback of an answer may send a message; its turn is after the earlier ones."""
         answers: list[Any] = []
         first, second = self.send(2)
         first.addCallback(lambda _: self.client.send_eof(USERS).addCallback(answers.append))
@@ -173,7 +173,7 @@ class Answers(ClientCase):
         self.assertEqual(answers, [BatchRecvFail(1), BatchRecvFail(2)])
 
     def test_of_the_server(self) -> None:
-        """What the server writes is what the client reads, and the other way round."""
+        """The client and the server understand each other."""
         factory = OrchestratorFactory(Clock())
         factory.register_processor(
             40, lambda message, client: responses.send(client, 41, message.body)
@@ -239,7 +239,7 @@ class Ending(ClientCase):
     """How a connection ends."""
 
     def test_finished(self) -> None:
-        """Finishing is done when the server closes with nothing owed."""
+        """It has finished when the server closes with every answer sent."""
         (answer,) = self.send()
         finished = self.client.finish(1)
         self.client.dataReceived(SUCCESS)
@@ -256,7 +256,7 @@ class Ending(ClientCase):
         self.failureResultOf(finished, ConnectionLost)
 
     def test_answers_owed(self) -> None:
-        """A close with answers owed is a lost connection, for them and for the finish."""
+        """A close before all answers is a lost connection, for these and for the finish."""
         for reason in (ConnectionDone(), ConnectionLost()):
             self.setUp()
             answered, *owed = self.send(3)

@@ -1,4 +1,4 @@
-"""The sender's state file: what it says survives kills, and it takes no other file for its own."""
+"""The sender's state file: it survives kills, and it takes no other file for its own."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def add(journal: Journal, file: str, table: Table = USERS, batches: int = 3) -> 
 
 
 def state_of(journal: Journal) -> Any:
-    """All that a journal knows."""
+    """Everything in a journal."""
     ended = {table.name for table in TABLES if journal.has_ended(table)}
     plans = [
         {**vars(plan), "file": name, "acknowledged": set(plan.acknowledged)}
@@ -65,7 +65,7 @@ class StateTests(JournalTestCase):
     """What it keeps."""
 
     def test_new(self) -> None:
-        """A new state has a UUID of its own, knows its server, and nothing else."""
+        """A new state has its own UUID and its server, and nothing else."""
         with self.journal() as journal:
             client_id = journal.client_id
             self.assertEqual(state_of(journal), (client_id, [], set()))
@@ -87,7 +87,7 @@ class StateTests(JournalTestCase):
         self.assertEqual(firsts, [1, 4, 1, 7, 8])
 
     def test_acknowledgements(self) -> None:
-        """A plan is done when all of its batches are acknowledged, in whatever order."""
+        """A plan is done when all its batches are acknowledged, in any order."""
         with self.journal() as journal:
             plan = add(journal, "users.csv")
             for number in (3, 1):
@@ -103,7 +103,7 @@ class StateTests(JournalTestCase):
             self.assertTrue(journal.plans["users.csv"].is_done)
 
     def test_names(self) -> None:
-        """The name of a file may hold whatever the name of a file may hold."""
+        """A file may have any name that the system allows."""
         names = ["ñandú/usérs 1.csv", 'users "x"\n.csv', os.fsdecode(b"users\xff.csv")]
         with self.journal() as journal:
             for name in names:
@@ -131,7 +131,7 @@ class TornTests(JournalTestCase):
     """A kill comes while a line is written."""
 
     def test_torn_line(self) -> None:
-        """Cut anywhere in its last line, it is as it was before that line; and goes on."""
+        """Cut anywhere in its last line, it is as before that line, and can be continued."""
         steps: list[Callable[[Journal], object]] = [
             lambda journal: add(journal, "users.csv"),
             lambda journal: journal.acknowledge(journal.plans["users.csv"], 2),
@@ -193,7 +193,7 @@ class TornTests(JournalTestCase):
                 journal.acknowledge(plan, 1)
 
     def test_short_write(self) -> None:
-        """What is noted after a line that did not fit is still read: room came meanwhile."""
+        """A line that did not fit does not spoil the next one, for which there is room."""
         with self.journal() as journal:
             plan = add(journal, "users.csv")
             short = patch.object(journal, "_file", ShortFile(journal._file))
@@ -219,7 +219,7 @@ class ShortFile:
 
 
 class RefusedTests(JournalTestCase):
-    """A file that is not used: one clear line with the remedy, and the file as it was."""
+    """A file that is refused: one line with the remedy, and the file stays as it was."""
 
     def assert_refused(self, why: str, server: str = SERVER) -> None:
         before = self.path.read_bytes() if self.path.is_file() else None
@@ -277,7 +277,7 @@ class RefusedTests(JournalTestCase):
         self.assertEqual(taken, [])
 
     def test_in_use(self) -> None:
-        """One sender at a time, of whatever process; then the next one may."""
+        """One sender at a time may use it, in this process or another."""
         pipe = subprocess.PIPE
         command = [sys.executable, "-c", HOLDER, str(self.path), SERVER]
         with subprocess.Popen(command, env=ENVIRONMENT, stdin=pipe, stdout=pipe) as holder:
@@ -290,7 +290,7 @@ class RefusedTests(JournalTestCase):
             pass
 
     def test_no_place(self) -> None:
-        """A folder is no file; nor is there one in a folder that is missing."""
+        """It can be no folder, nor in a folder that is missing."""
         self.path.mkdir()
         self.assert_refused("directory.*--state")
         self.path = self.path / "missing" / "state"
@@ -336,12 +336,12 @@ def apply(journal: Journal, operation: Operation) -> None:
 
 
 class ModelTests(SynchronousTestCase):
-    """Whatever is done, and whenever it is killed."""
+    """Any operations, and a kill at any line."""
 
     @settings(deadline=None, max_examples=50)
     @given(operations, st.booleans())
     def test_any_prefix(self, done: list[Operation], reopening: bool) -> None:
-        """Cut at the end of any line, it is what it was when that line was written."""
+        """Cut behind any line, it is as it was when that line was written."""
         with TemporaryDirectory() as folder:
             path = Path(folder) / "state"
             journal = Journal(path, SERVER)

@@ -1,4 +1,4 @@
-"""``cafeorch-send`` and what a server does not take, or what cannot be sent at all."""
+"""``cafeorch-send``, batches that a server refuses, and files that cannot be sent."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class RefusalTests(SenderTestCase):
         self.assertEqual(set(cells(self.server.acknowledged()[2:])), set("01236789"))
 
     def test_many_malformed(self) -> None:
-        """Each of many costs a connection, and each is sent once."""
+        """Each costs a connection, and each is sent once."""
         self.write_users("users-2.csv", range(10, 50))
         self.server.script = lambda payload: (
             Reaction(MALFORMED, CLOSE.end) if payload[0] == Opcode.NEW_USERS else None
@@ -244,7 +244,7 @@ class FileTests(SenderTestCase):
         self.assertEqual(self.server.batches(), [])
 
     def test_changed_file(self) -> None:
-        """A file that has changed since it was begun is refused, with what to do about it."""
+        """A file that has changed since it was begun is refused, with the remedy."""
         users = self.write_users()
         self.write_stores()
         self.send(interrupt=lambda: len(self.server.acknowledged()) >= 4)
@@ -260,7 +260,7 @@ class FileTests(SenderTestCase):
         self.assertEqual(self.server.ends(), ["stores"])
 
     def test_no_row_of_an_edited_file_is_sent(self) -> None:
-        """Only rows that were checked are sent; put back as it was, the file is sent whole."""
+        """Only checked rows are sent; restored as it was, the file is sent whole."""
         edits: dict[str, Callable[[str], str]] = {
             "a row not sent yet": lambda text: text.replace("\n39,female", "\n39,MALE00"),
             "a row sent already": lambda text: text.replace("\n0,female", "\n0,MALE00"),

@@ -1,4 +1,4 @@
-"""cafeorch-send is killed, or its server, again and again: the store ends up like the files."""
+"""The sender or its server is killed again and again: the store ends up like the files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OTHER_BATCHES = "--batch-rows=5"
 
 
 class ProcessTests(SynchronousTestCase):
-    """A sender and a server as processes of their own; kill -9 at random moments."""
+    """A sender and a server as processes, and kill -9 at random moments."""
 
     def setUp(self) -> None:
         self.server = Server(self)
@@ -79,7 +79,7 @@ class ProcessTests(SynchronousTestCase):
             self._assert_complete()
 
     def test_file_is_edited(self) -> None:
-        """No row that was not checked is stored; put back as it was, the file arrives whole."""
+        """Only checked rows are stored; restored as it was, the file arrives whole."""
         self.server.start()
         self.server.wait_until_it_listens()
         self.exports |= write_exports(self.folder, {"stores/c.csv": 5000})
@@ -108,7 +108,7 @@ class ProcessTests(SynchronousTestCase):
         return next((line for line in records[-1:] if b'"acknowledged"' in line), b"")
 
     def _wait_for_progress(self, sender: Sender, moments: Random) -> None:
-        """Wait until some more acknowledgements, none to eighty, are in the state file."""
+        """Wait until the state file has some more acknowledgements, up to eighty."""
         until = self._state_bytes() + moments.randrange(4000)
         wait_for(lambda: self._state_bytes() >= until or sender.has_ended, "the sender goes on")
 

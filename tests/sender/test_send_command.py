@@ -1,4 +1,4 @@
-"""``cafeorch-send`` as a command: its connection, its arguments, its terminal."""
+"""``cafeorch-send`` as a command: its arguments, its terminal, its process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ COMMAND = Path(sys.executable).with_name("cafeorch-send")
 
 
 class Arguments(SynchronousTestCase):
-    """What is said wrong is found before anything is done."""
+    """A mistake is found before anything is done."""
 
     def run_main(self, *arguments: str) -> tuple[int, str, str]:
         """Run the command as far as its arguments: status, output, errors."""
@@ -80,7 +80,7 @@ class Arguments(SynchronousTestCase):
             self.assertIn(what, line)
 
     def test_help(self) -> None:
-        """The help says what the options are and what they are by default."""
+        """The help names the options and their defaults."""
         status, out, err = self.run_main("--help")
         self.assertEqual((status, err), (0, ""))
         text = " ".join(out.split())
@@ -109,7 +109,7 @@ class Terminal(StringIO):
 
 
 class Progress(SenderTestCase):
-    """How far it is, in lines; :meth:`Processes.test_terminal` shows the bar."""
+    """The progress in lines; :meth:`Processes.test_terminal` shows the bar."""
 
     def assert_progress(self) -> None:
         """There is a line at each tenth of the rows."""
@@ -120,7 +120,7 @@ class Progress(SenderTestCase):
         self.assertEqual(lines, expected)
 
     def test_without_a_terminal(self) -> None:
-        """Tqdm is not even asked."""
+        """The lines need no tqdm."""
         self.assert_progress()
 
     def test_without_tqdm(self) -> None:
@@ -131,7 +131,7 @@ class Progress(SenderTestCase):
 
 
 class Processes(TestCase):
-    """The command itself, as it is installed."""
+    """The installed command, as a process."""
 
     timeout = 30
 
@@ -157,7 +157,7 @@ class Processes(TestCase):
     def start(
         self, *arguments: str, err: int | None = None, launcher: Sequence[str] = ()
     ) -> subprocess.Popen[bytes]:
-        """Start the command; what it says goes into files."""
+        """Start the command; its output goes into files."""
         command: list[str | Path] = [*launcher, COMMAND, "--state", self.state]
         with self.out.open("wb") as out, self.err.open("wb") as err_file, default_signals():
             process = subprocess.Popen(
@@ -253,7 +253,7 @@ class Processes(TestCase):
         self.assertRegex(self.out.read_text(), rf"(?m)^acknowledged +8 +{self.rows} +8 +\d+ in ")
 
     async def test_state_in_use(self) -> None:
-        """While one runs another with the same state is one line and status 1."""
+        """Two at once cannot use one state: the second is one line and status 1."""
         silent = Pending()
         self.factory.register_processor(Opcode.NEW_MENU_ITEMS, silent, replace=True)
         first = self.start(str(DATA))
@@ -272,7 +272,7 @@ class Processes(TestCase):
         self.assertEqual((status, self.rows), (0, 1), err)
 
     async def test_terminal(self) -> None:
-        """On a terminal a bar says how far it is."""
+        """On a terminal a bar shows the progress."""
         master, slave = pty.openpty()
         self.addCleanup(os.close, master)
         # A bar is as wide as the terminal is, which is nothing at all when it is new.

@@ -1,4 +1,4 @@
-"""``cafeorch-bench``: how much an orchestrator takes, and how soon it acknowledges it."""
+"""``cafeorch-bench``: measures how much an orchestrator acknowledges, and how soon."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from cafeteria_orch.common.commands import DEFAULT_CONNECT, endpoint, number, ru
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 from cafeteria_orch.wire.tables import TABLES
 
-from .load import Ammunition, LoadRun, speaks
+from .load import BatchPool, LoadRun, speaks
 from .local_server import StartError, cpu_seconds, local_server
 from .measurements import Result
 from .synthetic import SyntheticBatch, make_batch
 
 POOL = 15
-"""How many different batches there are, which are sent again and again: of each table 3."""
+"""The number of different batches, 3 of each table. They are sent again and again."""
 
-LEAST_FRAME_BYTES = 1024
-"""Any row fits into a batch of this length."""
+MIN_FRAME_BYTES = 1024
+"""A batch of this length holds any row."""
 
 _DEFAULT_ROWS = 1000
 _COLUMNS = (
@@ -42,8 +42,8 @@ _COLUMNS = (
 class Target(NamedTuple):
     """The server that is measured.
 
-    :ivar connect: where it is, as a Twisted endpoint.
-    :ivar pid: its process, if that is known.
+    :ivar connect: its Twisted endpoint.
+    :ivar pid: its process identifier, if that is known.
     """
 
     connect: str
@@ -51,18 +51,18 @@ class Target(NamedTuple):
 
 
 class BatchTooLong(Exception):
-    """A batch that no frame holds. Its text says what to do."""
+    """A batch that does not fit into a frame. Its text names the remedy."""
 
 
 async def bench(reactor: Any, options: argparse.Namespace) -> int:
-    """Measure a server with each framing that was asked for, and report.
+    """Measure a server with each of the chosen framings, and report.
 
     :param options: of :func:`main`.
-    :return: the exit status: 0 if all that was sent has been acknowledged.
+    :return: the exit status: 0 if every batch was acknowledged with SUCCESS.
     """
     try:
         batches = _make_batches(options)
-        # So that the reactor runs, and a signal is its own, before a process is started.
+        # Start no process until the reactor runs, and handles the signals.
         await deferLater(reactor, 0)
         async with _target(reactor, options) as target:
             if not options.json:
@@ -77,7 +77,7 @@ async def bench(reactor: Any, options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"runs": [_as_json(result, batches, options) for result in results]}))
     spoken = [result for result in results if result.is_spoken]
-    # With both framings to try, a server may speak one.
+    # A server need not speak both framings.
     counted = spoken or results
     return 1 if any(result.failed or result.errors for result in counted) else 0
 
@@ -122,7 +122,7 @@ async def _run(
     load = LoadRun(
         reactor,
         server,
-        Ammunition(batches, framing, options.window),
+        BatchPool(batches, framing, options.window),
         clients=options.clients,
         seconds=options.seconds,
         warmup=options.warmup,
@@ -147,17 +147,17 @@ def _framings(options: argparse.Namespace) -> list[Framing]:
 def _make_batches(options: argparse.Namespace) -> list[SyntheticBatch]:
     tables = [table for table in TABLES if options.table in {None, table.name}]
     random = Random(options.seed)  # noqa: S311 (to be guessed is what a seed is for)
-    most_rows, most_bytes = options.rows, DEFAULT_MAX_FRAME_BYTES
+    max_rows, max_bytes = options.rows, DEFAULT_MAX_FRAME_BYTES
     if options.bytes:
-        most_rows, most_bytes = float("inf"), options.bytes
+        max_rows, max_bytes = float("inf"), options.bytes
     batches = []
     for place in range(POOL):
         table = tables[place % len(tables)]
-        batch = make_batch(table, random, place + 1, most_rows, most_bytes)
-        if not options.bytes and batch.amount < most_rows:
+        batch = make_batch(table, random, place + 1, max_rows, max_bytes)
+        if not options.bytes and batch.amount < max_rows:
             raise BatchTooLong(
-                f"a frame of {most_bytes} bytes holds {batch.amount} rows of {table.name}, not"
-                f" {most_rows}: say less --rows, or --bytes {most_bytes} to fill it"
+                f"a frame of {max_bytes} bytes holds {batch.amount} rows of {table.name}, not"
+                f" {max_rows}: say less --rows, or --bytes {max_bytes} to fill it"
             )
         batches.append(batch)
     return batches
@@ -195,7 +195,7 @@ def _as_json(
 
 
 def _means(batches: Sequence[SyntheticBatch]) -> tuple[float, float]:
-    """Rows of a batch, and bytes of its frame."""
+    """The mean number of rows of a batch, and of bytes of its frame."""
     rows = sum(batch.amount for batch in batches)
     frame_bytes = sum(len(FRAMINGS["int32"].encode(batch.payload)) for batch in batches)
     return rows / len(batches), frame_bytes / len(batches)
@@ -204,7 +204,7 @@ def _means(batches: Sequence[SyntheticBatch]) -> tuple[float, float]:
 def _print_heading(batches: Sequence[SyntheticBatch], options: argparse.Namespace) -> None:
     rows, frame_bytes = _means(batches)
     print(
-        f"{options.clients} clients, {options.window} batches of each on their way,"
+        f"{options.clients} clients, {options.window} batches of each unanswered,"
         f" {rows:.0f} rows or {frame_bytes / 1000:.1f} kB in a batch, {options.seconds:g} s"
     )
     print(_COLUMNS, flush=True)
@@ -234,11 +234,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cafeorch-bench",
         usage="%(prog)s [options] [-- option of the server, with --self ...]",
-        description="Load an orchestrator with random batches of the five tables and tell how"
-        " much it took, how soon each batch was acknowledged, and what it used. Every answer is"
-        " checked; the exit status is 0 if every batch was acknowledged with SUCCESS. Against a"
-        " server that stores, what is sent is stored, as of no agency: with --self that is in a"
-        " temporary folder (TMPDIR says where), which is removed.",
+        description="Load an orchestrator with random batches of the five tables, and report how"
+        " many it acknowledged, how soon, and how much processor time it used. Every answer is"
+        " checked; the exit status is 0 if every batch was acknowledged with SUCCESS. A server"
+        " that stores will store the batches, without an agency; the server of --self does so in"
+        " a temporary folder (in TMPDIR), which is removed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -254,8 +254,8 @@ def _parser() -> argparse.ArgumentParser:
         dest="starts_server",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="start an orchestrator to be measured; what stands after -- are options of"
-        " twistd cafeorch for it: --self -- --store none --log-level warn",
+        help="start an orchestrator and measure it; after -- stand its options, those of"
+        " twistd cafeorch: --self -- --store none --log-level warn",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -263,43 +263,43 @@ def _parser() -> argparse.ArgumentParser:
     )
     size.add_argument(
         "--bytes",
-        type=number(int, LEAST_FRAME_BYTES, DEFAULT_MAX_FRAME_BYTES),
+        type=number(int, MIN_FRAME_BYTES, DEFAULT_MAX_FRAME_BYTES),
         default=argparse.SUPPRESS,
-        help="fill each batch with rows up to this length of its frame instead",
+        help="length of each batch's frame, which is filled with rows",
     )
     add(
         "--table",
         choices=[table.name for table in TABLES],
         default=argparse.SUPPRESS,
-        help="send batches of this one (default: of all in turn)",
+        help="send batches of this table alone (default: of all in turn)",
     )
-    add("--seed", type=number(int, 0, 2**63), default=0, help="the same one makes the same rows")
+    add("--seed", type=number(int, 0, 2**63), default=0, help="the same seed gives the same rows")
     add("--clients", type=number(int, 1, 100_000), default=8, help="connections")
     add(
         "--window",
         type=number(int, 1, 10_000),
         default=8,
-        help="batches of each connection that are on their way at once",
+        help="unanswered batches of each connection",
     )
     add("--seconds", type=number(float, 0.01, 86_400), default=5.0, help="how long to measure")
     add(
         "--warmup",
         type=number(float, 0, 86_400),
         default=0.5,
-        help="seconds of load before, that are not counted",
+        help="seconds of load before that, which do not count",
     )
     add(
         "--framing",
         choices=[*FRAMINGS, "both"],
         default="both",
-        help="how frames look on the wire; both: one run after the other",
+        help="how frames look on the wire; both: one run with each",
     )
     add(
         "--server-pid",
         metavar="PID",
         type=number(int, 1, 2**31 - 1),
         default=argparse.SUPPRESS,
-        help="process of a server on this machine, to tell what it uses of the processor",
+        help="process of a server on this machine, whose processor time is reported",
     )
     add(
         "--json",
@@ -314,7 +314,7 @@ def _parser() -> argparse.ArgumentParser:
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line.
 
-    :raises SystemExit: if it is not right, having said what is wrong.
+    :raises SystemExit: if there is a mistake in it, which is printed.
     """
     parser = _parser()
     own, server_options = list(arguments), None

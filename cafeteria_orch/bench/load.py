@@ -1,7 +1,7 @@
 """A load on an orchestrator: connections that send as fast as it acknowledges.
 
-All that is done for a batch is done for all answers of a chunk at once, so that one core can
-load a server that takes a hundred thousand batches a second.
+The answers of a chunk are counted together, and so many batches sent at once: one core can load a
+server that acknowledges a hundred thousand batches a second.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from twisted.internet.interfaces import IStreamClientEndpoint, ITCPTransport
 from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
 
-from cafeteria_orch.server.frames import FrameReceiver
-from cafeteria_orch.wire.framing import Framing
+from cafeteria_orch.wire.errors import FrameTooLong
+from cafeteria_orch.wire.framing import FrameDecoder, Framing
 from cafeteria_orch.wire.messages import BatchRecvSuccess, Finished, encode
 from cafeteria_orch.wire.opcodes import Opcode
 
@@ -26,57 +26,61 @@ from .measurements import Result
 from .synthetic import SyntheticBatch
 
 ANSWER_TIMEOUT = 30.0
-"""How long, in seconds, outstanding answers are waited for while none comes."""
+"""How long, in seconds, to wait for the next answer at the end of a run."""
 
 PROBE_TIMEOUT = 5.0
 """How long, in seconds, a server may take to close after a FINISHED."""
 
+MAX_ANSWER_BYTES = 2
+"""A FAIL with its reason is the longest answer."""
+
 _SUCCESS = encode(BatchRecvSuccess())
 _FINISHED = encode(Finished())
+_NO_ANSWER = "the server sent what is no answer"
 
 
-class Ammunition:
-    """Framed batches that are sent round and round, from anywhere on.
+class BatchPool:
+    """Framed batches, in a circle: any slice of it may be sent.
 
-    :ivar pool: how many different ones there are.
+    :ivar size: how many different batches there are.
     """
 
     def __init__(self, batches: Sequence[SyntheticBatch], framing: Framing, window: int) -> None:
-        self.pool = len(batches)
+        self.size = len(batches)
         self.framing = framing
         self.window = window
-        # A window that begins at the last one must still be one slice.
-        around = list(islice(cycle(batches), self.pool + window))
+        # A window that begins at the last batch must still be one slice.
+        around = list(islice(cycle(batches), self.size + window))
         framed = [framing.encode(batch.payload) for batch in batches]
-        self._frames = list(islice(cycle(framed), self.pool + window))
+        self._frames = list(islice(cycle(framed), self.size + window))
         self._rows_before = [0, *accumulate(batch.amount for batch in around)]
         self._bytes_before = [0, *accumulate(len(frame) for frame in self._frames)]
 
     def frames(self, start: int, count: int) -> list[bytes]:
-        """So many frames from this one on."""
+        """Some frames, from the one at ``start`` on."""
         return self._frames[start : start + count]
 
     def rows(self, start: int, count: int) -> int:
-        """How many rows are in them."""
+        """The number of rows in those frames."""
         return self._rows_before[start + count] - self._rows_before[start]
 
     def bytes(self, start: int, count: int) -> int:
-        """How many bytes they are."""
+        """The number of bytes of those frames."""
         return self._bytes_before[start + count] - self._bytes_before[start]
 
 
 class LoadRun:
-    """Connections that each keep a window of batches on their way, for a time.
+    """Connections that each keep a window of batches unanswered, for a time.
 
-    It ends early at the first thing that is wrong, other than a FAIL: what it would measure
-    then is no load.
+    A run ends at the first error; a FAIL is counted and is no error.
 
     :param endpoint: the server.
-    :param clients: how many connections.
-    :param warmup: seconds before those that are measured.
-    :param cpu: what the server has used so far, in seconds.
-    :ivar is_measuring: whether what is acknowledged now counts.
-    :ivar is_sending: whether the windows are still filled.
+    :param clients: the number of connections.
+    :param seconds: how long to measure.
+    :param warmup: how long to load the server before that.
+    :param cpu: returns the processor time that the server has used so far, in seconds.
+    :ivar is_measuring: whether an answer that comes now is counted.
+    :ivar is_sending: whether an answer makes room for another batch.
     :ivar answered_at: when the last answer came.
     """
 
@@ -88,17 +92,15 @@ class LoadRun:
         self,
         reactor: Any,
         endpoint: IStreamClientEndpoint,
-        ammunition: Ammunition,
+        pool: BatchPool,
         *,
         clients: int,
         seconds: float,
         warmup: float,
         cpu: Callable[[], float | None],
     ) -> None:
-        self.ammunition = ammunition
-        self.result = Result(ammunition.framing.name)
-        # The wall clock, as everywhere here: it costs as much as the performance counter and
-        # has a quarter of a microsecond, a hundredth of a round trip on the loopback.
+        self.pool = pool
+        self.result = Result(pool.framing.name)
         self.now: Callable[[], float] = reactor.seconds
         self._reactor = reactor
         self._endpoint = endpoint
@@ -111,7 +113,7 @@ class LoadRun:
         self._wait: Deferred[None] | None = None
 
     async def run(self) -> Result:
-        """Do it all; see its ``errors`` for what was not to be done."""
+        """Connect, load the server, measure, and wait for the last answers."""
         try:
             await self._connect()
             for connection in self._connections:
@@ -128,24 +130,24 @@ class LoadRun:
         return self.result
 
     def opened(self, connection: LoadConnection) -> None:
-        """A connection is there."""
+        """Note a new connection."""
         self._connections.append(connection)
         self._open.add(connection)
 
     def closed(self, connection: LoadConnection) -> None:
-        """It is gone."""
+        """Note the end of a connection."""
         self._open.discard(connection)
         if not self._open:
             self._wake()
 
     def fail(self, error: str) -> None:
-        """Something is wrong: this is the end of it."""
+        """Note an error, and end the run."""
         self.result.note_error(error)
         self._wake()
 
     async def _connect(self) -> None:
         factory = Factory.forProtocol(lambda: LoadConnection(self))
-        # One after the other: all at once are more than a server's backlog may hold.
+        # One after the other: a server's backlog may not hold all of them.
         for _ in range(self._clients):
             await self._endpoint.connect(factory)
 
@@ -169,81 +171,80 @@ class LoadRun:
             connection.finish_if_done()
         self.answered_at = self.now()
         while self._open and not self.result.errors:
-            patience = self.answered_at + ANSWER_TIMEOUT - self.now()
-            if patience <= 0:
+            time_left = self.answered_at + ANSWER_TIMEOUT - self.now()
+            if time_left <= 0:
                 waiting = sum(connection.waiting for connection in self._open)
                 what = f"{waiting} batches have" if waiting else "FINISHED has"
                 self.fail(f"{what} no answer, and none has come for {ANSWER_TIMEOUT:g} s")
-            await self._pause(patience)
+            await self._pause(time_left)
 
     async def _pause(self, seconds: float) -> None:
-        """Wait, unless or until there is nothing more to wait for."""
+        """Wait for a time, or until an error or the end of all connections."""
         if self.result.errors or not self._open:
             return
         self._wait = Deferred()
-        timer = self._reactor.callLater(seconds, self._wake)
-        try:
-            await self._wait
-        finally:
-            self._wait = None
-            if timer.active():
-                timer.cancel()
+        await self._wait.addTimeout(seconds, self._reactor, lambda *_: None)
 
     def _wake(self) -> None:
-        if self._wait is not None:
-            wait, self._wait = self._wait, None
-            wait.callback(None)
+        if self._wait is not None and not self._wait.called:
+            self._wait.callback(None)
 
 
-class LoadConnection(FrameReceiver):
+class LoadConnection(Protocol):
     """One connection of a run.
 
-    :ivar waiting: how many batches are on their way.
-    :ivar batches: how many were acknowledged while it was measured.
+    :ivar waiting: the number of unanswered batches.
+    :ivar batches: how many were acknowledged while the run measured; so with ``rows`` and
+        ``bytes``.
     """
 
-    # A FAIL with its reason is the longest answer.
-    MAX_LENGTH = 2
+    transport: Any
 
     def __init__(self, run: LoadRun) -> None:
-        super().__init__()
-        ammunition = run.ammunition
-        self.framing = ammunition.framing
+        pool = run.pool
+        self._decoder = FrameDecoder(MAX_ANSWER_BYTES, pool.framing)
         self.waiting = self.batches = self.rows = self.bytes = 0
         self._run = run
-        self._ammunition = ammunition
-        self._pool = ammunition.pool
+        self._pool = pool
+        self._pool_size = pool.size
         self._now = run.now
-        answer = ammunition.framing.encode(_SUCCESS)
+        answer = pool.framing.encode(_SUCCESS)
         self._answer_bytes = len(answer)
-        # What a chunk is compared with. No more answers than this are owed.
-        self._successes = answer * ammunition.window
-        # Where in the ammunition the next batch to be sent is, and the oldest without an
-        # answer; and when those on their way were sent, by groups that were sent together.
+        # All answers that a chunk can hold: no more than a window of batches is unanswered.
+        self._successes = answer * pool.window
+        # The places in the pool of the next batch and of the oldest unanswered one; and when
+        # the unanswered ones were sent, by groups that were sent together.
         self._next = self._oldest = 0
         self._sent: deque[tuple[float, int]] = deque()
         self._has_finished = self._is_over = False
 
     def connectionMade(self) -> None:
-        """The server has accepted it."""
+        """Send what is written at once, and join the run."""
         if ITCPTransport.providedBy(self.transport):
             self.transport.setTcpNoDelay(True)
         self._run.opened(self)
 
     def start(self) -> None:
         """Fill the window."""
-        self._send(self._ammunition.window)
+        self._send(self._pool.window)
 
     def dataReceived(self, data: bytes) -> None:
-        """Nearly always nothing but SUCCESS comes: all of it is dealt with at once."""
+        """Count the answers; a chunk of whole SUCCESSes, which most are, in one step."""
+        if self._is_over:
+            return
         count, part = divmod(len(data), self._answer_bytes)
-        if part or self.missing or not self._successes.startswith(data):
-            super().dataReceived(data)
-        else:
+        if not part and not self._decoder.missing and self._successes.startswith(data):
             self._answered(count, are_successes=True)
+            return
+        self._decoder.feed(data)
+        try:
+            for payload in self._decoder.payloads():
+                self._check_answer(payload)
+        except FrameTooLong:
+            self._fail(_NO_ANSWER)
 
-    def stringReceived(self, payload: bytes) -> None:
-        """An answer that came in parts, or among some that are no SUCCESS."""
+    def _check_answer(self, payload: bytes) -> None:
+        """Count one answer, whatever it is."""
         if payload == _SUCCESS:
             self._answered(1, are_successes=True)
         elif payload[:1] == bytes([Opcode.BATCH_RECV_FAIL]):
@@ -251,14 +252,10 @@ class LoadConnection(FrameReceiver):
                 reason = str(payload[1]) if len(payload) > 1 else "none"
                 self._run.result.failed[reason] += 1
         else:
-            self._fail("the server sent what is no answer")
-
-    def lengthLimitExceeded(self, length: int) -> None:
-        """No answer is that long."""
-        self._fail("the server sent what is no answer")
+            self._fail(_NO_ANSWER)
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
-        """It is gone, as it should be after FINISHED."""
+        """Leave the run; the end of a connection is an error unless it follows FINISHED."""
         if not self._is_over and not (self._has_finished and reason.check(ConnectionDone)):
             self._run.fail(
                 f"the server ended a connection with {self.waiting} batches unanswered:"
@@ -267,33 +264,35 @@ class LoadConnection(FrameReceiver):
         self._run.closed(self)
 
     def finish_if_done(self) -> None:
-        """Say FINISHED, if all is answered."""
+        """Send FINISHED, once every batch is answered."""
         if not self.waiting and not self._has_finished:
             self._has_finished = True
-            self.sendString(_FINISHED)
+            self.transport.write(self._pool.framing.encode(_FINISHED))
 
     def abandon(self) -> None:
-        """Close it at once; what else comes of it is of no interest."""
-        self._is_over = True
-        self.abortConnection()
+        """Close the connection at once, and ignore what still comes."""
+        if not self._is_over:
+            self._is_over = True
+            self._decoder.clear()
+            self.transport.abortConnection()
 
     def _send(self, count: int) -> None:
         start = self._next
-        self._next = (start + count) % self._pool
+        self._next = (start + count) % self._pool_size
         self.waiting += count
         self._sent.append((self._now(), count))
-        self.transport.writeSequence(self._ammunition.frames(start, count))
+        self.transport.writeSequence(self._pool.frames(start, count))
 
     def _answered(self, count: int, *, are_successes: bool) -> bool:
-        """Account for answers, and send as many batches.
+        """Count answers, and send as many batches.
 
-        :return: whether so many were owed.
+        :return: whether that many batches were unanswered.
         """
         if count > self.waiting:
             self._fail("the server sent more answers than there were batches")
             return False
         start = self._oldest
-        self._oldest = (start + count) % self._pool
+        self._oldest = (start + count) % self._pool_size
         self.waiting -= count
         counts = are_successes and self._run.is_measuring
         now, sent = self._now(), self._sent
@@ -309,8 +308,8 @@ class LoadConnection(FrameReceiver):
                 self._run.result.latencies.add(now - when, size)
         if counts:
             self.batches += count
-            self.rows += self._ammunition.rows(start, count)
-            self.bytes += self._ammunition.bytes(start, count)
+            self.rows += self._pool.rows(start, count)
+            self.bytes += self._pool.bytes(start, count)
         if self._run.is_sending:
             self._send(count)
         else:
@@ -323,12 +322,12 @@ class LoadConnection(FrameReceiver):
 
 
 class _Probe(Protocol):
-    """Says FINISHED, and sees whether the server closes and sends nothing."""
+    """Sends FINISHED, and sees whether the server closes without an answer."""
 
     transport: Any
 
     def __init__(self, framing: Framing) -> None:
-        self.is_spoken: Deferred[bool] = Deferred()
+        self.is_spoken: Deferred[bool] = Deferred(lambda _: self.transport.abortConnection())
         self._framing = framing
         self._received = False
 
@@ -339,20 +338,16 @@ class _Probe(Protocol):
         self._received = True
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
-        is_clean = not self._received and reason.check(ConnectionDone) is not None
-        self.is_spoken.callback(is_clean)
+        if not self.is_spoken.called:
+            is_clean = not self._received and reason.check(ConnectionDone) is not None
+            self.is_spoken.callback(is_clean)
 
 
 async def speaks(reactor: Any, endpoint: IStreamClientEndpoint, framing: Framing) -> bool:
-    """Whether a server speaks a framing: it closes after a FINISHED and says nothing.
+    """Whether a server speaks a framing: it then closes after FINISHED, without an answer.
 
-    :raises ConnectError: if it cannot be reached, or ``DNSLookupError``.
+    :raises ConnectError: or ``DNSLookupError``, if it cannot be reached.
     """
     probe: Any = await endpoint.connect(Factory.forProtocol(lambda: _Probe(framing)))
-    timer = reactor.callLater(PROBE_TIMEOUT, probe.transport.abortConnection)
-    try:
-        is_spoken: bool = await probe.is_spoken
-    finally:
-        if timer.active():
-            timer.cancel()
+    is_spoken: bool = await probe.is_spoken.addTimeout(PROBE_TIMEOUT, reactor, lambda *_: False)
     return is_spoken

@@ -1,4 +1,4 @@
-"""An orchestrator of one's own, as a process, for as long as it is measured."""
+"""A process with an orchestrator, for as long as it is measured."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
 START_TIMEOUT = 30.0
-"""How long, in seconds, it may take to listen."""
+"""How long, in seconds, a server may take until it listens."""
 
 STOP_TIMEOUT = 15.0
-"""How long, in seconds, it may take to end; then it is killed."""
+"""How long, in seconds, a server may take to end; then it is killed."""
 
 _LOOPBACK = "127.0.0.1"
 _RETRY_AFTER = 0.02
-# Whatever starts this Python has Twisted too; the program twistd may lie anywhere.
+# This Python has Twisted; the program twistd may be anywhere.
 _TWISTD = (sys.executable, "-c", "from twisted.scripts.twistd import run; run()")
 
 
 class StartError(Exception):
-    """The server does not listen. Its text says why."""
+    """The server does not listen. The text says why."""
 
 
 class LocalServer(ProcessProtocol):
-    """The process.
+    """A server process.
 
-    :param folder: where it works, and its output is kept.
-    :ivar port: where it listens, on the loopback.
+    :param folder: its working directory, which holds its output too.
+    :param arguments: options of ``twistd cafeorch``.
+    :ivar port: its port on the loopback.
     :ivar pid: its process identifier.
     """
 
@@ -50,8 +51,7 @@ class LocalServer(ProcessProtocol):
         self._log = folder / "log"
         self._ended = False
         self._end: Deferred[None] | None = None
-        # Where it listens is said last, which wins. It cannot be read from its log, which
-        # may be told to be silent.
+        # The last option wins. The port is chosen here, since the log that names it may be off.
         where = ("--interface", _LOOPBACK, "--port", str(self.port))
         command = (*_TWISTD, "-n", "cafeorch", *arguments, *where)
         with self._log.open("wb") as log, Path(os.devnull).open("rb") as nothing:
@@ -62,9 +62,9 @@ class LocalServer(ProcessProtocol):
         self.pid: int = process.pid
 
     async def wait_until_it_listens(self) -> None:
-        """Wait for it to accept connections.
+        """Wait until it accepts connections.
 
-        :raises StartError: if it ends before, or takes too long.
+        :raises StartError: if it ends first, or takes too long.
         """
         endpoint = TCP4ClientEndpoint(self._reactor, _LOOPBACK, self.port)
         deadline = self._reactor.seconds() + START_TIMEOUT
@@ -83,7 +83,7 @@ class LocalServer(ProcessProtocol):
         raise StartError(f"the server ended before it listened: {self._last_line}")
 
     async def stop(self) -> None:
-        """Have it end, and wait for that. Who is tired of waiting kills it."""
+        """Ask it to end, and wait until it has. To cancel this kills it."""
         self._signal("TERM")
         timer = self._reactor.callLater(STOP_TIMEOUT, self._signal, "KILL")
         while not self._ended:
@@ -96,7 +96,7 @@ class LocalServer(ProcessProtocol):
             timer.cancel()
 
     def processEnded(self, reason: Failure) -> None:
-        """It is gone."""
+        """Note its end."""
         self._ended = True
         if self._end is not None:
             self._end.callback(None)
@@ -113,9 +113,9 @@ class LocalServer(ProcessProtocol):
 
 @asynccontextmanager
 async def local_server(reactor: Any, arguments: Sequence[str]) -> AsyncIterator[LocalServer]:
-    """A server that listens, in a temporary folder; both are gone afterwards.
+    """Run a server in a temporary folder; both are removed afterwards.
 
-    :param arguments: options of ``twistd cafeorch``, but for those that say where it listens.
+    :param arguments: options of ``twistd cafeorch``, without those of its address.
     :raises StartError: if it does not listen.
     """
     with TemporaryDirectory(prefix="cafeorch-") as folder:
@@ -128,7 +128,7 @@ async def local_server(reactor: Any, arguments: Sequence[str]) -> AsyncIterator[
 
 
 def cpu_seconds(pid: int | None) -> float | None:
-    """What a process has used of the processor so far; ``None`` where that cannot be told."""
+    """The processor time that a process has used so far; ``None`` where it is unknown."""
     if pid is None:
         return None
     try:
@@ -140,11 +140,12 @@ def cpu_seconds(pid: int | None) -> float | None:
 
 
 def _environment() -> dict[str, str]:
-    """What this process has, so that the server is of the same code; but for options in it.
+    """The environment of this process and the path of its code, without options of a server.
 
-    A ``CAFEORCH_STORE`` that is meant for a server that is in use is not to be written to.
+    A ``CAFEORCH_STORE`` in it is meant for another server, and must not be written to.
     """
-    path = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    root = str(Path(__file__).parent.parent.parent)
+    path = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("CAFEORCH_")}
     return inherited | {"PYTHONPATH": os.pathsep.join(path)}
 

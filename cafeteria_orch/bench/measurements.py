@@ -1,4 +1,4 @@
-"""What a load on an orchestrator came to: numbers, to be added to and to be told."""
+"""The results of a load on an orchestrator."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 PERCENTILES = {"p50": 500, "p90": 900, "p99": 990, "p99.9": 999, "max": 1000}
-"""What is told of the latencies, in thousandths."""
+"""The percentiles that are reported, in thousandths."""
 
 
 class Latencies:
-    """A count of latencies, to the microsecond, which is as exact as the clock."""
+    """Counts latencies, to the microsecond."""
 
     def __init__(self) -> None:
         self._counts: defaultdict[int, int] = defaultdict(int)
 
     def add(self, seconds: float, count: int) -> None:
-        """Note a latency of so many batches."""
+        """Count batches with a latency."""
         self._counts[round(seconds * 1_000_000)] += count
 
     def percentiles(self) -> dict[str, float | None]:
-        """In milliseconds: the least latency that so many of all do not exceed."""
+        """The percentiles by name, in milliseconds; each ``None`` if there is no latency."""
         total = sum(self._counts.values())
         found: dict[str, float | None] = dict.fromkeys(PERCENTILES)
         wanted = [
@@ -36,14 +36,14 @@ class Latencies:
 
 @dataclass
 class Result:
-    """What came of a run.
+    """The result of a run.
 
-    :ivar framing: its name.
+    :ivar framing: the name of its framing.
     :ivar is_spoken: whether the server speaks it.
-    :ivar seconds: how long was measured; the numbers below are of that time.
-    :ivar client_batches: of each connection.
-    :ivar cpu_seconds: what the server used, if that can be told.
-    :ivar failed: how many FAILs there were in all of the run, by reason.
+    :ivar seconds: how long the run measured; the numbers below are of that time.
+    :ivar client_batches: the batches of each connection.
+    :ivar cpu_seconds: the processor time that the server used, if it is known.
+    :ivar failed: the number of FAILs in the whole run, by reason.
     :ivar errors: what else went wrong in it, a line each.
     """
 
@@ -60,17 +60,17 @@ class Result:
     errors: list[str] = field(default_factory=list)
 
     def note_error(self, error: str) -> None:
-        """Note what went wrong; the same thing once."""
+        """Note an error; the same one once."""
         if error not in self.errors:
             self.errors.append(error)
 
     def rate(self, amount: float) -> float:
-        """So much in the measured time: how much is it in a second?"""
+        """An amount of the measured time, per second."""
         return amount / self.seconds if self.seconds else 0.0
 
     @property
     def cpu_seconds_per_megabyte(self) -> float | None:
-        """What the server used for a million bytes of frames."""
+        """The processor time that the server used for a million bytes of frames."""
         if self.cpu_seconds is None or not self.bytes:
             return None
         return self.cpu_seconds / (self.bytes / 1_000_000)

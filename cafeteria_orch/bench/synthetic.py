@@ -1,4 +1,4 @@
-"""Random batches with cells like those of the agencies' exports, to measure with."""
+"""Random batches, with cells like those of the agencies' exports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cafeteria_orch.wire.tables import (
 )
 
 FRAME_HEAD_BYTES = 4
-"""What a frame of either framing has beside its payload."""
+"""The bytes that a frame of either framing adds to its payload."""
 
 _LENGTH = Struct("<i")
 
@@ -30,8 +30,8 @@ _Cell = Callable[[Random], str]
 class SyntheticBatch(NamedTuple):
     """An encoded batch.
 
-    :ivar payload: what a frame is to hold.
-    :ivar amount: how many rows.
+    :ivar payload: the payload of its frame.
+    :ivar amount: the number of rows.
     """
 
     payload: bytes
@@ -39,9 +39,9 @@ class SyntheticBatch(NamedTuple):
 
 
 def make_batch(
-    table: Table, random: Random, batch_number: int, most_rows: float, most_frame_bytes: int
+    table: Table, random: Random, batch_number: int, max_rows: float, max_frame_bytes: int
 ) -> SyntheticBatch:
-    """Fill a batch with random rows until it has so many, or its frame holds no more.
+    """Fill a batch with random rows, as many as the limits allow.
 
     Each row has its keys in another order, as the clients in the field send them.
     """
@@ -50,12 +50,12 @@ def make_batch(
     row_head = _LENGTH.pack(len(keys))
     rows: list[bytes] = []
     size = FRAME_HEAD_BYTES + 1 + BATCH_HEADER.size
-    while len(rows) < most_rows:
+    while len(rows) < max_rows:
         pairs = [key + _encode(cell(random)) for key, cell in zip(keys, cells)]
         random.shuffle(pairs)
         row = row_head + b"".join(pairs)
         size += len(row)
-        if size > most_frame_bytes:
+        if size > max_frame_bytes:
             break
         rows.append(row)
     header = BATCH_HEADER.pack(len(rows), batch_number, BatchStatus.CONTINUE)
@@ -80,7 +80,7 @@ def _one_of(*texts: str) -> _Cell:
 
 
 def _or_empty(cell: _Cell, share: float) -> _Cell:
-    """A cell that is there in this share of the rows only."""
+    """A cell that is not empty in a share of the rows."""
     return lambda random: cell(random) if random.random() < share else ""
 
 

@@ -12,6 +12,8 @@ from twisted.internet.endpoints import clientFromString
 from twisted.internet.task import react
 from twisted.python.failure import Failure
 
+from .clock import measure_monotonic_time
+
 DEFAULT_CONNECT = "tcp:127.0.0.1:8080"
 """Where an orchestrator listens that was told nothing else."""
 
@@ -54,6 +56,7 @@ def run(command: Command, options: argparse.Namespace) -> NoReturn:
 
 
 def _start(reactor: Any, command: Command, options: argparse.Namespace) -> Deferred[None]:
+    measure_monotonic_time(reactor)
     running = Deferred.fromCoroutine(command(reactor, options))
     finished: Deferred[None] = Deferred()
 

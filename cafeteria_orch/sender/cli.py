@@ -1,4 +1,4 @@
-"""``cafeorch-send``: a folder of CSV files to an orchestrator."""
+"""``cafeorch-send``: sends a folder of CSV files to an orchestrator."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cafeteria_orch.wire.errors import ProtocolError
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, INT32
 from cafeteria_orch.wire.tables import Table
 
-from .delivery import Delivery, GaveUp, TableExports, Totals
+from .delivery import RESTORE_IT, Delivery, GaveUp, PlannedFile, TableExports, Totals
 from .exports import Export, ExportError, find_exports
 from .journal import FilePlan, Journal, JournalError
 from .tls import ClientTLS, TLSError, host_of
@@ -33,10 +33,10 @@ _INTERRUPTED = "interrupted; run it again to send the rest"
 
 
 async def send_directory(reactor: Any, options: argparse.Namespace) -> int:
-    """Check all files of a folder, send what was not acknowledged before, and report.
+    """Check all files of a folder, send what is not acknowledged yet, and report.
 
     :param options: of :func:`main`.
-    :return: the exit status: 0 if all that is in the folder has been acknowledged.
+    :return: the exit status: 0 if everything in the folder is acknowledged.
     """
     started = reactor.seconds()
     exports, errors = find_exports(options.directory)
@@ -58,7 +58,7 @@ async def send_directory(reactor: Any, options: argparse.Namespace) -> int:
     except JournalError as error:
         problems = [str(error)]
     except KeyboardInterrupt:
-        # Before the reactor runs, which then takes the signal.
+        # Until the reactor runs, Python handles the signal.
         problems = [_INTERRUPTED]
     for problem in (*errors, *problems):
         _say(str(problem))
@@ -109,16 +109,16 @@ def _plan(
     journal: Journal,
     options: argparse.Namespace,
 ) -> tuple[list[TableExports], int]:
-    """Read every file through before any of it is sent: a broken one is not sent in part.
+    """Read every file before any of it is sent: no part of a broken one is.
 
-    :return: what is to be sent, and how many rows of it were not acknowledged yet.
+    :return: what to send, and how many of its rows are not acknowledged yet.
     """
     tables, rows = [], 0
     for table, files in groupby(exports, lambda export: export.table):
         planned, whole = [], True
         for export in files:
             try:
-                plan, left = _plan_file(export, journal, options)
+                file = _plan_file(export, journal, options)
             except ExportError as error:
                 errors.append(error)
                 whole = False
@@ -126,51 +126,55 @@ def _plan(
                 errors.append(ExportError(export.path, None, str(error.strerror)))
                 whole = False
             else:
-                planned.append((export, plan))
-                rows += left
+                planned.append(file)
+                rows += file.rows_left
         if planned:
             tables.append(TableExports(table, planned, whole))
     return tables, rows
 
 
-def _plan_file(
-    export: Export, journal: Journal, options: argparse.Namespace
-) -> tuple[FilePlan, int]:
+def _plan_file(export: Export, journal: Journal, options: argparse.Namespace) -> PlannedFile:
     name = export.path.relative_to(options.directory).as_posix()
-    digest = export.digest()
     plan = journal.plans.get(name)
-    if plan is not None and plan.digest != digest:
-        raise ExportError(
-            export.path,
-            None,
-            f"it has changed since {len(plan.acknowledged)} of its {plan.batches} batches were"
-            " acknowledged; what is new belongs into a file of its own",
-        )
+    first = plan.first if plan else journal.next_number(export.table)
     batch_rows = plan.batch_rows if plan else options.batch_rows
     max_frame_bytes = plan.max_frame_bytes if plan else options.max_frame_bytes
-    amounts = [batch.amount for batch in export.batches(1, batch_rows, max_frame_bytes)]
+    try:
+        contents = export.check(first, batch_rows, max_frame_bytes)
+    except ExportError as error:
+        if plan is None:
+            raise
+        # When it was planned it had no fault.
+        raise _changed_since(export, plan) from error
     if plan is None:
         plan = journal.add_plan(
             name,
             export.table,
-            digest=digest,
-            batches=len(amounts),
+            digest=contents.digest,
+            batches=len(contents.rows),
             batch_rows=batch_rows,
             max_frame_bytes=max_frame_bytes,
         )
-    left = enumerate(amounts, plan.first)
-    return plan, sum(amount for number, amount in left if number not in plan.acknowledged)
+    elif plan.digest != contents.digest:
+        raise _changed_since(export, plan)
+    return PlannedFile(export, plan, contents)
+
+
+def _changed_since(export: Export, plan: FilePlan) -> ExportError:
+    batches = f"{len(plan.acknowledged)} of its {plan.batches} batches"
+    what = f"it has changed since {batches} were acknowledged: {RESTORE_IT}"
+    return ExportError(export.path, None, what)
 
 
 class _PlainProgress:
-    """Says in lines how far it is, where there is no terminal or no tqdm."""
+    """Prints the progress in lines, without a terminal or without tqdm."""
 
     def __init__(self, total: int) -> None:
         self._total = total
         self._done = 0
 
     def update(self, rows: int) -> None:
-        """So many rows more are done: a line at every tenth."""
+        """Count acknowledged rows; print a line at every tenth of the total."""
         tenth = self._done * 10 // max(1, self._total)
         self._done += rows
         if self._done * 10 // max(1, self._total) > tenth:
@@ -225,12 +229,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Send the CSV files of a folder to an orchestrator. A file belongs to the"
         " table that it or a folder around it is named for (menu_items, stores,"
         " transaction_items, transactions, users); its columns are found by its header."
-        " What was acknowledged is remembered: run it again after a stop, and only the rest is"
-        " sent. The exit status is 0 if every row was acknowledged.",
+        " What was acknowledged is remembered: after a stop, run it again, and it sends only the"
+        " rest. The exit status is 0 if every row is acknowledged.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("directory", metavar="DIRECTORY", type=_directory, help="where the files are")
+    add("directory", metavar="DIRECTORY", type=_directory, help="folder with the files")
     add(
         "--connect",
         default=DEFAULT_CONNECT,
@@ -241,38 +245,43 @@ def _parser() -> argparse.ArgumentParser:
         "--agency-id",
         type=number(int, -(2**31), 2**31 - 1),
         default=1,
-        help="the number of this agency",
+        help="number of this agency",
     )
-    add("--batch-rows", type=number(int, 1, 2**31 - 1), default=4000, help="most rows of a batch")
+    add(
+        "--batch-rows",
+        type=number(int, 1, 2**31 - 1),
+        default=4000,
+        help="maximum number of rows of a batch",
+    )
     add(
         "--max-frame-bytes",
         type=number(int, 1, 2**31 - 1),
         default=DEFAULT_MAX_FRAME_BYTES,
-        help="longest frame; what the orchestrator has under this name",
+        help="maximum length of a frame; the orchestrator has the same option",
     )
     add(
         "--framing",
         choices=list(FRAMINGS),
         default=INT32.name,
-        help="how frames look on the wire; an orchestrator tells it by the first byte",
+        help="how frames look on the wire; an orchestrator recognises it by the first byte",
     )
     add(
         "--window",
         type=number(int, 1, 10_000),
         default=8,
-        help="how many batches may be on their way at once",
+        help="maximum number of unanswered batches",
     )
     add(
         "--state",
         type=Path,
         default=argparse.SUPPRESS,
-        help=f"where what was acknowledged is kept (default: {STATE_NAME} in DIRECTORY)",
+        help=f"file that keeps what was acknowledged (default: {STATE_NAME} in DIRECTORY)",
     )
     add(
         "--retry-for",
         type=number(float, 0, 10**9),
         default=60.0,
-        help="seconds to go on while the server is away or takes nothing",
+        help="seconds to go on while the server is away or accepts nothing",
     )
     for name, what in (
         ("ca", "connect by TLS; the CAs that may have signed the server's certificate"),

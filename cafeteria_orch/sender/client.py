@@ -1,19 +1,19 @@
-"""The sending side, for programs: one connection to an orchestrator."""
+"""The client for programs that send: one connection to an orchestrator."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Union
+from typing import Any, Union
 from uuid import UUID
 
 from twisted.internet.defer import Deferred, fail
 from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 
-from cafeteria_orch.server.frames import FrameReceiver
 from cafeteria_orch.wire.errors import ProtocolError
-from cafeteria_orch.wire.framing import INT32, Framing
+from cafeteria_orch.wire.framing import INT32, FrameDecoder, Framing
 from cafeteria_orch.wire.messages import (
     DECODERS,
     BatchRecvFail,
@@ -33,13 +33,13 @@ from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import Table
 
 Answer = Union[BatchRecvSuccess, BatchRecvFail, RawMessage]
-"""What a server answers; a :class:`RawMessage` is a response of its own."""
+"""An answer of a server; a :class:`RawMessage` is a response that a processor made itself."""
 
 _ANSWER_DECODERS: dict[int, Decoder] = {opcode: DECODERS[opcode] for opcode in RESPONSES}
 
 
-class OrchestratorClient(FrameReceiver):
-    """Sends messages and pairs each with its answer. In the reactor's thread only.
+class OrchestratorClient(Protocol):
+    """Sends messages and pairs each with its answer. Use it in the reactor's thread only.
 
     ::
 
@@ -47,18 +47,20 @@ class OrchestratorClient(FrameReceiver):
         answer = await client.send_batch(USERS, rows, batch_number=1)
         await client.finish()
 
-    Messages may be sent without waiting for the answers of those before; how many are on
-    their way at once is the caller's to limit. A Deferred of an answer fails with
-    ``ConnectionLost`` if the connection ends before it (its ``__cause__`` is what the
-    transport said of that, such as an ``OpenSSL.SSL.Error``), and with a
-    :class:`~cafeteria_orch.wire.errors.ProtocolError` if the server sends what is no answer.
+    A message may be sent before the earlier ones are answered; the caller limits how many
+    are unanswered at once. A Deferred of an answer fails with ``ConnectionLost`` if the
+    connection ends first (its ``__cause__`` is the transport's reason, such as an
+    ``OpenSSL.SSL.Error``), and with a :class:`~cafeteria_orch.wire.errors.ProtocolError` if
+    the server sends something that is not an answer.
 
-    :param framing: how to frame the messages; a server tells it by the first one.
+    :param framing: of the messages; a server recognises it by the first byte.
     """
 
+    transport: Any
+
     def __init__(self, framing: Framing = INT32) -> None:
-        super().__init__()
-        self.framing = framing
+        self._framing = framing
+        self._decoder = FrameDecoder(framing=framing)
         self._waiting: deque[Deferred[Answer]] = deque()
         self._finished: Deferred[None] | None = None
         self._lost: Failure | None = None
@@ -73,42 +75,42 @@ class OrchestratorClient(FrameReceiver):
         """Send rows of a table.
 
         :param rows: tuples in the order of ``table.columns``.
-        :param batch_number: 1 for the first of a table, and so on.
+        :param batch_number: 1 for the first batch of a table, then 2, and so on.
         :param status: a :class:`~cafeteria_orch.wire.opcodes.BatchStatus`.
-        :raises ValueError: if a row does not fit the table; nothing is sent then.
+        :raises ValueError: if a row does not fit the table; then nothing is sent.
         """
         return self.send_message(TableBatch(table, batch_number, status, tuple(rows)))
 
     def send_eof(self, table: Table) -> Deferred[Answer]:
-        """Say that no more batches of a table come."""
+        """Tell the server that a table is complete."""
         return self.send_message(end_of_table(table.name))
 
     def send_hello(self, client_id: UUID) -> Deferred[Answer]:
-        """Say who this is, across connections. Before anything else, or not at all."""
+        """Identify this sender across connections. It must be the first message, if it is sent."""
         return self.send_message(ClientHello(client_id))
 
     def send_message(self, message: Message) -> Deferred[Answer]:
-        """Send any message that is answered.
+        """Send any message that the server answers.
 
-        :raises ValueError: if it cannot be encoded; nothing is sent then.
+        :raises ValueError: if it cannot be encoded; then nothing is sent.
         """
         return self.send_payload(encode(message))
 
     def send_payload(self, payload: bytes) -> Deferred[Answer]:
-        """Send a message that is encoded already: what may have to be sent again."""
+        """Send a message that is already encoded."""
         if self._lost is not None:
             return fail(self._lost)
         answer: Deferred[Answer] = Deferred()
         self._waiting.append(answer)
-        self.sendString(payload)
+        self.transport.write(self._framing.encode(payload))
         return answer
 
     def finish(self, agency_id: int | None = None) -> Deferred[None]:
-        """Say that all is sent.
+        """Send FINISHED: all is sent.
 
-        :param agency_id: the number of the agency, if it is to be told.
+        :param agency_id: the number of the agency; ``None`` leaves it out.
         :return: fires when the server has answered everything and closed the connection;
-            fails if it closes with an answer owed, or the connection is cut.
+            fails if it closes before it has answered, or the connection is lost.
         :raises RuntimeError: if it was called before.
         """
         if self._lost is not None:
@@ -116,26 +118,24 @@ class OrchestratorClient(FrameReceiver):
         if self._finished is not None:
             raise RuntimeError("finish() has been called before")
         self._finished = Deferred()
-        self.sendString(encode(Finished(agency_id)))
+        self.transport.write(self._framing.encode(encode(Finished(agency_id))))
         return self._finished
 
-    def stringReceived(self, payload: bytes) -> None:
-        """An answer has come: it is that of the oldest message without one."""
+    def dataReceived(self, data: bytes) -> None:
+        """Pair each answer with the oldest message that has none."""
+        if not self.connected:
+            return
+        self._decoder.feed(data)
         try:
-            answer = self._decode_answer(payload)
+            for payload in self._decoder.payloads():
+                answer = self._decode_answer(payload)
+                self._waiting.popleft().callback(answer)
         except ProtocolError:
             self._lost = Failure()
             self.abortConnection()
-            return
-        self._waiting.popleft().callback(answer)
-
-    def lengthLimitExceeded(self, length: int) -> None:
-        """An answer of this length is no answer."""
-        self._lost = Failure(ProtocolError(f"an answer of {length} bytes"))
-        self.abortConnection()
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
-        """The connection is gone: nothing more is answered."""
+        """Fail what is still waiting: no answer comes any more."""
         self.connected = 0
         if self._lost is None:
             clean = reason.check(ConnectionDone) is not None and not self._waiting
@@ -150,10 +150,12 @@ class OrchestratorClient(FrameReceiver):
                 finished.errback(self._lost)
 
     def abortConnection(self) -> None:
-        """Close at once, unless that is over."""
-        # A TLS transport does not bear to be told when it is.
+        """Close the connection at once; no further answer is delivered."""
+        # A TLS transport raises if it is already closed.
         if self.connected:
-            super().abortConnection()
+            self.connected = 0
+            self._decoder.clear()
+            self.transport.abortConnection()
 
     def _decode_answer(self, payload: bytes) -> Answer:
         if not self._waiting:

@@ -1,4 +1,4 @@
-"""Files to a server, until every batch of them has been acknowledged: resumes and retries."""
+"""Delivers files to a server until every batch is acknowledged: it resumes, and it retries."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any, TypeVar, cast
 from twisted.application.internet import ClientService, backoffPolicy
 from twisted.internet.defer import Deferred, DeferredSemaphore
 from twisted.internet.error import ConnectError, ConnectionClosed, DNSLookupError
-from twisted.internet.interfaces import IDelayedCall, IStreamClientEndpoint
+from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.protocol import Factory
 from twisted.internet.task import deferLater
+from twisted.protocols.policies import TimeoutMixin
 from twisted.python.failure import Failure
 
 from cafeteria_orch.wire.framing import Framing
@@ -21,11 +22,14 @@ from cafeteria_orch.wire.opcodes import FailReason
 from cafeteria_orch.wire.tables import Table
 
 from .client import Answer, OrchestratorClient
-from .exports import Batch, Export, ExportError
+from .exports import Batch, Contents, Export, ExportError
 from .journal import FilePlan, Journal
 
 ANSWER_TIMEOUT = 60.0
-"""How long, in seconds, a server may take for its next answer before it is given up."""
+"""How long, in seconds, to wait for a server's next answer before the connection is aborted."""
+
+RESTORE_IT = "restore it as it was; what is new belongs into a file of its own"
+"""What to do about a file that has changed."""
 
 _REASONS: dict[int | None, str] = {
     FailReason.REJECTED: "the server rejects it",
@@ -38,14 +42,14 @@ _backoff = backoffPolicy(initialDelay=0.5, maxDelay=10.0)
 
 
 class GaveUp(Exception):
-    """Nothing has been acknowledged for too long. Its text says why not."""
+    """Nothing was acknowledged for too long. Its text says why."""
 
 
 @dataclass
 class Totals:
-    """What has been acknowledged of a table.
+    """What this run has had acknowledged of a table.
 
-    :ivar earlier: batches that a run before this one had acknowledged.
+    :ivar earlier: batches that were acknowledged in an earlier run.
     """
 
     files: int = 0
@@ -55,21 +59,62 @@ class Totals:
     earlier: int = 0
 
 
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file, how it is cut into batches, and what it held when it was checked."""
+
+    export: Export
+    plan: FilePlan
+    contents: Contents
+
+    @property
+    def rows_left(self) -> int:
+        """How many rows have not been acknowledged."""
+        numbered = enumerate(self.contents.rows, self.plan.first)
+        return sum(rows for number, rows in numbered if number not in self.plan.acknowledged)
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """Read the batches again, by their numbers.
+
+        Each is compared with what was checked. So is the whole file before its last batch:
+        without that batch the file is not done, so a file that is done holds what was sent.
+
+        :raises ExportError: if the file has changed.
+        """
+        plan = self.plan
+        batches = self.export.batches(plan.first, plan.batch_rows, plan.max_frame_bytes)
+        numbers = range(plan.first, plan.first + plan.batches)
+        try:
+            for number, digest, batch in zip(numbers, self.contents.batch_digests, batches):
+                is_last = number == numbers[-1]
+                if batch.digest != digest or (is_last and self.export.digest() != plan.digest):
+                    raise self._changed
+                yield number, batch
+        except ExportError as error:
+            raise self._changed from error
+
+    @property
+    def _changed(self) -> ExportError:
+        return ExportError(
+            self.export.path, None, f"it has changed since it was checked: {RESTORE_IT}"
+        )
+
+
 @dataclass
 class TableExports:
-    """The files of a table that are to be sent.
+    """The files of a table.
 
-    :ivar whole: whether these are all there are: only then is the table's end sent.
+    :ivar whole: whether none is missing: only then is the table's end sent.
     """
 
     table: Table
-    files: list[tuple[Export, FilePlan]]
+    files: list[PlannedFile]
     whole: bool
 
     @property
     def is_done(self) -> bool:
-        """Whether all of the table was acknowledged, as far as its batches go."""
-        return self.whole and all(plan.is_done for _, plan in self.files)
+        """Whether all batches of the table are acknowledged."""
+        return self.whole and all(file.plan.is_done for file in self.files)
 
 
 class Delivery:
@@ -77,15 +122,15 @@ class Delivery:
 
     :param endpoint: the server.
     :param journal: what has been acknowledged, and what will be.
-    :param framing: how the server is spoken to.
-    :param window: how many batches may be on their way at once.
+    :param framing: of the messages.
+    :param window: the maximum number of unanswered batches.
     :param retry_for: how long, in seconds, to go on while nothing is acknowledged.
-    :param acknowledged: called with the number of rows of each batch that was acknowledged.
+    :param acknowledged: called with the number of rows of each acknowledged batch.
     :param say: called with a line for the user.
-    :param explain: called with the error that ended a connection, for what to say of it; it
+    :param explain: called with the error that ended a connection; returns what to say of it, or
         raises if trying again does not help.
     :ivar totals: what was acknowledged, by table.
-    :ivar problems: what was not, and is not sent again by itself; a line each.
+    :ivar problems: what was not acknowledged, and is not tried again in this run; a line each.
     """
 
     def __init__(
@@ -120,15 +165,15 @@ class Delivery:
         )
 
     async def send(self, tables: Sequence[TableExports], agency_id: int) -> None:
-        """Send all that has not been acknowledged, and that this is the end.
+        """Send all that is not acknowledged, then FINISHED.
 
         :raises GaveUp: if nothing was acknowledged for too long.
-        :raises ProtocolError: if the server answers with what is no answer.
+        :raises ProtocolError: if the server sends something that is not an answer.
         :raises JournalError: if an acknowledgement cannot be noted.
         :raises Exception: what ``explain`` raises.
         """
         for exports in tables:
-            earlier = sum(len(plan.acknowledged) for _, plan in exports.files)
+            earlier = sum(len(file.plan.acknowledged) for file in exports.files)
             self.totals[exports.table] = Totals(files=len(exports.files), earlier=earlier)
         self._service.startService()
         try:
@@ -136,7 +181,7 @@ class Delivery:
                 await deferLater(self._reactor, pause)
         finally:
             if self._connection is not None:
-                self._connection.abort()
+                self._connection.client.abortConnection()
             # A ClientService cannot be stopped from within what it calls.
             await deferLater(self._reactor, 0)
             await self._service.stopService()
@@ -144,10 +189,10 @@ class Delivery:
     async def _try(self, tables: Sequence[TableExports], agency_id: int) -> float | None:
         """Send what is left over one connection.
 
-        :return: ``None`` if that was all, but for what was refused for good; otherwise how
-            many seconds to wait before the next try.
+        :return: the seconds to wait before the next try; ``None`` if nothing is left but what
+            the server has refused for good.
         """
-        # After a lost connection the service waits by itself, from the next turn on.
+        # After a lost connection the service itself waits, from the next turn on.
         pause = 0.0
         try:
             connection = await self._connect()
@@ -163,10 +208,10 @@ class Delivery:
             reason = "The server does not take everything now."
         except (ConnectError, ConnectionClosed, DNSLookupError) as error:
             reason = self._explain(error)
-        patience = self._progressed_at + self._retry_for - self._reactor.seconds()
-        if patience <= 0:
+        time_left = self._progressed_at + self._retry_for - self._reactor.seconds()
+        if time_left <= 0:
             raise GaveUp(reason)
-        self._say(f"{reason} Trying again for {max(1, round(patience))} s.")
+        self._say(f"{reason} Trying again for {max(1, round(time_left))} s.")
         return pause
 
     async def _connect(self) -> _Connection:
@@ -179,17 +224,18 @@ class Delivery:
         return self._connection
 
     async def _send_table(self, connection: _Connection, exports: TableExports) -> None:
-        for export, plan in exports.files:
+        for file in exports.files:
+            plan = file.plan
             if plan.is_done:
                 continue
             try:
-                for number, batch in _planned_batches(export, plan):
+                for number, batch in file.batches():
                     if number in plan.acknowledged or (plan.file, number) in self._refused:
-                        # What is passed over may be most of a large file: let answers in.
+                        # A large file may hold little else: answers must not wait for it.
                         await deferLater(self._reactor, 0)
                     else:
                         await connection.reserve()
-                        self._send_batch(connection, export, plan, number, batch)
+                        self._send_batch(connection, file, number, batch)
             except (ExportError, OSError) as error:
                 self._note_problem(str(error))
         await connection.settle()
@@ -203,23 +249,18 @@ class Delivery:
                 self._note_problem(f"the end of {exports.table.name}: {_reason(answer)}")
 
     def _send_batch(
-        self,
-        connection: _Connection,
-        export: Export,
-        plan: FilePlan,
-        number: int,
-        batch: Batch,
+        self, connection: _Connection, file: PlannedFile, number: int, batch: Batch
     ) -> None:
         def answered(answer: Answer) -> None:
             if isinstance(answer, BatchRecvSuccess):
-                self._journal.acknowledge(plan, number)
-                self._count(export.table, batch)
+                self._journal.acknowledge(file.plan, number)
+                self._count(file.export.table, batch)
             elif self._is_for_later(answer):
                 connection.try_again = True
             else:
-                self._refused.add((plan.file, number))
+                self._refused.add((file.plan.file, number))
                 lines = f"lines {batch.first_line} to {batch.last_line}"
-                self._note_problem(f"{export.path}, {lines}: {_reason(answer)}")
+                self._note_problem(f"{file.export.path}, {lines}: {_reason(answer)}")
 
         sent = connection.expect(connection.client.send_payload(batch.payload))
         sent.addCallback(answered).addErrback(connection.fail).addBoth(connection.free)
@@ -245,21 +286,27 @@ class Delivery:
             self.problems.append(problem)
 
 
-class _Connection:
-    """One connection's window of batches on their way, and what came of them."""
+class _Connection(TimeoutMixin):
+    """One connection: its window of unanswered batches, and the timeout of its answers.
+
+    :ivar try_again: whether the server has asked to send something again later.
+    """
 
     def __init__(self, reactor: Any, client: OrchestratorClient, window: int) -> None:
         self.client = client
         self.try_again = False
+        self._reactor = reactor
         self._size = window
         self._window = DeferredSemaphore(window)
         self._failure: Failure | None = None
-        self._reactor = reactor
         self._expected = 0
-        self._timeout: IDelayedCall | None = None
 
-    def abort(self) -> None:
-        """Close it at once."""
+    def callLater(self, period: float, func: Callable[[], object]) -> Any:
+        """Have the reactor call something."""
+        return self._reactor.callLater(period, func)
+
+    def timeoutConnection(self) -> None:
+        """Close at once: the server takes too long for an answer."""
         self.client.abortConnection()
 
     def expect(self, answer: Deferred[_T]) -> Deferred[_T]:
@@ -267,20 +314,13 @@ class _Connection:
 
         def came(result: _T) -> _T:
             self._expected -= 1
-            self._set_timeout()
+            self.setTimeout(ANSWER_TIMEOUT if self._expected else None)
             return result
 
+        if not self._expected:
+            self.setTimeout(ANSWER_TIMEOUT)
         self._expected += 1
-        if self._timeout is None:
-            self._set_timeout()
         return answer.addBoth(came)
-
-    def _set_timeout(self) -> None:
-        if self._timeout is not None and self._timeout.active():
-            self._timeout.cancel()
-        self._timeout = None
-        if self._expected:
-            self._timeout = self._reactor.callLater(ANSWER_TIMEOUT, self.abort)
 
     async def reserve(self) -> None:
         """Wait for a place in the window.
@@ -305,31 +345,12 @@ class _Connection:
             self._failure.raiseException()
 
     def fail(self, failure: Failure) -> None:
-        """A batch got no answer, or its answer could not be dealt with."""
+        """Note that a batch got no answer, or that its answer could not be dealt with."""
         self._failure = failure
 
     def free(self, _: None) -> None:
-        """A place in the window is free."""
+        """Free a place in the window."""
         self._window.release()
-
-
-def _planned_batches(export: Export, plan: FilePlan) -> Iterator[tuple[int, Batch]]:
-    """The batches that were planned, by their numbers.
-
-    :raises ExportError: if the file does not hold just these any more.
-    """
-    changed = ExportError(export.path, None, "it has changed since it was checked")
-    if export.digest() != plan.digest:
-        raise changed
-    end = plan.first + plan.batches
-    number = plan.first
-    for batch in export.batches(plan.first, plan.batch_rows, plan.max_frame_bytes):
-        if number == end:
-            raise changed
-        yield number, batch
-        number += 1
-    if number < end:
-        raise changed
 
 
 def _reason(answer: Answer) -> str:

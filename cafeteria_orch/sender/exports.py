@@ -1,4 +1,4 @@
-"""The agencies' CSV exports: which files a folder holds, their rows, the batches of them."""
+"""The agencies' CSV exports: the files of a folder, their rows, and batches of these."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import csv
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from io import BufferedReader, FileIO, RawIOBase
+from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from cafeteria_orch.wire.codec import encode_row
 from cafeteria_orch.wire.messages import BATCH_HEADER
@@ -15,12 +17,14 @@ from cafeteria_orch.wire.opcodes import BatchStatus
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import MENU_ITEMS, TABLES, Table
 
-# Besides the aliases that the wire itself knows.
+_CHUNK_BYTES = 1 << 20
+
+# In addition to the aliases of the wire.
 _EXPORT_ALIASES = {MENU_ITEMS: {"item_name": "name"}}
 
 
 class ExportError(Exception):
-    """A file that is not sent. Its text names the file, the line and what is wrong there."""
+    """A file that cannot be sent. Its text names the file, the line and the fault."""
 
     def __init__(self, path: Path, line: int | None, what: str) -> None:
         place = str(path) if line is None else f"{path}, line {line}"
@@ -31,16 +35,34 @@ class ExportError(Exception):
 class Batch:
     """An encoded batch of a file.
 
-    :ivar payload: what a frame is to hold.
-    :ivar amount: how many rows.
-    :ivar first_line: where in the file its first row starts; 0 if it has none.
-    :ivar last_line: where its last row ends.
+    :ivar payload: the payload of its frame.
+    :ivar amount: the number of rows.
+    :ivar first_line: the line of the file in which its first row starts; 0 without rows.
+    :ivar last_line: the line in which its last row ends.
     """
 
     payload: bytes
     amount: int
     first_line: int
     last_line: int
+
+    @property
+    def digest(self) -> bytes:
+        """Tells this payload from any other."""
+        return _new_digest(self.payload).digest()
+
+
+class Contents(NamedTuple):
+    """What a file held when it was read.
+
+    :ivar digest: of its bytes.
+    :ivar rows: the number of rows of each batch.
+    :ivar batch_digests: of each batch.
+    """
+
+    digest: str
+    rows: list[int]
+    batch_digests: list[bytes]
 
 
 @dataclass(frozen=True)
@@ -51,56 +73,76 @@ class Export:
     table: Table
 
     def rows(self) -> Iterator[tuple[int, int, Row]]:
-        """Read the file: for each row its first and last line, and its cells.
+        """Read the rows of the file: the first and last line of each, and its cells.
 
-        The cells are in the order of the table's columns, whatever that of the file, and as
-        they stand there. Blank lines are passed over.
+        The cells are in the order of the table's columns, unchanged. Blank lines are skipped.
 
-        :raises ExportError: at the first thing that is wrong.
+        :raises ExportError: at the first fault.
         """
         with self.path.open("rb") as file:
-            reader = csv.reader(self._lines(file), strict=True)
-            try:
-                header = next(reader, [])
-                places = self._places(header)
-                line = reader.line_num
-                for cells in reader:
-                    first_line, line = line + 1, reader.line_num
-                    if not cells:
-                        continue
-                    if len(cells) != len(header):
-                        raise self._error(
-                            first_line, f"{len(cells)} cells, the header has {len(header)}"
-                        )
-                    row = tuple(None if place is None else cells[place] for place in places)
-                    yield first_line, line, row
-            except csv.Error as error:
-                raise self._error(reader.line_num, str(error)) from error
+            yield from self._rows(file)
 
     def digest(self) -> str:
-        """What tells this content of the file from another."""
-        digest = blake2b(digest_size=16)
-        with self.path.open("rb") as file:
-            while chunk := file.read(1 << 20):
+        """Read the file and return the digest of its bytes, as :attr:`Contents.digest`."""
+        digest = _new_digest()
+        with self.path.open("rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()
 
-    def batches(self, number: int, most_rows: int, most_bytes: int) -> Iterator[Batch]:
-        """Read the file into batches; the last one says EOF, and an empty file has just that.
+    def batches(self, number: int, max_rows: int, max_bytes: int) -> Iterator[Batch]:
+        """Read the file into batches. The last one says EOF; it is empty if the file is.
 
-        :param number: of the first batch; the next ones count on.
-        :param most_rows: in a batch.
-        :param most_bytes: in a payload.
-        :raises ExportError: at the first thing that is wrong.
+        :param number: of the first batch; those of the next ones follow.
+        :param max_rows: of a batch.
+        :param max_bytes: of a payload.
+        :raises ExportError: at the first fault.
         """
+        with self.path.open("rb") as file:
+            yield from self._batches(file, number, max_rows, max_bytes)
+
+    def check(self, number: int, max_rows: int, max_bytes: int) -> Contents:
+        """Read the whole file once; it can be compared with what it holds later.
+
+        The parameters and the errors are those of :meth:`batches`.
+        """
+        rows, batch_digests = [], []
+        with self.path.open("rb", buffering=0) as raw:
+            source = _DigestingReader(raw)
+            file = BufferedReader(source, _CHUNK_BYTES)
+            for batch in self._batches(file, number, max_rows, max_bytes):
+                rows.append(batch.amount)
+                batch_digests.append(batch.digest)
+        return Contents(source.digest.hexdigest(), rows, batch_digests)
+
+    def _rows(self, file: BinaryIO) -> Iterator[tuple[int, int, Row]]:
+        reader = csv.reader(self._lines(file), strict=True)
+        try:
+            header = next(reader, [])
+            width = len(header)
+            in_table_order = itemgetter(*self._places(header))
+            line = reader.line_num
+            for cells in reader:
+                first_line, line = line + 1, reader.line_num
+                if not cells:
+                    continue
+                if len(cells) != width:
+                    raise self._error(first_line, f"{len(cells)} cells, the header has {width}")
+                yield first_line, line, in_table_order([*cells, None])
+        except csv.Error as error:
+            raise self._error(reader.line_num, str(error)) from error
+
+    def _batches(
+        self, file: BinaryIO, number: int, max_rows: int, max_bytes: int
+    ) -> Iterator[Batch]:
         head_bytes = 1 + BATCH_HEADER.size
         encoded: list[bytes] = []
         size, first_line, last_line = head_bytes, 0, 0
-        for row_first, row_last, row in self.rows():
+        for row_first, row_last, row in self._rows(file):
             row_bytes = encode_row(row, self.table)
-            if head_bytes + len(row_bytes) > most_bytes:
-                raise self._error(row_first, f"a row that no frame of {most_bytes} bytes holds")
-            if len(encoded) == most_rows or size + len(row_bytes) > most_bytes:
+            if head_bytes + len(row_bytes) > max_bytes:
+                raise self._error(row_first, f"a row that no frame of {max_bytes} bytes holds")
+            if len(encoded) == max_rows or size + len(row_bytes) > max_bytes:
                 yield self._batch(number, BatchStatus.CONTINUE, encoded, first_line, last_line)
                 number += 1
                 encoded, size = [], head_bytes
@@ -126,13 +168,13 @@ class Export:
     def _lines(self, file: BinaryIO) -> Iterator[str]:
         for number, line in enumerate(file, 1):
             try:
-                # Spreadsheet programs put a mark before the header; it is not part of it.
+                # Spreadsheet programs write a byte order mark before the header.
                 yield str(line, "utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise self._error(number, f"byte {error.start + 1} is not UTF-8") from error
 
-    def _places(self, header: Sequence[str]) -> list[int | None]:
-        """Where each of the table's columns stands in the file."""
+    def _places(self, header: Sequence[str]) -> list[int]:
+        """The place of each column of the table in a row, one behind its end for a missing one."""
         aliases = {**self.table.aliases, **_EXPORT_ALIASES.get(self.table, {})}
         names = [aliases.get(name, name) for name in header]
         for name in names:
@@ -143,17 +185,41 @@ class Export:
         for column in self.table.columns:
             if column not in names and column not in self.table.optional:
                 raise self._error(1, f"column {column!r} is missing")
-        return [names.index(name) if name in names else None for name in self.table.columns]
+        places = {name: place for place, name in enumerate(names)}
+        return [places.get(column, len(names)) for column in self.table.columns]
 
     def _error(self, line: int, what: str) -> ExportError:
         return ExportError(self.path, line, what)
 
 
-def find_exports(directory: Path) -> tuple[list[Export], list[ExportError]]:
-    """Find the CSV files in a folder and the folders in it.
+class _DigestingReader(RawIOBase):
+    """Reads a file.
 
-    A file belongs to the table that its name begins with, or that a folder around it is
-    called by, the nearest first.
+    :ivar digest: of what was read so far.
+    """
+
+    def __init__(self, file: FileIO) -> None:
+        self.digest = _new_digest()
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = self._file.readinto(buffer)
+        self.digest.update(buffer[:size])
+        return size
+
+
+def _new_digest(data: bytes = b"") -> blake2b:
+    return blake2b(data, digest_size=16)
+
+
+def find_exports(directory: Path) -> tuple[list[Export], list[ExportError]]:
+    """Find the CSV files in a folder and its subfolders.
+
+    A file belongs to the table that its name begins with; otherwise, to the table that the name
+    of a folder around it begins with, the nearest folder first.
 
     :return: the files by table, in the order of their paths; and an error for each file
         that belongs to no table.

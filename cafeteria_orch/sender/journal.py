@@ -1,4 +1,4 @@
-"""What a sender has had acknowledged, kept in a file across kills and restarts."""
+"""A file that keeps what was acknowledged to a sender, across kills and restarts."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _HEAD = b'{"client_id": "'
 
 
 class JournalError(Exception):
-    """A journal that cannot be used. Its text says why, and the remedy."""
+    """A journal that cannot be used. Its text names the reason and the remedy."""
 
 
 @dataclass
 class FilePlan:
-    """How a file is cut into batches, once and for all: its batches may be sent again.
+    """How a file is cut into batches. It never changes: a batch that is sent again is the same.
 
     :ivar file: its path, relative to the folder that is sent.
     :ivar table: the name of its table.
-    :ivar digest: of its content.
+    :ivar digest: of its bytes.
     :ivar first: the number of its first batch.
     :ivar batches: how many there are.
-    :ivar batch_rows: most rows of a batch.
-    :ivar max_frame_bytes: longest payload.
-    :ivar acknowledged: the numbers of those that were acknowledged.
+    :ivar batch_rows: the maximum number of rows of a batch.
+    :ivar max_frame_bytes: the maximum length of a payload.
+    :ivar acknowledged: the numbers of the acknowledged batches.
     """
 
     file: str
@@ -45,23 +45,23 @@ class FilePlan:
 
     @property
     def is_done(self) -> bool:
-        """Whether all batches were acknowledged."""
+        """Whether all batches are acknowledged."""
         return len(self.acknowledged) == self.batches
 
 
 class Journal:
-    """A file of JSON lines, only ever appended to: who sends where, plans, acknowledgements.
+    """An append-only file of JSON lines: the sender and its server, plans, acknowledgements.
 
-    A plan is on disk before anything of it is sent, so that what is sent again has the same
-    numbers and bytes. An acknowledgement survives a kill; one that a power failure takes is
-    sent again, and the server knows it.
+    A plan is on disk before any batch of it is sent, so that a batch that is sent again has the
+    same number and bytes. An acknowledgement survives a kill. If a power failure loses one, its
+    batch is sent again, and the server recognises the duplicate.
 
-    :param path: the file; it is made if there is none.
-    :param server: where to, as the user has said it.
-    :raises JournalError: if it cannot be used.
+    :param path: the file; it is created if it is missing.
+    :param server: the endpoint of the server, as the user wrote it.
+    :raises JournalError: if the file cannot be used.
     :ivar client_id: the sender's UUID.
-    :ivar plans: the files, by their paths.
-    :ivar is_finished: whether the server was told that this is all, and no file came later.
+    :ivar plans: the plans, by the paths of their files.
+    :ivar is_finished: whether FINISHED was sent, and no plan was added later.
     """
 
     def __init__(self, path: Path, server: str) -> None:
@@ -81,7 +81,7 @@ class Journal:
             raise
 
     def close(self) -> None:
-        """Let another process have it."""
+        """Close the file, and release its lock."""
         self._file.close()
 
     def add_plan(
@@ -94,15 +94,19 @@ class Journal:
         batch_rows: int,
         max_frame_bytes: int,
     ) -> FilePlan:
-        """Give the next numbers of a table to the batches of a file."""
-        ends = [plan.first + plan.batches for plan in self._plans_of(table)]
-        first = max(ends, default=1)
+        """Give the batches of a file the next numbers of their table."""
+        first = self.next_number(table)
         plan = FilePlan(file, table.name, digest, first, batches, batch_rows, max_frame_bytes)
         record = {name: value for name, value in vars(plan).items() if name != "acknowledged"}
         self._append(record)
         self._sync(self._file.fileno())
         self._add(plan)
         return plan
+
+    def next_number(self, table: Table) -> int:
+        """The number that the first batch of a table's next file gets."""
+        plans = [plan for plan in self.plans.values() if plan.table == table.name]
+        return max((plan.first + plan.batches for plan in plans), default=1)
 
     def acknowledge(self, plan: FilePlan, number: int) -> None:
         """Note that a batch was acknowledged."""
@@ -115,16 +119,13 @@ class Journal:
         self._ended.add(table.name)
 
     def finish(self) -> None:
-        """Note that the server was told that this is all."""
+        """Note that FINISHED was sent."""
         self._append({"finished": True})
         self.is_finished = True
 
     def has_ended(self, table: Table) -> bool:
-        """Whether the end of a table was acknowledged, and no file of it came later."""
+        """Whether the end of a table was acknowledged, and no plan of it was added later."""
         return table.name in self._ended
-
-    def _plans_of(self, table: Table) -> list[FilePlan]:
-        return [plan for plan in self.plans.values() if plan.table == table.name]
 
     def _open(self, server: str) -> None:
         try:
@@ -149,7 +150,7 @@ class Journal:
         if known_server != server:
             raise self._error(f"it is about {known_server}; name another --state for {server}")
         if torn:
-            # A kill in the middle of a line: what it said was not relied upon yet.
+            # A kill came while this line was written: nothing relied on it yet.
             self._file.truncate(len(content) - len(torn))
         if not newline:
             self._start(server)
@@ -193,7 +194,7 @@ class Journal:
             if written < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # noqa: TRY301
         except OSError as error:
-            # Half a line would be glued to the next one, and the journal be lost with it.
+            # Half a line would run into the next one, and make the journal unreadable.
             self._file.truncate(end)
             raise self._error(f"{error.strerror}; make room for it") from error
 

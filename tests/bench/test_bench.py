@@ -1,4 +1,4 @@
-"""``cafeorch-bench`` as a command: what it says, its status, its arguments."""
+"""``cafeorch-bench`` as a command: its report, its status, its arguments."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from io import StringIO
 from typing import Any
 from unittest.mock import patch
 
-from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectingCancelledError
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -28,7 +26,7 @@ from tests.support.scripted import LATENCY, ScriptedServer, batches, run_until_d
 class CommandTestCase(SynchronousTestCase):
     """The command, and a server in memory.
 
-    :ivar spoken: the framing that it speaks in each run, one after the other.
+    :ivar spoken: the framings that the server speaks, run by run.
     """
 
     def setUp(self) -> None:
@@ -38,7 +36,7 @@ class CommandTestCase(SynchronousTestCase):
         self.described: list[str] = []
 
     def describe(self, _: Any, description: str) -> ScriptedServer:
-        """The server's endpoint: asked for once a run."""
+        """The server's endpoint, which each run asks for once."""
         place = len(self.described)
         self.described.append(description)
         self.server.framing = self.spoken[min(place, len(self.spoken) - 1)]
@@ -64,10 +62,10 @@ class CommandTestCase(SynchronousTestCase):
 
 
 class Reports(CommandTestCase):
-    """What it says."""
+    """The report."""
 
     def test_json(self) -> None:
-        """``--json`` gives an object of all runs, and nothing beside it."""
+        """``--json`` prints one object with all runs, and nothing else."""
         status, out, err = self.run_bench("--json", "--table=users")
         self.assertEqual((status, err), (0, ""))
         payloads = batches(self.server.payloads())[:15]
@@ -108,7 +106,7 @@ class Reports(CommandTestCase):
             )
 
     def test_table(self) -> None:
-        """Without it, a line a run under a heading."""
+        """Without it there is a line for each run, under a heading."""
         status, out, err = self.run_bench()
         self.assertEqual((status, err), (0, ""))
         what, heading, int32, opcode_first = out.splitlines()
@@ -144,7 +142,7 @@ class Reports(CommandTestCase):
         self.assertGreater(min(lengths), 4500)
 
     def test_too_many_rows(self) -> None:
-        """Rows that no frame holds are refused with what would do."""
+        """Rows that no frame holds are refused; the remedy is named."""
         status, out, err = self.run_bench("--rows=100000", "--table=users")
         self.assertEqual((status, out), (1, ""))
         self.assertRegex(
@@ -153,7 +151,7 @@ class Reports(CommandTestCase):
         self.assertEqual(self.server.links, [])
 
     def test_own_process_is_measured(self) -> None:
-        """``--server-pid`` tells what that process used; one that is not there, nothing."""
+        """``--server-pid`` reports that process's time; without such a process, nothing."""
         with patch.object(bench, "cpu_seconds", lambda _: self.clock.seconds()):
             _, out, _ = self.run_bench("--json", "--server-pid=1", "--framing=int32")
         (run,) = json.loads(out)["runs"]
@@ -167,7 +165,7 @@ class Reports(CommandTestCase):
 
 
 class Statuses(CommandTestCase):
-    """The exit status, and what is said with it."""
+    """The exit status, and the lines that explain it."""
 
     def test_fail(self) -> None:
         """Batches that are refused are counted, and the status is 1."""
@@ -179,7 +177,7 @@ class Statuses(CommandTestCase):
         self.assertIn("cafeorch-bench: int32: the server answered FAIL, reason 2, 2 times\n", err)
 
     def test_error(self) -> None:
-        """So it is when the server sends what is no answer."""
+        """So it is when the server sends something that is not an answer."""
         self.server.script = lambda payload: None if payload[0] == 3 else b"\x05"
         status, out, err = self.run_bench("--json", "--framing=int32")
         (run,) = json.loads(out)["runs"]
@@ -188,7 +186,7 @@ class Statuses(CommandTestCase):
         self.assertRegex(err, r"\Acafeorch-bench: int32: the server sent what is no answer\n\Z")
 
     def test_one_framing_of_both(self) -> None:
-        """A framing that is not spoken is told, and no failure if the other one is."""
+        """A framing that the server does not speak is named; it is no failure if it speaks one."""
         self.spoken = (INT32,)
         status, out, err = self.run_bench()
         self.assertEqual(status, 0)
@@ -196,7 +194,7 @@ class Statuses(CommandTestCase):
         self.assertIn("cafeorch-bench: opcode-first: the server does not speak it\n", err)
 
     def test_neither_framing(self) -> None:
-        """If none is, the status is 1; so it is if the only one that was asked for is not."""
+        """If it speaks none of those that were asked for, the status is 1."""
         self.spoken = (OPCODE_FIRST, INT32)
         self.assertEqual(self.run_bench()[0], 1)
         self.setUp()
@@ -213,23 +211,14 @@ class Statuses(CommandTestCase):
         self.assertRegex(err, r"Connection was refused.*Start a server at tcp:.*--self.*\n\Z")
 
     def test_interrupted(self) -> None:
-        """Ctrl-C is one line and status 1."""
-        status, out, err = self.run_bench("--json", interrupt=lambda: self.clock.seconds() > 0.05)
-        self.assertEqual((status, out, err), (1, "", "cafeorch-bench: interrupted\n"))
-
-    def test_interrupted_while_connecting(self) -> None:
-        """So it is while a connection is being made, which fails in a way of its own."""
-
-        def cancel(connecting: Deferred[Any]) -> None:
-            connecting.errback(ConnectingCancelledError(IPv4Address("TCP", "192.0.2.1", 8080)))
-
-        self.patch(self.server, "connect", lambda _: Deferred(cancel))
-        self.clock.callLater(1, lambda: None)
-        status, _, err = self.run_bench(interrupt=lambda: self.clock.seconds() > 0)
-        self.assertEqual((status, err), (1, "cafeorch-bench: interrupted\n"))
+        """Ctrl-C is one line and status 1, while it connects and while it measures."""
+        for end in (lambda: self.server.attempts, lambda: self.clock.seconds() > 0.05):
+            self.setUp()
+            status, out, err = self.run_bench("--json", interrupt=end)
+            self.assertEqual((status, out, err), (1, "", "cafeorch-bench: interrupted\n"))
 
     def test_no_process_before_the_reactor_runs(self) -> None:
-        """Until the reactor takes signals none is started that one would leave behind."""
+        """A signal before that would leave the server's process behind."""
         started: list[object] = []
         self.patch(bench, "local_server", lambda *arguments: started.append(arguments))
         options = bench.parse_arguments(["--self", "--rows=1"])
@@ -240,14 +229,14 @@ class Statuses(CommandTestCase):
             self.assertEqual(self.successResultOf(running), 1)
 
     def test_interrupted_before_it_begins(self) -> None:
-        """So it is while the batches are made, when there is no reactor to take it."""
+        """While the batches are made, Python itself handles Ctrl-C: it is the same line."""
         with patch.object(bench, "make_batch", side_effect=KeyboardInterrupt):
             status, _, err = self.run_bench()
         self.assertEqual((status, err), (1, "cafeorch-bench: interrupted\n"))
 
 
 class Arguments(SynchronousTestCase):
-    """What is said wrong is found before anything is done."""
+    """A mistake is found before anything is done."""
 
     def run_main(self, *arguments: str) -> tuple[int, str, str]:
         """Run the command as far as its arguments: status, output, errors."""
@@ -285,7 +274,7 @@ class Arguments(SynchronousTestCase):
             self.assertIn(what, line)
 
     def test_help(self) -> None:
-        """The help says what the options are and what they are by default."""
+        """The help names the options and their defaults."""
         status, out, err = self.run_main("--help")
         self.assertEqual((status, err), (0, ""))
         text = " ".join(out.split())
@@ -308,6 +297,6 @@ class Arguments(SynchronousTestCase):
         self.assertEqual(self.run_main("--version"), (0, f"cafeteria_orch {__version__}\n", ""))
 
     def test_server_options(self) -> None:
-        """What stands after ``--`` is for the server, as it stands there."""
+        """Everything after ``--`` is passed to the server unchanged."""
         options = bench.parse_arguments(["--self", "--rows=1", "--", "--rows", "--", "x"])
         self.assertEqual((options.rows, options.server_options), (1, ["--rows", "--", "x"]))

@@ -1,4 +1,4 @@
-"""The load: what is sent, what counts, and everything that may be wrong with an answer."""
+"""The load: what it sends, what it counts, and every fault that an answer may have."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.task import Clock
-from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.bench.load import (
     ANSWER_TIMEOUT,
     PROBE_TIMEOUT,
-    Ammunition,
+    BatchPool,
     LoadConnection,
     LoadRun,
     speaks,
@@ -50,9 +49,16 @@ FINISHED = b"\x03"
 
 
 def accounted(payloads: list[bytes]) -> tuple[int, int, int]:
-    """How many batches these are, with how many rows, and the bytes of their frames."""
+    """The number of these batches, of their rows, and of the bytes of their frames."""
     rows = sum(decode(payload).amount for payload in payloads)
     return len(payloads), rows, sum(4 + len(payload) for payload in payloads)
+
+
+def connect(run: LoadRun) -> tuple[LoadConnection, TCPTransport]:
+    """A connection of a run to the test."""
+    connection, transport = LoadConnection(run), TCPTransport()
+    connection.makeConnection(transport)
+    return connection, transport
 
 
 class LoadTestCase(SynchronousTestCase):
@@ -72,7 +78,7 @@ class LoadTestCase(SynchronousTestCase):
             **options,
         }
         self.server.framing = framing
-        return LoadRun(self.clock, self.server, Ammunition(BATCHES, framing, window), **options)
+        return LoadRun(self.clock, self.server, BatchPool(BATCHES, framing, window), **options)
 
     def run_load(self, *arguments: Any, **options: Any) -> Result:
         """A run, to its end."""
@@ -80,7 +86,7 @@ class LoadTestCase(SynchronousTestCase):
         return run_until_done(self.clock, running)
 
     def answer_at(self, place: int, reaction: Reaction | bytes) -> None:
-        """Have the server do this with one of the messages, and what is right with others."""
+        """Have the server react to one message like this, and acknowledge the others."""
         taken = 0
 
         def script(_: bytes) -> Reaction | bytes | None:
@@ -92,22 +98,20 @@ class LoadTestCase(SynchronousTestCase):
 
 
 class Sending(LoadTestCase):
-    """What a server gets."""
+    """What the server receives."""
 
     def test_window(self) -> None:
-        """Every connection has just its window of batches on their way, in either framing."""
+        """Every connection keeps exactly its window of batches unanswered, in either framing."""
         for framing in FRAMINGS.values():
             for window in (1, 3, 20):
                 self.setUp()
                 result = self.run_load(framing, window, clients=3)
-                self.assertEqual(
-                    [link.most_unanswered for link in self.server.links], [window] * 3
-                )
+                self.assertEqual([link.max_unanswered for link in self.server.links], [window] * 3)
                 self.assertEqual((result.errors, result.failed), ([], {}))
                 self.assertGreater(result.batches, 40 * window)
 
     def test_in_turn(self) -> None:
-        """All batches come, round and round, as they are; FINISHED is the last of it."""
+        """All batches arrive, again and again and unchanged; FINISHED comes last."""
         for framing in FRAMINGS.values():
             self.setUp()
             self.run_load(framing, 4)
@@ -119,23 +123,15 @@ class Sending(LoadTestCase):
                 self.assertGreater(len(sent), 50)
 
     def test_no_name(self) -> None:
-        """No connection says who it is: a batch that comes again is stored again."""
+        """No connection sends CLIENT_HELLO: a batch that comes again is stored again."""
         self.run_load()
         opcodes = {payload[0] for payload in self.server.payloads()}
         self.assertEqual(opcodes, {*range(4, 9), Opcode.FINISHED})
 
-    def test_no_delay(self) -> None:
-        """A batch that is shorter than a segment is not held back."""
-        connection = LoadConnection(self.make())
-        transport = TCPTransport()
-        connection.makeConnection(transport)
-        self.assertTrue(transport.getTcpNoDelay())
-
     def test_one_write(self) -> None:
-        """For all answers of a chunk the next batches go out together."""
-        connection = LoadConnection(self.make(window=5))
-        transport = TCPTransport()
-        connection.makeConnection(transport)
+        """The next batches leave together, for all answers of a chunk, and without delay."""
+        connection, transport = connect(self.make(window=5))
+        self.assertTrue(transport.getTcpNoDelay())
         connection.start()
         connection.dataReceived(INT32.encode(SUCCEED) * 4)
         self.assertEqual(len(transport.writes), 2)
@@ -147,13 +143,13 @@ class Counting(LoadTestCase):
     """What is counted."""
 
     def test_everything_that_was_acknowledged(self) -> None:
-        """Without a warm-up, it is what was acknowledged in time: batches, rows, bytes."""
+        """Without a warm-up, everything acknowledged in time counts: batches, rows, bytes."""
         result = self.run_load()
         counted = [0, 0, 0]
         for link, batches in zip(self.server.links, result.client_batches):
             acknowledged = link.acknowledged[:batches]
             counted = [a + b for a, b in zip(counted, accounted(acknowledged))]
-            # Those that were on their way at the end are acknowledged, and not counted.
+            # Those that were unanswered at the end are acknowledged, and not counted.
             self.assertEqual(len(link.acknowledged), batches + 3)
         self.assertEqual([result.batches, result.rows, result.bytes], counted)
         self.assertEqual(sum(result.client_batches), result.batches)
@@ -167,15 +163,14 @@ class Counting(LoadTestCase):
         self.assertEqual(round(len(everything) / result.batches), 6)
 
     def test_latencies(self) -> None:
-        """A latency is the time from a batch's being sent to its acknowledgement."""
+        """A latency is the time from sending a batch to its acknowledgement."""
         percentiles = self.run_load().latencies.percentiles()
         self.assertEqual(set(percentiles.values()), {2 * LATENCY * 1000})
 
     def test_latency_of_each(self) -> None:
-        """Each batch of a chunk has the latency of its own."""
+        """Each batch of a chunk has its own latency."""
         run = self.make(window=4)
-        connection = LoadConnection(run)
-        connection.makeConnection(TCPTransport())
+        connection, _ = connect(run)
         run.is_measuring = True
         connection.start()
         for seconds, answers in ((1, 1), (2, 2), (4, 3)):
@@ -190,7 +185,7 @@ class Counting(LoadTestCase):
         )
 
     def test_starvation(self) -> None:
-        """How many batches of each connection were acknowledged tells who was starved."""
+        """The batches of each connection tell which one was starved."""
 
         def script(payload: bytes) -> Reaction | None:
             is_second = payload in self.server.links[-1].payloads[-1:]
@@ -203,7 +198,7 @@ class Counting(LoadTestCase):
         self.assertEqual(second, 0)
 
     def test_cpu(self) -> None:
-        """What the server used is that of the measured time."""
+        """The server's processor time is that of the measured time."""
         result = self.run_load(warmup=0.2, cpu=lambda: self.clock.seconds() * 3)
         assert result.cpu_seconds is not None
         self.assertAlmostEqual(result.cpu_seconds, 0.3)
@@ -223,9 +218,7 @@ class Answers(LoadTestCase):
         stream = b"".join(framing.encode(answer) for answer in answers)
         points = data.draw(st.lists(st.integers(0, len(stream)), max_size=5))
         run = self.make(framing, window=12)
-        connection = LoadConnection(run)
-        transport = TCPTransport()
-        connection.makeConnection(transport)
+        connection, transport = connect(run)
         run.is_measuring = True
         connection.start()
         for chunk in cut(stream, points):
@@ -245,7 +238,7 @@ class Answers(LoadTestCase):
         self.assertEqual(transport.value(), b"".join(sent))
 
     def test_fail(self) -> None:
-        """A FAIL is counted by its reason, is no batch, and ends nothing."""
+        """A FAIL is counted by its reason, not as a batch, and ends nothing."""
         for framing, reason in ((INT32, "2"), (OPCODE_FIRST, "none")):
             self.setUp()
             self.answer_at(5, b"\x02\x02")
@@ -254,7 +247,7 @@ class Answers(LoadTestCase):
             self.assertEqual(len(self.server.acknowledged()), result.batches + 6)
 
     def check_error(self, what: str, **options: Any) -> Result:
-        """A run ends with this as its only error, and leaves no connection."""
+        """The run ends with this one error, and leaves no connection."""
         result = self.run_load(**options)
         self.assertEqual(len(result.errors), 1, result.errors)
         self.assertIn(what, result.errors[0])
@@ -265,7 +258,7 @@ class Answers(LoadTestCase):
         return result
 
     def test_no_answer_at_all(self) -> None:
-        """What is neither SUCCESS nor FAIL ends it at once."""
+        """Anything but SUCCESS and FAIL ends it at once."""
         for junk in (b"\x09", b"\x01\x00", b"HTTP/1.1 400 Bad Request"):
             for place in (1, 2, 5):
                 self.setUp()
@@ -274,11 +267,10 @@ class Answers(LoadTestCase):
                 self.assertLess(result.seconds, 1)
 
     def test_junk_before_answers(self) -> None:
-        """What would be answers by itself is none when it stands after half of one."""
+        """Answers behind half of another one are not answers."""
         for framing in FRAMINGS.values():
             run = self.make(framing)
-            connection = LoadConnection(run)
-            connection.makeConnection(TCPTransport())
+            connection, _ = connect(run)
             connection.start()
             answer = framing.encode(SUCCEED)
             connection.dataReceived(answer[:2])
@@ -287,42 +279,34 @@ class Answers(LoadTestCase):
             self.assertEqual(connection.waiting, 3)
 
     def test_too_many(self) -> None:
-        """An answer to nothing is an error, a SUCCESS as well as a FAIL."""
+        """An answer without a batch is an error, a SUCCESS as well as a FAIL."""
         for answers in (SUCCEED * 4, b"\x01\x01\x01\x02"):
-            run = self.make(window=3)
-            connection = LoadConnection(run)
-            connection.makeConnection(TCPTransport())
-            run.is_sending = False
-            connection._send(3)
-            stream = b"".join(INT32.encode(bytes([opcode])) for opcode in answers)
-            connection.dataReceived(stream)
-            (error,) = run.result.errors
-            self.assertIn("more answers than there were batches", error)
-            self.assertEqual(run.result.failed, {})
-            self.assertTrue(connection.transport.aborted)
-
-    def test_more_than_the_window(self) -> None:
-        """While it is sending too, more answers in a chunk than are owed are an error."""
-        run = self.make(window=3)
-        connection = LoadConnection(run)
-        connection.makeConnection(TCPTransport())
-        connection.dataReceived(INT32.encode(SUCCEED))
-        self.assertIn("more answers", run.result.errors[0])
+            for sent in (0, 3):
+                run = self.make(window=3)
+                connection, transport = connect(run)
+                run.is_sending = False
+                connection._send(sent)
+                stream = b"".join(INT32.encode(bytes([opcode])) for opcode in answers)
+                connection.dataReceived(stream)
+                (error,) = run.result.errors
+                self.assertIn("more answers than there were batches", error)
+                self.assertEqual(run.result.failed, {})
+                self.assertTrue(transport.aborted)
 
     def test_cut(self) -> None:
-        """A connection that ends before FINISHED is an error that tells what it left open."""
+        """A connection that ends before FINISHED is an error."""
         for end in (CUT, CLOSE):
             self.setUp()
             self.answer_at(9, end)
             self.check_error("the server ended a connection with ", seconds=60.0)
 
     def test_cut_at_the_end(self) -> None:
-        """So is one that is cut when it should be closed."""
+        """So is one that is lost and not closed."""
         self.server.script = lambda payload: CUT if payload == FINISHED else None
         self.check_error("with 0 batches unanswered")
 
     def test_silence(self) -> None:
-        """A server that answers no more is waited for, but not for ever."""
+        """A server that answers no more is an error, after a while."""
         self.answer_at(5, IGNORE)
         self.check_error("batches have no answer, and none has come for 30 s")
         # And a second of check_error's own.
@@ -334,7 +318,7 @@ class Answers(LoadTestCase):
         self.check_error("FINISHED has no answer")
 
     def test_slow(self) -> None:
-        """As long as answers come it is waited for."""
+        """As long as answers come, it waits."""
 
         def script(_: bytes) -> Reaction | bytes | None:
             now = self.clock.seconds()
@@ -343,7 +327,8 @@ class Answers(LoadTestCase):
         run = self.make(clients=1)
         self.server.script = script
         running = Deferred.fromCoroutine(run.run())
-        (link,) = self.wait_for_links(1)
+        self.clock.pump([LATENCY] * 151)
+        (link,) = self.server.links
         for _ in range(3):
             self.clock.advance(ANSWER_TIMEOUT * 0.9)
             self.assertNoResult(running)
@@ -351,17 +336,12 @@ class Answers(LoadTestCase):
         self.clock.pump([LATENCY] * 3)
         self.assertEqual(self.successResultOf(running).errors, [])
 
-    def wait_for_links(self, count: int) -> list[Any]:
-        """Connect, and let the time that is measured pass."""
-        self.clock.pump([LATENCY] * (count + 150))
-        return self.server.links
-
 
 class Connecting(LoadTestCase):
     """Connections that cannot be made, or are given up."""
 
     def test_refused(self) -> None:
-        """A server that takes no more connections is an error that tells how many it took."""
+        """A server that accepts no more connections is an error that tells how many it did."""
 
         def go_away() -> None:
             self.server.is_away = True
@@ -371,14 +351,14 @@ class Connecting(LoadTestCase):
         self.assertRegex(error, "^after 1 of 2 connections: Connection was refused")
 
     def test_cut_while_connecting(self) -> None:
-        """One that is cut while others are still made ends it before there is any load."""
+        """One that is lost while others are made ends it before there is any load."""
         self.clock.callLater(LATENCY * 1.5, lambda: self.server.links[0]._lose(ConnectionLost()))
         result = self.run_load(seconds=60.0)
         self.assertIn("with 0 batches unanswered", result.errors[0])
         self.assertLess(self.clock.seconds(), 1)
 
     def test_interrupted(self) -> None:
-        """Who interrupts it leaves no connection behind."""
+        """An interrupt leaves no connection behind."""
         running = Deferred.fromCoroutine(self.make(seconds=60.0).run())
         self.assertRaises(
             CancelledError,
@@ -403,27 +383,28 @@ class Probing(LoadTestCase):
         return run_until_done(self.clock, running)
 
     def test_spoken(self) -> None:
-        """A server that closes after FINISHED speaks it; nothing else is sent to it."""
+        """A server that closes after FINISHED speaks it; it is sent nothing else."""
         self.assertTrue(self.probe())
         self.assertEqual(self.server.payloads(), [FINISHED])
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_not_spoken(self) -> None:
-        """One that says anything, or cuts the connection, does not."""
+        """One that answers, or aborts the connection, does not."""
         self.assertFalse(self.probe(lambda _: Reaction(b"\x02\x03", ConnectionDone)))
         self.assertFalse(self.probe(lambda _: Reaction(end=ConnectionLost)))
 
     def test_silent(self) -> None:
-        """Nor does one that waits for more; it is not waited for long."""
+        """Nor does one that waits for more."""
         self.assertFalse(self.probe(lambda _: IGNORE))
         self.assertEqual(int(self.clock.seconds()), PROBE_TIMEOUT)
 
     def test_interrupted(self) -> None:
-        """An interrupt ends it at once; that the connection ends then, is no error."""
+        """An interrupt ends it and its connection at once."""
         running = Deferred.fromCoroutine(speaks(self.clock, self.server, INT32))
         self.server.script = lambda _: IGNORE
         self.clock.pump([LATENCY] * 2)
         running.cancel()
         self.failureResultOf(running, CancelledError)
-        self.server.links[0]._protocol.connectionLost(Failure(ConnectionDone()))
+        self.clock.advance(0)
+        self.assertTrue(self.server.links[0]._is_lost)
         self.assertEqual(self.clock.getDelayedCalls(), [])

@@ -1,4 +1,4 @@
-"""A server of one's own: with ``cafeorch-bench --self``, and how it is started and stopped."""
+"""The server of ``cafeorch-bench --self``: how it starts and stops."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
+import cafeteria_orch
 from cafeteria_orch.bench.local_server import (
     START_TIMEOUT,
     STOP_TIMEOUT,
@@ -25,11 +26,17 @@ from cafeteria_orch.bench.local_server import (
     cpu_seconds,
 )
 from tests.support.disks import make_folder
-from tests.support.processes import PATIENCE, ROOT, ProcessTestCase, wait_until
+from tests.support.processes import (
+    PATIENCE,
+    ROOT,
+    ProcessTestCase,
+    default_signals,
+    wait_until,
+)
 
 
 class Process:
-    """A process that ends when the test says so."""
+    """A process that ends when the test wants it."""
 
     pid = 7
 
@@ -47,9 +54,15 @@ class Reactor(MemoryReactorClock):
     """Starts a process in memory."""
 
     def spawnProcess(
-        self, protocol: LocalServer, program: str, command: Sequence[str], *_: Any, **__: Any
+        self,
+        protocol: LocalServer,
+        program: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *_: Any,
+        **__: Any,
     ) -> Process:
-        self.command = command
+        self.command, self.environment = command, environment
         self.process = protocol.transport = Process()
         return self.process
 
@@ -74,14 +87,19 @@ class Lives(SynchronousTestCase):
         self.reactor.advance(0.1)
 
     def test_where_it_listens(self) -> None:
-        """Where it listens is said last, so that the user's options cannot change it."""
+        """Its address comes last, so that the user's options cannot change it."""
         *_, store, none, interface, loopback, port, number = self.reactor.command
         self.assertEqual((store, none), ("--store", "none"))
         self.assertEqual((interface, loopback, port), ("--interface", "127.0.0.1", "--port"))
         self.assertEqual(number, str(self.server.port))
 
+    def test_it_runs_the_same_code(self) -> None:
+        """It imports the package that this process has imported, whatever is installed."""
+        first, _, _ = self.reactor.environment["PYTHONPATH"].partition(os.pathsep)
+        self.assertEqual(Path(first), Path(cafeteria_orch.__file__).parent.parent)
+
     def test_start(self) -> None:
-        """It is tried again until it listens; the connection that tells is closed."""
+        """Connections are tried until one is made, which is closed."""
         starting = Deferred.fromCoroutine(self.server.wait_until_it_listens())
         for _ in range(3):
             self.refuse()
@@ -95,7 +113,7 @@ class Lives(SynchronousTestCase):
         self.assertTrue(transport.disconnecting)
 
     def test_does_not_listen(self) -> None:
-        """One that does not come to listen is given up, with what it said last."""
+        """One that does not listen in time is an error with the last line of its log."""
         (self.folder / "log").write_text("first\nlast\n\n")
         starting = Deferred.fromCoroutine(self.server.wait_until_it_listens())
         self.refuse()
@@ -106,7 +124,7 @@ class Lives(SynchronousTestCase):
         self.assertRegex(error, r"after 30 s: last$")
 
     def test_ends_in_silence(self) -> None:
-        """One that ends without a word is told too."""
+        """One that ends without a word is an error too."""
         starting = Deferred.fromCoroutine(self.server.wait_until_it_listens())
         self.end_process()
         self.refuse()
@@ -114,7 +132,7 @@ class Lives(SynchronousTestCase):
         self.assertRegex(error, "ended before it listened: it said nothing$")
 
     def test_stop(self) -> None:
-        """It is asked to end with SIGTERM, and waited for."""
+        """It gets SIGTERM, and ``stop`` waits for its end."""
         stopping = Deferred.fromCoroutine(self.server.stop())
         self.reactor.advance(STOP_TIMEOUT * 0.9)
         self.assertNoResult(stopping)
@@ -124,12 +142,12 @@ class Lives(SynchronousTestCase):
         self.assertEqual(self.reactor.getDelayedCalls(), [])
 
     def test_stop_what_has_ended(self) -> None:
-        """One that has ended already is not waited for."""
+        """There is nothing to wait for when it has ended."""
         self.end_process()
         self.successResultOf(Deferred.fromCoroutine(self.server.stop()))
 
     def test_does_not_stop(self) -> None:
-        """One that does not end is killed, and waited for even then."""
+        """One that does not end is killed; ``stop`` waits for its end even then."""
         stopping = Deferred.fromCoroutine(self.server.stop())
         self.reactor.advance(STOP_TIMEOUT)
         self.assertEqual(self.reactor.process.signals, ["TERM", "KILL"])
@@ -138,7 +156,7 @@ class Lives(SynchronousTestCase):
         self.successResultOf(stopping)
 
     def test_impatience(self) -> None:
-        """Ctrl-C while it ends kills it at once, and leaves nothing behind either."""
+        """Ctrl-C while it ends kills it at once, and leaves no process behind."""
         stopping = Deferred.fromCoroutine(self.server.stop())
         stopping.cancel()
         self.assertEqual(self.reactor.process.signals, ["TERM", "KILL"])
@@ -160,22 +178,20 @@ class Processes(ProcessTestCase):
     def begin(
         self, *arguments: str, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        """Start the command, a short load on a server of its own."""
+        """Start the command, with a short load."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("CAFEORCH_")}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cafeteria_orch.bench.cli", "--self", *self.BRIEF, *arguments],
-            cwd=self.folder,
-            env={
-                **inherited,
-                "PYTHONPATH": str(ROOT),
-                "TMPDIR": str(self.temporary),
-                **(environment or {}),
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        own = {"PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary)}
+        command = [sys.executable, "-m", "cafeteria_orch.bench.cli", "--self", *self.BRIEF]
+        with default_signals():
+            process = subprocess.Popen(
+                [*command, *arguments],
+                cwd=self.folder,
+                env={**inherited, **own, **(environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
 
         def clean_up() -> None:
             process.kill()
@@ -185,16 +201,16 @@ class Processes(ProcessTestCase):
         return process
 
     def end(self, process: subprocess.Popen[str]) -> tuple[int, str, str]:
-        """Wait for its end: status, output, errors. Nothing is left behind."""
+        """Wait for its end: status, output, errors. It leaves nothing behind."""
         out, err = process.communicate(timeout=3 * PATIENCE)
         self.assertEqual(list(self.temporary.iterdir()), [])
         self.assertEqual(servers_in(self.temporary), [])
         return process.returncode, out, err
 
     def test_load(self) -> None:
-        """It starts a server, loads it with both framings, and takes it away again."""
+        """It starts a server, loads it with both framings, and removes it."""
         store = self.folder / "in_use.sqlite3"
-        # What the environment says is meant for another server.
+        # The environment is meant for another server.
         process = self.begin("--json", environment={"CAFEORCH_STORE": str(store)})
         status, out, err = self.end(process)
         self.assertEqual((status, err), (0, ""))
@@ -208,14 +224,14 @@ class Processes(ProcessTestCase):
         self.assertFalse(store.exists())
 
     def test_server_options(self) -> None:
-        """Its server gets the options after ``--``: one that logs nothing is found too."""
+        """The server gets the options after ``--``; it may log nothing."""
         options = ("--store=none", "--log-level=error", "--framing=int32")
         status, out, err = self.end(self.begin("--", *options))
         self.assertEqual(status, 0, err)
         self.assertRegex(out, r"(?m)^int32 +\d+ .*\d+ to \d+\n^opcode-first +is not spoken ")
 
     def test_server_does_not_start(self) -> None:
-        """A server that ends before it listens is told with its last line, and status 1."""
+        """A server that ends before it listens: its last line, and status 1."""
         status, out, err = self.end(self.begin("--", "--store=/no/such/folder/x"))
         self.assertEqual((status, out), (1, ""))
         self.assertRegex(

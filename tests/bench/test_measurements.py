@@ -15,11 +15,11 @@ MICROSECONDS = st.integers(0, 50) | st.integers(0, 10**8)
 
 
 class Percentiles(SynchronousTestCase):
-    """The latencies that are told."""
+    """The percentiles of the latencies."""
 
     @given(st.lists(st.tuples(MICROSECONDS, st.integers(1, 1200)), min_size=1, max_size=8))
     def test_definition(self, groups: list[tuple[int, int]]) -> None:
-        """A percentile is the one at its rank, rounded up, in the sorted list of all."""
+        """A percentile is the latency at its rank, rounded up, in the sorted list of all."""
         latencies = Latencies()
         for microseconds, count in groups:
             latencies.add(microseconds / 1_000_000, count)
@@ -32,27 +32,27 @@ class Percentiles(SynchronousTestCase):
         self.assertEqual(latencies.percentiles(), expected)
 
     def test_none(self) -> None:
-        """Where nothing was measured there is nothing to tell."""
+        """Without a latency there is none."""
         self.assertEqual(set(Latencies().percentiles().values()), {None})
 
 
 class Rates(SynchronousTestCase):
-    """What is computed of a result."""
+    """What is computed from a result."""
 
     def test_rate(self) -> None:
-        """A rate is by the second that was measured; of no time it is 0."""
+        """A rate is an amount per measured second; it is 0 without any."""
         self.assertEqual(Result("int32", seconds=2.0).rate(5), 2.5)
         self.assertEqual(Result("int32").rate(5), 0)
 
     def test_cpu(self) -> None:
-        """The processor's time is told by the million bytes, where there are any."""
+        """The processor time is one per million bytes, if there are any."""
         result = Result("int32", bytes=4_000_000, cpu_seconds=1.0)
         self.assertEqual(result.cpu_seconds_per_megabyte, 0.25)
         self.assertIsNone(Result("int32", cpu_seconds=1.0).cpu_seconds_per_megabyte)
         self.assertIsNone(Result("int32", bytes=1).cpu_seconds_per_megabyte)
 
     def test_an_error_once(self) -> None:
-        """What goes wrong on every connection is said once."""
+        """An error of every connection is noted once."""
         result = Result("int32")
         for error in ("a", "b", "a"):
             result.note_error(error)

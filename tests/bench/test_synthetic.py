@@ -1,4 +1,4 @@
-"""Synthetic batches: what the wire allows, in the size asked for, with keys in any order."""
+"""Synthetic batches: valid, of the wanted size, with keys in any order."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MIB = 1_048_576
 
 
 def make(table: Table, seed: int = 0, number: int = 1, **bounds: Any) -> SyntheticBatch:
-    bounds = {"most_rows": 50, "most_frame_bytes": MIB, **bounds}
+    bounds = {"max_rows": 50, "max_frame_bytes": MIB, **bounds}
     return make_batch(table, Random(seed), number, **bounds)
 
 
 def pairs(payload: bytes) -> list[list[tuple[str, str]]]:
-    """The rows of a batch as they stand there, read by hand."""
+    """The rows of a batch in the order of their keys, read by hand."""
     offset = 1 + BATCH_HEADER.size
 
     def number() -> int:
@@ -51,8 +51,8 @@ class Batches(SynchronousTestCase):
 
     @given(tables(), st.integers(0, 1000), st.integers(0, 20))
     def test_decodes(self, table: Table, seed: int, amount: int) -> None:
-        """A server decodes it to the rows that stand there, by the names of their columns."""
-        payload, told = make(table, seed, 7, most_rows=amount)
+        """A server decodes it to its rows, by the names of their columns."""
+        payload, told = make(table, seed, 7, max_rows=amount)
         batch: TableBatch = decode(payload)
         self.assertEqual((batch.table, batch.batch_number, batch.amount), (table, 7, amount))
         self.assertEqual((told, batch.status), (amount, 0))
@@ -61,21 +61,21 @@ class Batches(SynchronousTestCase):
     def test_order_of_keys(self) -> None:
         """The order of the keys varies from row to row; each of the columns comes first."""
         for table in TABLES:
-            rows = pairs(make(table, most_rows=200).payload)
+            rows = pairs(make(table, max_rows=200).payload)
             orders = {tuple(key for key, _ in row) for row in rows}
             self.assertGreater(len(orders), 15, table.name)
             self.assertEqual({order[0] for order in orders}, {*table.columns})
 
     def test_cells_vary(self) -> None:
-        """No two rows of a table whose rows have an identity are the same."""
+        """No two transactions, or items of them, are the same."""
         for table in TABLES[2:4]:
             batch: TableBatch = decode(make(table).payload)
             self.assertEqual(len(set(batch.rows)), 50)
 
     @given(tables(), st.integers(1024, 30_000))
     def test_bytes(self, table: Table, most: int) -> None:
-        """It is filled up to a length of its frame, in either framing, and not beyond."""
-        batch = make(table, most_rows=10**9, most_frame_bytes=most)
+        """Rows fill it up to a length of its frame, in either framing, and not beyond."""
+        batch = make(table, max_rows=10**9, max_frame_bytes=most)
         longest = max(len(row) for row in pairs_bytes(batch.payload))
         for framing in FRAMINGS.values():
             length = len(framing.encode(batch.payload))
@@ -84,7 +84,7 @@ class Batches(SynchronousTestCase):
             self.assertGreater(length, most - longest - 150)
 
     def test_seed(self) -> None:
-        """The same seed gives the same bytes, another one others."""
+        """The same seed gives the same bytes, another seed other bytes."""
         for table in TABLES:
             self.assertEqual(make(table, 1), make(table, 1))
             self.assertNotEqual(make(table, 1), make(table, 2))

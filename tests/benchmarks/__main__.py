@@ -15,12 +15,12 @@ _QUICK = Effort(seconds=1.0, repeat=1, scale=0.1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmarks that are asked for, and print the table of them."""
+    """Run the chosen benchmarks, and print the table of their figures."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks",
-        description="Measure the server against the design that it replaces, or against the"
-        " limit that is named, and print one table. The ratio is ours by the other; both are"
-        " measured in turns, and the figures are medians. TMPDIR says on which disk.",
+        description="Measure the server against the design that it replaces, or against a"
+        " limit, and print one table. The ratio is ours by the other; both are measured in"
+        " turns, and the figures are medians. TMPDIR chooses the disk.",
         epilog=f"The benchmarks: {', '.join(BENCHMARKS)}.",
     )
     full = Effort()
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name}: {error}", file=sys.stderr)
                 status = 1
     except KeyboardInterrupt:
-        print("interrupted: this is what there was by then", file=sys.stderr)
+        print("interrupted: these are the figures so far", file=sys.stderr)
         status = 130
     print(table(figures, markdown=options.markdown))
     print(f"\n{machine()}")

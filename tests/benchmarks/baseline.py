@@ -1,20 +1,20 @@
-"""The design that this project replaces, to be measured against: a thread per client.
+"""The design that this project replaces, which benchmarks compare with: a thread per client.
 
-``python -m tests.benchmarks.baseline`` runs it as a process of its own. It is written as its
-description has it, in the plain way of programs of its kind, neither tuned nor hampered:
+``python -m tests.benchmarks.baseline`` runs it as a process. It follows its description in the
+usual way of such programs, neither tuned nor hampered:
 
-- Each field is read off the blocking socket as it is needed, by a loop around ``recv_into``
-  that waits for exactly so many bytes, with no buffer between: so the programs in the field do
-  it, and so it comes to the speeds that were measured of them. (A loop around ``recv`` would be
-  half as fast again; ``makefile("rb")`` would save most of the system calls besides.)
+- Each field is read from the blocking socket when it is needed, by a loop around ``recv_into``
+  that waits for exactly that many bytes, without a buffer: the programs in the field do so, and
+  reach the same speeds. (A loop around ``recv`` would be half as fast again, and
+  ``makefile("rb")`` would save most of the system calls as well.)
 - A row becomes a dict, a batch an object; missing and unknown columns are refused. (Programs in
   the field make an object of each row too.)
-- Two INFO lines a batch through ``logging``, as the description shows them.
-- An acknowledgement is two writes, the opcode and the length, so that Nagle's algorithm holds
-  back the second one for 40 ms; ``--one-write`` mends that, since it would hide all else.
+- ``logging`` writes two INFO lines for each batch, as the description shows them.
+- An acknowledgement is two writes, the opcode and the length, so that Nagle's algorithm delays
+  the second one by 40 ms; ``--one-write`` mends that, since it would hide everything else.
 - Nothing is stored.
 
-One thing is left out: after SIGTERM it does not wait for its clients, which would be for ever.
+Unlike its description, it does not wait for its clients after SIGTERM: that would never end.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ _log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """What fields are read from: a socket."""
+    """A socket, as far as fields are read from it."""
 
     def recv_into(self, buffer: memoryview, size: int, /) -> int:
-        """Put some bytes into a buffer, so many at most; how many, 0 where there are no more."""
+        """Put up to ``size`` bytes into a buffer, and return their number; 0 at the end."""
 
 
 class ProtocolError(Exception):
@@ -54,9 +54,9 @@ class ProtocolError(Exception):
 
 
 def recv_exactly(sock: Source, size: int) -> bytes:
-    """So many bytes, however long they take.
+    """Read this many bytes, however long it takes.
 
-    :raises EOFError: if the peer closes before.
+    :raises EOFError: if the peer closes first.
     """
     data = bytearray(size)
     view = memoryview(data)
@@ -70,7 +70,7 @@ def recv_exactly(sock: Source, size: int) -> bytes:
 
 
 class BodyReader:
-    """Reads the fields of one message's body off a socket.
+    """Reads the fields of one message's body from a socket.
 
     :param length: of the body, in bytes.
     """
@@ -80,7 +80,7 @@ class BodyReader:
         self.remaining = length
 
     def read_bytes(self, size: int) -> bytes:
-        """So many bytes of the body.
+        """Read some bytes of the body.
 
         :raises ProtocolError: if it does not have them.
         """
@@ -152,7 +152,7 @@ class TableMessage:
 
 
 class Finished:
-    """The client has sent all it had."""
+    """The client has sent everything."""
 
     opcode = FINISHED
     agency_id: int | None = None
@@ -189,7 +189,7 @@ def recv_msg(sock: Source) -> Message:
 
 
 class MessageHandler:
-    """Answers messages; the description's processors have no part in what is measured.
+    """Answers messages. It has no processors, which are not what is measured.
 
     :param one_write: whether an answer is one write.
     """
@@ -198,7 +198,7 @@ class MessageHandler:
         self._one_write = one_write
 
     def handle_message(self, message: Message, sock: socket.socket) -> bool:
-        """Log a message and answer it; whether the connection stays."""
+        """Log a message and answer it; return whether the connection stays."""
         if isinstance(message, Finished):
             return False
         status = STATUS_TEXTS.get(message.batch_status, f"Unknown({message.batch_status})")
@@ -236,7 +236,7 @@ class ConnectionManager:
         self._socket.close()
 
     def accept_connection(self) -> tuple[socket.socket, str]:
-        """Wait for a client; its socket and address."""
+        """Wait for a client; return its socket and address."""
         client, (ip, *_) = self._socket.accept()
         _log.info("action: accept_connections | result: success | ip: %s", ip)
         return client, ip
@@ -244,7 +244,7 @@ class ConnectionManager:
     def create_client_thread(
         self, client: socket.socket, ip: str, handle_message: Callable[..., bool]
     ) -> None:
-        """Serve a client in a thread of its own."""
+        """Serve a client in its own thread."""
         threading.Thread(
             target=self._handle_client_connection,
             args=(client, ip, handle_message),
@@ -304,7 +304,7 @@ class ServerManager:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the server; its first line of output says the port."""
+    """Run the server; its first line of output names the port."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.baseline")
     parser.add_argument("--port", type=int, default=8080, help="0 picks one (default: 8080)")
     parser.add_argument("--log", metavar="FILE", help="log at INFO, to a file; else WARNING")

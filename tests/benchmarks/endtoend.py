@@ -1,4 +1,4 @@
-"""The server as it is run, loaded by another process; the baseline likewise, in turns with it."""
+"""The server as a process, loaded by another one, in turns with the baseline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .servers import Load, Target, measure, orchestrator, thread_per_client
 
 NO_STORE = ("--store", "none")
 MANY = 64
-"""Clients at once."""
+"""The number of clients where there are many."""
 
 _FIRST = 10
 _BACKLOG = 100
@@ -34,17 +34,17 @@ _ROWS = "rows_per_second"
 
 
 def has_compiled_codec() -> bool:
-    """Whether the server will run on the compiled row codec unless it is told not to."""
+    """Whether the server uses the compiled row codec by default."""
     return row_codec.CODEC == "compiled"
 
 
 def throughput(effort: Effort) -> list[Figure]:
-    """Full batches that are decoded and acknowledged, and not stored."""
+    """Full batches that are decoded and acknowledged, but not stored."""
     return [
         *_throughput("1 client", effort.seconds, workload.FULL, effort, clients=1, window=8),
-        # Of 64 that send full batches each has a turn about once in a second on the pure codec,
-        # in which less than a few are no measure. The baseline acknowledges them together, eight
-        # seconds later: it gets smaller ones, which cost it the same.
+        # With full batches, each of 64 clients has a turn about once a second on the pure codec,
+        # so a run needs several seconds. The baseline acknowledges such batches together, after
+        # eight seconds: it gets smaller ones, which cost it as much per byte.
         *_throughput(
             f"{MANY} clients",
             3 * effort.seconds,
@@ -88,7 +88,7 @@ def _by_codec(
     goals: dict[str, float],
     remark: str = "",
 ) -> list[Figure]:
-    """Measure a server on each codec that there is, and the other, in turns."""
+    """Measure a server with each codec, and the other side, in turns."""
     kinds = ["pure", "compiled"] if has_compiled_codec() else ["pure"]
     with ExitStack() as stack:
         targets = [
@@ -112,7 +112,7 @@ def _by_codec(
 
 
 def small_batches(effort: Effort) -> list[Figure]:
-    """Batches of one row from many clients, which show what each message costs."""
+    """Batches of one row from many clients, which show the cost of a message."""
 
     def rate(target: Target) -> float:
         return measure(target, effort.seconds, _BATCHES, clients=MANY, window=8, rows=1)
@@ -131,7 +131,7 @@ def small_batches(effort: Effort) -> list[Figure]:
 
 
 def latency(effort: Effort) -> list[Figure]:
-    """How soon the only batch there is is acknowledged."""
+    """How soon an idle server acknowledges a batch."""
 
     def p99(*arguments: str) -> float:
         with orchestrator(*arguments) as target:
@@ -140,7 +140,7 @@ def latency(effort: Effort) -> list[Figure]:
 
     what = "p99 of a one-row batch, one client, idle server"
     return [
-        Figure(f"{what}, no store", "ms", p99(*NO_STORE), 1.0, Goal(1, most=True), "the limit"),
+        Figure(f"{what}, no store", "ms", p99(*NO_STORE), 1.0, Goal(1, is_max=True), "the limit"),
         Figure(f"{what}, stored", "ms", p99()),
     ]
 
@@ -151,7 +151,7 @@ def _p99(target: Target, effort: Effort, **limit: int) -> float:
 
 
 def durable(effort: Effort) -> list[Figure]:
-    """Rows that are on disk when they are acknowledged, against a plain program's."""
+    """Rows that are on disk when they are acknowledged, against those of a plain program."""
     return [*_durable("1 client", effort, 1), *_durable("8 clients", effort, 8)]
 
 
@@ -170,7 +170,7 @@ def _durable(who: str, effort: Effort, clients: int) -> list[Figure]:
 
 
 def plain_rows_per_second(effort: Effort) -> float:
-    """What a plain program has on disk in the same time: the same rows, a commit a batch."""
+    """The rate at which a plain program stores the same rows, with a commit for each batch."""
     batches = cycle(
         [TableBatch.decode_body(workload.TABLE, body[1:]).rows for body in workload.payloads(4)]
     )
@@ -185,23 +185,23 @@ def plain_rows_per_second(effort: Effort) -> float:
 
 
 def idle(effort: Effort) -> list[Figure]:
-    """What a connection that says nothing takes of the server's memory."""
+    """The server's memory for a connection that sends nothing."""
     connections, threads = effort.count(5000), effort.count(1000)
     with _open_files(connections + 200):
-        most = ("--max-connections", str(connections + 200))
-        ours = memory_of_connection(orchestrator(*NO_STORE, *most), connections)
+        limit = ("--max-connections", str(connections + 200))
+        ours = memory_of_connection(orchestrator(*NO_STORE, *limit), connections)
         other = memory_of_connection(thread_per_client(), threads)
     what = f"memory of an idle connection, of {connections:,}"
     return [
-        Figure(what, "KiB", ours, 4.0, Goal(1, most=True), "the limit"),
+        Figure(what, "KiB", ours, 4.0, Goal(1, is_max=True), "the limit"),
         Figure(what, "KiB", ours, other, remark=f"the baseline, of {threads:,}"),
     ]
 
 
 def memory_of_connection(server: AbstractContextManager[Target], connections: int) -> float:
-    """What each of so many idle connections adds to a server's resident memory, in KiB."""
+    """What an idle connection adds to a server's resident memory, in KiB."""
     with server as target, ExitStack() as stack:
-        # What the first ones load is not the others' due.
+        # The first connections load code, which does not count.
         _connect(target, _FIRST, stack)
         before = _resident_kib(target.pid)
         for start in range(0, connections, _BACKLOG):
@@ -212,7 +212,7 @@ def memory_of_connection(server: AbstractContextManager[Target], connections: in
 
 
 def _connect(target: Target, count: int, stack: ExitStack) -> None:
-    """Open so many connections, and leave it time to accept them."""
+    """Open connections, and give the server time to accept them."""
     for _ in range(count):
         stack.enter_context(socket.create_connection(("127.0.0.1", target.port)))
     time.sleep(_SETTLING)
@@ -227,7 +227,7 @@ def _resident_kib(pid: int) -> int:
 
 @contextmanager
 def _open_files(count: int) -> Iterator[None]:
-    """Let this process, and those it starts, open so many files."""
+    """Raise the limit of open files for this process and its children."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < count:
         raise BenchmarkError(f"{count} files are to be open, {hard} may be: raise `ulimit -Hn`")
@@ -239,20 +239,20 @@ def _open_files(count: int) -> Iterator[None]:
 
 
 def fairness(effort: Effort) -> list[Figure]:
-    """How long a modest client waits while all others send as much as they can."""
-    least = most = 0.0
+    """How long a client that sends little waits while all others send as much as they can."""
+    fewest = most = 0.0
 
     def modest() -> float:
         return _p99(target, effort, bytes=64 * 1024)
 
     def among_others() -> float:
-        nonlocal least, most
-        # They begin before the one that is measured, and end after it.
+        nonlocal fewest, most
+        # The others begin before the measured client, and end after it.
         seconds = effort.seconds + 4
         with Load(target, seconds, warmup=0, clients=MANY - 1, bytes=workload.FULL) as others:
             p99 = modest()
             batches = others.result()["client_batches"]
-        least, most = batches["least"], batches["most"]
+        fewest, most = batches["least"], batches["most"]
         return p99
 
     with orchestrator(*NO_STORE) as target:
@@ -263,11 +263,11 @@ def fairness(effort: Effort) -> list[Figure]:
             "ms",
             waits,
             alone,
-            Goal(10, most=True),
+            Goal(10, is_max=True),
             "alone",
         ),
         Figure(
-            "batches of the least served of the others", "batches", least, most, remark="the most"
+            "batches of the least served of the others", "batches", fewest, most, remark="the most"
         ),
     ]
 

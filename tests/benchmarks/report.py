@@ -1,4 +1,4 @@
-"""What a benchmark comes to, and the one table of them."""
+"""The figures of a benchmark, and the table of all."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ class BenchmarkError(Exception):
 
 
 class Goal(NamedTuple):
-    """What the ratio is to be, ours by the other.
+    """The goal of a ratio, ours by the other.
 
-    :ivar most: whether it is the most that is allowed, rather than the least.
+    :ivar is_max: whether the ratio may be no higher, rather than no lower.
     """
 
     ratio: float
-    most: bool = False
+    is_max: bool = False
 
     def is_met(self, ratio: float) -> bool:
-        """Whether a ratio is as it is to be."""
-        return ratio <= self.ratio if self.most else ratio >= self.ratio
+        """Whether a ratio meets the goal."""
+        return ratio <= self.ratio if self.is_max else ratio >= self.ratio
 
     def __str__(self) -> str:
-        return f"{'≤' if self.most else '≥'} {self.ratio:g}"
+        return f"{'≤' if self.is_max else '≥'} {self.ratio:g}"
 
 
 class Figure(NamedTuple):
     """One row of the table.
 
-    :ivar what: was measured.
+    :ivar what: what was measured.
     :ivar unit: of both figures.
     :ivar ours: ``None`` if it was not measured: :attr:`remark` says why.
-    :ivar other: what it is compared with.
-    :ivar goal: ``None`` where there is none: the figure is for information.
-    :ivar remark: what else there is to say, after the other's figure.
+    :ivar other: the figure that it is compared with.
+    :ivar goal: ``None`` if the figure is for information only.
+    :ivar remark: a note on the other figure.
     """
 
     what: str
@@ -77,11 +77,11 @@ class Figure(NamedTuple):
 
 
 class Effort(NamedTuple):
-    """How much is done for a figure.
+    """How much work goes into a figure.
 
     :ivar seconds: of load in each run of a server.
     :ivar repeat: how often each side is measured, in turns; the figures are medians.
-    :ivar scale: of what is done in one run of a micro-benchmark, and of the idle connections.
+    :ivar scale: of the work in one run of a micro-benchmark, and of the idle connections.
     """
 
     seconds: float = 3.0
@@ -89,11 +89,11 @@ class Effort(NamedTuple):
     scale: float = 1.0
 
     def count(self, full: int) -> int:
-        """So many of something, scaled; one at least."""
+        """Scale a count; the result is at least one."""
         return max(1, round(full * self.scale))
 
     def interleave(self, *measures: Callable[[], float]) -> tuple[float, ...]:
-        """Measure all in turns, so that what else the machine does falls on all of them.
+        """Measure all in turns, so that other work of the machine affects all of them.
 
         :return: the median of what each returned.
         """
@@ -105,7 +105,7 @@ Benchmark = Callable[[Effort], Sequence[Figure]]
 
 
 def table(figures: Sequence[Figure], *, markdown: bool) -> str:
-    """All figures, one a line."""
+    """All figures, one in each line."""
     rows = [figure.cells() for figure in figures]
     if markdown:
         lines = [HEADINGS, ("---",) * len(HEADINGS), *rows]
@@ -118,7 +118,7 @@ def table(figures: Sequence[Figure], *, markdown: bool) -> str:
 
 
 def machine() -> str:
-    """What it was measured on, in one line."""
+    """The machine and the versions, in one line."""
     return ", ".join(
         (
             _cpu_model(),

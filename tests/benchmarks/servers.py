@@ -1,4 +1,4 @@
-"""Both servers as processes, and the load generator, which is another."""
+"""Both servers and the load generator, as processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from . import workload
 from .report import BenchmarkError
 
 PATIENCE = 120.0
-"""How long, in seconds, a load may take to end after its time: the baseline owes much then."""
+"""How long, in seconds, a load may take to end after its time: the baseline is late then."""
 
 _ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("CAFEORCH_")} | {
     "PYTHONPATH": str(ROOT)
@@ -26,9 +26,9 @@ _ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("CAFEORC
 
 
 class Target(NamedTuple):
-    """A server that runs.
+    """A running server.
 
-    :ivar framing: what it speaks.
+    :ivar framing: the name of the framing that it speaks.
     """
 
     port: int
@@ -41,7 +41,7 @@ def orchestrator(*arguments: str, pure: bool = False) -> Iterator[Target]:
     """``twistd -n cafeorch`` in a temporary folder, its log in a file there.
 
     :param arguments: after the word ``cafeorch``.
-    :param pure: without the compiled row codec.
+    :param pure: whether it uses the row codec in Python.
     :raises BenchmarkError: if it does not start.
     """
     environment = _ENVIRONMENT | ({"CAFEORCH_PURE": "1"} if pure else {})
@@ -50,7 +50,7 @@ def orchestrator(*arguments: str, pure: bool = False) -> Iterator[Target]:
         server = Server(
             Path(folder), FOREGROUND, ["cafeorch", "--port", str(port), *arguments], environment
         )
-        # At --log-level warn it does not say where it listens.
+        # At --log-level warn it does not log its port.
         server.port = port
         try:
             wait_until(lambda: server.gone() or server.accepts(), "the server listens")
@@ -65,9 +65,9 @@ def orchestrator(*arguments: str, pure: bool = False) -> Iterator[Target]:
 
 @contextmanager
 def thread_per_client(*arguments: str) -> Iterator[Target]:
-    """The baseline at its best: on one core, its answers in one piece.
+    """The baseline at its best: on one core, with answers in one write.
 
-    Its threads hold each other up on two cores.
+    On two cores its threads block each other.
 
     :param arguments: more options of :mod:`~tests.benchmarks.baseline`.
     :raises BenchmarkError: if it does not start.
@@ -86,20 +86,19 @@ def thread_per_client(*arguments: str) -> Iterator[Target]:
             assert process.stdout is not None
             line = process.stdout.readline()
             if not line:
-                raise BenchmarkError("the baseline does not start: what is wrong stands above")
+                raise BenchmarkError("the baseline does not start: its error is above")
             yield Target(int(line.split()[-1]), process.pid, "opcode-first")
         finally:
             process.kill()
 
 
 class Load:
-    """The load generator at work; leaving its context ends it.
+    """The load generator, as a process; leaving the context ends it.
 
-    :param target: what is loaded.
-    :param seconds: that are measured.
-    :param warmup: seconds of load before.
-    :param limit: ``rows`` or ``bytes``: of a batch.
-    :raises BenchmarkError: if the load generator is not there.
+    :param target: the server.
+    :param seconds: how long to measure.
+    :param warmup: seconds of load before that.
+    :param limit: ``rows`` or ``bytes`` of a batch.
     """
 
     def __init__(
@@ -143,9 +142,9 @@ class Load:
             self._process.kill()
 
     def result(self) -> dict[str, Any]:
-        """Wait for its end: what it has measured.
+        """Wait for its end, and return what it measured.
 
-        :raises BenchmarkError: if anything was not acknowledged.
+        :raises BenchmarkError: if a batch was not acknowledged.
         """
         try:
             output, errors = self._process.communicate(timeout=self._deadline)
@@ -156,12 +155,12 @@ class Load:
         (run,) = json.loads(output)["runs"]
         measured: dict[str, Any] = run
         if not measured["batches"]:
-            raise BenchmarkError("no batch was acknowledged in time: say more --seconds")
+            raise BenchmarkError("no batch was acknowledged in time: raise --seconds")
         return measured
 
 
 def measure(target: Target, seconds: float, figure: str, **options: Any) -> float:
-    """Load a server: one figure of what came of it.
+    """Load a server, and return one figure of the result.
 
     :param options: of :class:`Load`.
     """

@@ -1,4 +1,4 @@
-"""What is measured with: batches of transactions, the widest rows of which there are many."""
+"""The batches that all benchmarks use: transactions, which are many and have the widest rows."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from cafeteria_orch.wire.tables import TRANSACTIONS
 TABLE = TRANSACTIONS
 
 SEED = 1
-"""Given to the load generator too: what it sends is what is measured here."""
+"""The load generator gets it too, and so sends the same batches."""
 
 FULL = DEFAULT_MAX_FRAME_BYTES
 """The size of a full batch, in bytes of its frame."""
 
 
 def payloads(batches: int, size: int = FULL, rows: float = inf) -> list[bytes]:
-    """Some batches: opcode and body. The keys stand in another order in each row.
+    """Some batches: opcode and body. Each row has its keys in another order.
 
-    :param size: of a frame at most, in bytes.
-    :param rows: of a batch at most.
+    :param size: the maximum of a frame, in bytes.
+    :param rows: the maximum of a batch.
     """
     chance = Random(SEED)
     return [

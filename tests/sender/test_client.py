@@ -1,4 +1,4 @@
-"""The sending side: what it writes, and which answer belongs to which message."""
+"""The client: what it writes, and how it pairs answers with messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CLIENT = UUID(int=7)
 
 
 class ClientCase(SynchronousTestCase):
-    """A test with a client that is connected to nothing but the test."""
+    """A client that is connected to the test."""
 
     def setUp(self) -> None:
         self.client = OrchestratorClient()
@@ -52,7 +52,7 @@ class ClientCase(SynchronousTestCase):
         return [self.client.send_batch(USERS, [USER_ROW], number) for number in range(count)]
 
     def lose(self, reason: Exception) -> None:
-        """The connection is gone."""
+        """End the connection."""
         self.client.connectionLost(Failure(reason))
 
 
@@ -60,17 +60,14 @@ class Sending(ClientCase):
     """What goes over the wire."""
 
     def assert_sent(self, sent: bytes) -> None:
-        """So much was written, and no more."""
+        """Exactly these bytes were written."""
         self.assertEqual(self.transport.value(), sent)
         self.transport.clear()
 
     def test_batch(self) -> None:
-        """A batch is one frame, with its number and its status."""
+        """A batch is one frame, with its number and its status; its rows may be any iterable."""
         self.client.send_batch(USERS, [USER_ROW, USER_ROW], batch_number=3, status=1)
         self.assert_sent(batch_frame(rows=[USER_ROW] * 2, batch_number=3, status=1))
-
-    def test_batch_by_default(self) -> None:
-        """A batch is not the last one unless that is said; its rows may be any iterable."""
         self.client.send_batch(USERS, iter([USER_ROW]), 1)
         self.assert_sent(batch_frame(status=0))
 
@@ -82,7 +79,7 @@ class Sending(ClientCase):
         self.assert_sent(batch_frame(table=TRANSACTIONS, rows=[row]))
 
     def test_other_messages(self) -> None:
-        """Each message is the frame that the wire says."""
+        """Each message is the frame of the wire's definition."""
         self.client.send_hello(CLIENT)
         self.assert_sent(frame(b"\x1e" + CLIENT.bytes))
         self.client.send_eof(MENU_ITEMS)
@@ -96,13 +93,8 @@ class Sending(ClientCase):
         self.client.finish(-2)
         self.assert_sent(frame(b"\x03\xfe\xff\xff\xff"))
 
-    def test_finish_without_an_agency(self) -> None:
-        """Who has no number does not tell one."""
-        self.client.finish()
-        self.assert_sent(frame(b"\x03"))
-
     def test_finish_twice(self) -> None:
-        """A second FINISHED is a mistake of the program: it is told, and nothing is sent."""
+        """A second FINISHED is a mistake of the program: it raises, and sends nothing."""
         self.client.finish()
         self.assert_sent(frame(b"\x03"))
         self.assertRaises(RuntimeError, self.client.finish)
@@ -152,7 +144,7 @@ class Answers(ClientCase):
         self.assertEqual(self.successResultOf(answer), BatchRecvFail(3))
 
     def test_every_message_has_one(self) -> None:
-        """HELLO, EOF and messages of one's own are answered as batches are."""
+        """HELLO, EOF and other messages are answered as batches are."""
         deferreds = [
             self.client.send_hello(CLIENT),
             self.client.send_eof(USERS),
@@ -172,7 +164,7 @@ class Answers(ClientCase):
         self.assertEqual(self.successResultOf(second), RawMessage(8, b""))
 
     def test_sending_from_an_answer(self) -> None:
-        """What an answer's callback sends takes its place behind what was sent before."""
+        """The callback of an answer may send a message; its turn is after the earlier ones."""
         answers: list[Any] = []
         first, second = self.send(2)
         first.addCallback(lambda _: self.client.send_eof(USERS).addCallback(answers.append))
@@ -181,7 +173,7 @@ class Answers(ClientCase):
         self.assertEqual(answers, [BatchRecvFail(1), BatchRecvFail(2)])
 
     def test_of_the_server(self) -> None:
-        """What the server writes is what the client reads, and the other way round."""
+        """The client and the server understand each other."""
         factory = OrchestratorFactory(Clock())
         factory.register_processor(
             40, lambda message, client: responses.send(client, 41, message.body)
@@ -203,7 +195,7 @@ class Answers(ClientCase):
 
 
 class NoAnswers(ClientCase):
-    """A server that sends what is no answer is no server."""
+    """A server that sends something that is not an answer is no orchestrator."""
 
     def assert_refused(self, data: bytes, messages: int = 1) -> None:
         """The connection is aborted, and every message fails with ``ProtocolError``."""
@@ -234,8 +226,8 @@ class NoAnswers(ClientCase):
         self.assert_refused(b"\x00\x10\x00\x01\x01")
         self.assert_refused(b"\xff\xff\xff\xff")
 
-    def test_those_before_it_count(self) -> None:
-        """What was answered before the nonsense came was answered."""
+    def test_answers_before_it_count(self) -> None:
+        """Messages that were answered before it were answered."""
         first, second = self.send(2)
         self.client.dataReceived(SUCCESS + frame(b""))
         self.assertEqual(self.successResultOf(first), BatchRecvSuccess())
@@ -247,7 +239,7 @@ class Ending(ClientCase):
     """How a connection ends."""
 
     def test_finished(self) -> None:
-        """Finishing is done when the server closes with nothing owed."""
+        """It has finished when the server closes with every answer sent."""
         (answer,) = self.send()
         finished = self.client.finish(1)
         self.client.dataReceived(SUCCESS)
@@ -256,8 +248,15 @@ class Ending(ClientCase):
         self.lose(ConnectionDone())
         self.assertIsNone(self.successResultOf(finished))
 
+    def test_cut(self) -> None:
+        """A lost connection is no finish, even with every answer there."""
+        finished = self.client.finish()
+        self.assertEqual(self.transport.value(), frame(b"\x03"))
+        self.lose(ConnectionLost())
+        self.failureResultOf(finished, ConnectionLost)
+
     def test_answers_owed(self) -> None:
-        """A close with answers owed is a lost connection, for them and for the finish."""
+        """A close before all answers is a lost connection, for these and for the finish."""
         for reason in (ConnectionDone(), ConnectionLost()):
             self.setUp()
             answered, *owed = self.send(3)
@@ -269,21 +268,8 @@ class Ending(ClientCase):
                 failure = self.failureResultOf(deferred, ConnectionLost)
                 self.assertIn("2 messages unanswered", str(failure.value))
 
-    def test_cut(self) -> None:
-        """A cut is no finish, even with nothing owed."""
-        finished = self.client.finish()
-        self.lose(ConnectionLost())
-        self.failureResultOf(finished, ConnectionLost)
-
-    def test_closed_before_the_finish(self) -> None:
-        """A server that closes of itself leaves nothing unhandled."""
-        (answer,) = self.send()
-        self.client.dataReceived(SUCCESS)
-        self.lose(ConnectionDone())
-        self.successResultOf(answer)
-
     def test_sending_afterwards(self) -> None:
-        """What is sent when the connection is gone fails, and nothing is written."""
+        """What is sent after the connection has ended fails, and nothing is written."""
         for reason in (ConnectionDone(), ConnectionLost()):
             self.setUp()
             self.lose(reason)
@@ -300,7 +286,7 @@ class Ending(ClientCase):
             self.assertEqual(self.transport.value(), b"")
 
     def test_sending_from_a_lost_one(self) -> None:
-        """What the errback of a lost message sends fails too, instead of waiting for ever."""
+        """What the errback of a lost message sends fails too; it does not wait for ever."""
         again: list[Deferred[Any]] = []
         (answer,) = self.send()
         answer.addErrback(lambda _: again.extend(self.send()))
@@ -309,7 +295,7 @@ class Ending(ClientCase):
         self.failureResultOf(again[0], ConnectionLost)
 
     def test_cancelled(self) -> None:
-        """Whoever gives up waiting for an answer does not shift those of the others."""
+        """An answer that nobody waits for any more does not shift those of the others."""
         first, second = self.send(2)
         first.cancel()
         self.failureResultOf(first)

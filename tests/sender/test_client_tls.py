@@ -32,8 +32,7 @@ from cafeteria_orch.wire.messages import BatchRecvSuccess
 from cafeteria_orch.wire.opcodes import Opcode
 from tests.support.builders import DATA, Pending, send_options, until
 from tests.support.disks import make_folder
-
-from .test_send import Sent
+from tests.support.scripted import Sent
 
 # Its type is that of a module, which has none of a reactor's methods.
 reactor: Any = installed_reactor

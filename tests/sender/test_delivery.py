@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import signal
-import socket
-import subprocess
-import sys
 from functools import partial
 from itertools import count, pairwise
+from typing import Any
+
+from twisted.internet import error as errors
 
 from cafeteria_orch.sender import delivery
 from cafeteria_orch.sender.cli import STATE_NAME
 from cafeteria_orch.wire.messages import decode
 from cafeteria_orch.wire.opcodes import Opcode
 from tests.support import scripted
-from tests.support.disks import DEADLINE, ENVIRONMENT
 from tests.support.scripted import (
     CLOSE,
     CUT,
     IGNORE,
+    REJECT,
     SUCCEED,
     Reaction,
     Script,
@@ -33,10 +32,10 @@ def is_batch(payload: bytes, number: int) -> bool:
     return numbers(batches([payload])) == [number]
 
 
-class CompleteTests(SenderTestCase):
+class OrderTests(SenderTestCase):
     """Nothing goes wrong."""
 
-    def test_all(self) -> None:
+    def test_order_of_messages(self) -> None:
         """HELLO, the batches of each table in turn, its end; FINISHED with the agency."""
         self.write_users()
         self.write_stores()
@@ -49,10 +48,36 @@ class CompleteTests(SenderTestCase):
         self.assertEqual(self.server.ends(), ["stores", "users"])
         self.assertEqual(numbers(link.acknowledged[1:3]), [1, 2])
         self.assertEqual(cells(self.server.batches()[2:]), [str(row) for row in range(10)])
-        self.assertRegex(self.output, r"acknowledged +2 +14 +7 ")
+        self.assertEqual(self.problems(), [])
 
-    def test_run_again(self) -> None:
-        """When all was acknowledged, a run needs no server, and says why."""
+    def test_summary(self) -> None:
+        """It ends with what was acknowledged, by table and in all: files, rows, batches, bytes."""
+        self.write_users("users-1.csv", range(3))
+        self.write_users("users-2.csv", [])
+        self.write_stores(rows=range(1))
+        self.send()
+        stores, *users = map(len, self.server.batches())
+        self.assertEqual(
+            [line.split()[:5] for line in self.output.splitlines()[-4:]],
+            [
+                ["table", "files", "rows", "batches", "bytes"],
+                ["stores", "1", "1", "1", str(stores)],
+                ["users", "2", "3", "3", str(sum(users))],
+                ["acknowledged", "3", "4", "4", str(stores + sum(users))],
+            ],
+        )
+
+    def test_limits_of_a_batch(self) -> None:
+        """No batch has more rows or bytes than it may."""
+        self.write_users(rows=range(50))
+        self.assertEqual(self.send("--batch-rows=4", "--max-frame-bytes=300"), 0)
+        sizes = [(decode(batch).amount, len(batch)) for batch in self.server.batches()]
+        for amount, size in sizes:
+            self.assertLessEqual(amount, 4)
+            self.assertLessEqual(size, 300)
+
+    def test_acknowledged_files_are_not_sent_again(self) -> None:
+        """The run calls no server, and says why; without its state it sends all, as another."""
         self.write_users()
         self.send()
         self.assertEqual(self.send(), 0)
@@ -61,9 +86,14 @@ class CompleteTests(SenderTestCase):
         self.assertIn(
             f"All had been acknowledged before. To send all anew, remove {state}.", self.output
         )
+        state.unlink()
+        self.assertEqual(self.send(), 0)
+        first, second = (link.payloads for link in self.server.links)
+        self.assertEqual(first[1:], second[1:])
+        self.assertNotEqual(first[0], second[0])
 
     def test_new_file(self) -> None:
-        """A new file of a table goes on with its numbers, and the end is sent again."""
+        """A new file of a table continues its numbers, and the end is sent again."""
         self.write_users()
         self.write_stores()
         self.send()
@@ -75,16 +105,16 @@ class CompleteTests(SenderTestCase):
         self.assertEqual(cells(self.server.batches())[4:], [str(row) for row in range(15)])
 
     def test_window(self) -> None:
-        """As many batches are on their way at once as the window says, and no more."""
+        """As many batches are unanswered at once as the window says, and no more."""
         self.write_users(rows=range(50))
         for window in (1, 3):
-            (self.folder / STATE_NAME).unlink(missing_ok=True)
+            self.forget()
             self.send(f"--window={window}")
-            self.assertEqual(self.server.links[-1].most_unanswered, window)
+            self.assertEqual(self.server.links[-1].max_unanswered, window)
 
 
 class CutTests(SenderTestCase):
-    """The connection does not last."""
+    """The connection is lost, or the user interrupts the run."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -93,12 +123,12 @@ class CutTests(SenderTestCase):
         self.rows = [*range(4), *range(10)]
 
     def script_at(self, message: int, reaction: Reaction) -> Script:
-        """React in a way to one of all the messages that come, counted from 0."""
+        """React to one message, counted from 0."""
         counter = count()
         return lambda _: reaction if next(counter) == message else None
 
     def assert_all_arrived(self) -> None:
-        """Every batch was acknowledged, and wherever it was sent again it was the same."""
+        """Every batch was acknowledged; one that was sent again had the same bytes."""
         by_number: dict[tuple[int, int], set[bytes]] = {}
         for payload in self.server.batches():
             key = payload[0], decode(payload).batch_number
@@ -116,8 +146,7 @@ class CutTests(SenderTestCase):
     def test_cut_anywhere(self) -> None:
         """A cut before any answer, even that of the end: the same numbers and bytes again."""
         for message in range(11):
-            (self.folder / STATE_NAME).unlink(missing_ok=True)
-            self.server.links.clear()
+            self.forget()
             self.server.script = self.script_at(message, CUT)
             self.assertEqual(self.send(), 0, self.output)
             self.assertEqual(len(self.server.links), 2)
@@ -126,32 +155,42 @@ class CutTests(SenderTestCase):
     def test_cut_after_commit(self) -> None:
         """The same where the server has stored the batch and only its answer was lost."""
         for message in range(1, 8):
-            (self.folder / STATE_NAME).unlink(missing_ok=True)
-            self.server.links.clear()
+            self.forget()
             self.server.script = self.script_at(message, Reaction(SUCCEED, CUT.end))
             self.assertEqual(self.send(), 0, self.output)
             self.assert_all_arrived()
 
-    def test_acknowledged_is_not_sent_again(self) -> None:
-        """What was acknowledged before the cut stays so."""
+    def test_acknowledged_batches_are_not_sent_again(self) -> None:
+        """After a cut the rest is sent."""
         self.server.script = lambda payload: (
             CUT if is_batch(payload, 4) and len(self.server.links) == 1 else None
         )
         self.assertEqual(self.send("--window=1"), 0)
         self.assertEqual(numbers(batches(self.server.links[1].payloads)), [4, 5])
 
+    def test_the_reactor_has_turns_while_acknowledged_batches_are_passed_over(self) -> None:
+        """One turn at least for each: answers, timeouts and Ctrl-C are not kept waiting."""
+        self.write_users(rows=range(200))
+        self.server.script = lambda payload: REJECT if is_batch(payload, 100) else None
+        self.send()
+        self.server.script = lambda _: None
+        before = self.clock.turns
+        self.assertEqual(self.send(), 0)
+        self.assertEqual(numbers(batches(self.server.links[1].payloads)), [100])
+        self.assertGreater(self.clock.turns - before, 99)
+
     def test_window_after_cuts(self) -> None:
-        """The window holds on each of the connections, and is used on each."""
+        """Each of the connections uses the whole window, and no more."""
         self.write_users("users-2.csv", range(10, 110))
         counter = count(1)
         self.server.script = lambda _: CUT if next(counter) % 12 == 0 else None
         self.assertEqual(self.send("--window=4"), 0)
         self.assertGreater(len(self.server.links), 4)
-        self.assertEqual({link.most_unanswered for link in self.server.links[:4]}, {4})
-        self.assertLessEqual(max(link.most_unanswered for link in self.server.links), 4)
+        self.assertEqual({link.max_unanswered for link in self.server.links[:4]}, {4})
+        self.assertLessEqual(max(link.max_unanswered for link in self.server.links), 4)
 
     def test_close_by_the_server(self) -> None:
-        """A server that closes in good order, to be restarted, is no different."""
+        """A server that closes the connection cleanly, to restart, is no different."""
         self.server.script = self.script_at(3, CLOSE)
         self.assertEqual(self.send(), 0)
         self.assert_all_arrived()
@@ -162,44 +201,22 @@ class CutTests(SenderTestCase):
     def test_interrupt(self) -> None:
         """Ctrl-C ends it at once, wherever it is; the next run sends the rest."""
         for message in range(1, 11):
-            (self.folder / STATE_NAME).unlink(missing_ok=True)
-            self.server.links.clear()
+            self.forget()
             self.assertEqual(self.send(interrupt=partial(self.has_received, message)), 1)
             self.assertIn("cafeorch-send: interrupted; run it again to send the rest", self.output)
             self.assertEqual(self.send(), 0)
             self.assert_all_arrived()
 
-    def test_sigint(self) -> None:
-        """The same with the real thing: status 1, one line, and soon."""
-        with socket.create_server(("127.0.0.1", 0)) as silent:
-            connect = f"--connect=tcp:127.0.0.1:{silent.getsockname()[1]}"
-            command = [sys.executable, "-c", "from cafeteria_orch.sender.cli import main; main()"]
-            with subprocess.Popen(
-                [*command, str(self.folder), connect],
-                env=ENVIRONMENT,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            ) as sender:
-                self.addCleanup(sender.kill)
-                silent.settimeout(DEADLINE)
-                silent.accept()[0].close()
-                silent.accept()[0].close()
-                sender.send_signal(signal.SIGINT)
-                _, output = sender.communicate(timeout=DEADLINE)
-        self.assertEqual(sender.returncode, 1)
-        self.assertRegex(output, r"\ncafeorch-send: interrupted; run it again to send the rest\n$")
-
     def test_interrupt_while_away(self) -> None:
-        """The same while there is no server to send anything to."""
+        """The same while it connects, and between two attempts."""
         self.server.is_away = True
-        self.assertEqual(self.send(interrupt=lambda: self.clock.seconds() > 3), 1)
-        self.assertIn("interrupted", self.output)
-        self.assertLess(self.clock.seconds(), 20)
+        for end in (lambda: self.server.attempts, lambda: self.clock.seconds() > 3):
+            self.assertEqual(self.send(interrupt=end), 1)
+            self.assertIn("interrupted", self.problems()[-1])
+            self.assertLess(self.clock.seconds(), 20)
 
     def test_other_options(self) -> None:
-        """A file that was begun is cut as it was, whatever the options say now."""
+        """A file that was begun keeps its batches, whatever the options are now."""
         self.send(interrupt=lambda: len(self.server.acknowledged()) >= 4)
         self.write_users("users-2.csv", range(10, 20))
         self.rows += range(10, 20)
@@ -219,7 +236,7 @@ class AwayTests(SenderTestCase):
         self.patch(delivery, "ANSWER_TIMEOUT", 5.0)
 
     def assert_gave_up(self, after: float, why: str) -> None:
-        """One clear reason, at about the time that was said."""
+        """It gave up in time, with one clear reason."""
         self.assertGreaterEqual(self.clock.seconds(), after)
         self.assertLess(self.clock.seconds(), after + 25)
         last = self.output.splitlines()[-1]
@@ -230,7 +247,7 @@ class AwayTests(SenderTestCase):
         self.assertNotIn("Traceback", self.output)
 
     def test_away(self) -> None:
-        """It tries again, less and less often, and gives up in time."""
+        """It says that it tries again, does so less and less often, and gives up in time."""
         self.server.is_away = True
         self.assertEqual(self.send("--retry-for=60"), 1)
         self.assert_gave_up(60, "Connection was refused")
@@ -238,13 +255,39 @@ class AwayTests(SenderTestCase):
         self.assertGreater(len(waits), 4)
         self.assertLess(len(waits), 40)
         self.assertGreater(waits[-1], 3 * waits[0])
+        first, *_ = self.output.splitlines()
+        self.assertRegex(
+            first, r"^cafeorch-send: Connection was refused.* Trying again for 60 s\.$"
+        )
 
-    def test_no_patience(self) -> None:
+    def test_without_retries_a_server_that_is_away_is_one_line(self) -> None:
         """With --retry-for 0 the first failure is the last."""
         self.server.is_away = True
-        self.assertEqual(self.send("--retry-for=0"), 1)
-        self.assert_gave_up(0, "Connection was refused")
-        self.assertEqual(len(self.server.attempts), 1)
+        for refusal in (
+            errors.ConnectionRefusedError(),
+            errors.TimeoutError(),
+            errors.DNSLookupError("no-such-host.invalid"),
+        ):
+            self.server.refusal = refusal
+            self.assertEqual(self.send("--retry-for=0"), 1)
+            self.assert_gave_up(0, str(refusal).rstrip("."))
+            self.assertEqual(len(self.problems()), 1)
+            self.assertRegex(self.output, r"(?m)^acknowledged +1 +0 +0 +0 in ")
+        self.assertEqual(len(self.server.attempts), 3)
+
+    def test_without_retries_a_lost_connection_is_one_line(self) -> None:
+        """So it is before a batch is answered, and while the server's close is awaited."""
+        for opcode, end, acknowledged in (
+            (Opcode.NEW_USERS, CUT, 0),
+            (Opcode.NEW_USERS, CLOSE, 0),
+            (Opcode.FINISHED, CUT, 5),
+        ):
+            self.forget()
+            self.server.script = partial(self.react_at_first, opcode, end)
+            self.assertEqual(self.send("--retry-for=0"), 1)
+            self.assert_gave_up(0, "Connection")
+            self.assertEqual(len(self.problems()), 1)
+            self.assertRegex(self.output, rf"(?m)^users +1 +\d+ +{acknowledged} ")
 
     def test_comes_back(self) -> None:
         """A server that comes in time gets everything."""
@@ -253,8 +296,8 @@ class AwayTests(SenderTestCase):
         self.assertEqual(self.send("--retry-for=60"), 0)
         self.assertEqual(numbers(self.server.acknowledged()), [1, 2, 3, 4, 5])
 
-    def test_patience_is_renewed(self) -> None:
-        """The time counts from the last acknowledgement: slow is not away."""
+    def test_the_time_counts_from_the_last_acknowledgement(self) -> None:
+        """A server that is slow is not given up."""
 
         def script(payload: bytes) -> Reaction | None:
             if batches([payload]):
@@ -268,46 +311,32 @@ class AwayTests(SenderTestCase):
         self.assertGreater(self.clock.seconds(), 4 * 45)
 
     def test_no_answers(self) -> None:
-        """A server that takes batches and never answers is given up, and tried again."""
+        """A connection without answers is given up, and the server tried again."""
         self.server.script = lambda payload: IGNORE if batches([payload]) else None
         self.assertEqual(self.send("--retry-for=20"), 1)
         self.assert_gave_up(20, "Connection")
         self.assertGreater(len(self.server.links), 2)
 
-    def test_no_answer_once(self) -> None:
-        """The same where the next connection is better."""
-        self.server.script = lambda payload: (
-            IGNORE if batches([payload]) and len(self.server.links) == 1 else None
-        )
-        self.assertEqual(self.send(), 0)
-        self.assertEqual(len(self.server.links), 2)
-        self.assertLess(self.clock.seconds(), 10)
+    def react_at_first(self, opcode: Opcode, reaction: Reaction, payload: bytes) -> Any:
+        """React to a message on the first connection."""
+        return reaction if payload[0] == opcode and len(self.server.links) == 1 else None
 
-    def ignore_at_first(self, opcode: Opcode, payload: bytes) -> Reaction | None:
-        return IGNORE if payload[0] == opcode and len(self.server.links) == 1 else None
-
-    def test_no_answer_to_other_messages(self) -> None:
-        """The same with HELLO, the end of a table, and FINISHED."""
-        for opcode in (Opcode.CLIENT_HELLO, Opcode.EOF, Opcode.FINISHED):
-            (self.folder / STATE_NAME).unlink(missing_ok=True)
-            self.server.links.clear()
-            self.server.script = partial(self.ignore_at_first, opcode)
+    def test_no_answer_on_one_connection(self) -> None:
+        """The next one sends the rest, whichever message the server has not answered."""
+        for opcode in (Opcode.CLIENT_HELLO, Opcode.NEW_USERS, Opcode.EOF, Opcode.FINISHED):
+            self.forget()
+            began = self.clock.seconds()
+            self.server.script = partial(self.react_at_first, opcode, IGNORE)
             self.assertEqual(self.send(), 0, self.output)
+            self.assertLess(self.clock.seconds() - began, 10)
             self.assertEqual(len(self.server.links), 2)
+            # Nothing comes after a message that has to be answered first.
+            self.assertEqual(self.server.links[0].payloads[-1][0], opcode)
             self.assertEqual(set(numbers(self.server.acknowledged())), {1, 2, 3, 4, 5})
 
     def test_slow_answers(self) -> None:
-        """A server that is slow but answers is not given up."""
+        """A server that answers in time keeps its connection."""
         self.patch(delivery, "ANSWER_TIMEOUT", 1.0)
         self.patch(scripted, "LATENCY", 0.45)
         self.assertEqual(self.send("--window=1"), 0)
         self.assertEqual(len(self.server.links), 1)
-
-    def test_says_what_it_waits_for(self) -> None:
-        """While it tries again it says why, and for how long it will."""
-        self.server.is_away = True
-        self.send("--retry-for=60")
-        first = self.output.splitlines()[0]
-        self.assertRegex(
-            first, r"^cafeorch-send: Connection was refused.* Trying again for 60 s\.$"
-        )

@@ -1,4 +1,4 @@
-"""The agencies' CSV files: which there are, what rows they have, what batches they make."""
+"""The agencies' CSV files: how they are found, read, and cut into batches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import os
 import sys
 from collections.abc import Iterable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from tests.support.strategies import I64, rows, tables
 
 HEADER = b"user_id,gender,birthdate,registered_at\n"
 LINE = b"7,female,2003-06-13,2024-01-11 17:50:12\n"
-MOST = 1_048_576
+MIB = 1_048_576
 
 
 class ExportCase(SynchronousTestCase):
@@ -60,7 +61,7 @@ class Finding(ExportCase):
     """Which files of a folder belong to which table."""
 
     def find(self, *names: str, inside: str = "") -> dict[str, str]:
-        """Make these files, and find them: which table each belongs to, if any."""
+        """Make these files and find them: the name of each one's table, empty without one."""
         for name in names:
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,29 +95,24 @@ class Finding(ExportCase):
             ],
         )
 
-    def test_by_the_file(self) -> None:
-        """A file's own name counts, with or without something behind it."""
-        found = self.find("users.csv", "transactions_202401.csv", "transaction_items-x.csv")
-        self.assertEqual(
-            found,
-            {
-                "users.csv": "users",
-                "transactions_202401.csv": "transactions",
-                "transaction_items-x.csv": "transaction_items",
-            },
-        )
-
-    def test_by_the_folder(self) -> None:
-        """A folder around it counts, however far out."""
-        found = self.find("users/january.csv", "stores/2024/01/a.csv", "menu_items_old/b.csv")
-        self.assertEqual(
-            found,
-            {
-                "users/january.csv": "users",
-                "stores/2024/01/a.csv": "stores",
-                "menu_items_old/b.csv": "menu_items",
-            },
-        )
+    def test_table_of_a_file(self) -> None:
+        """The file's name comes first, then that of each folder around it, the nearest first."""
+        expected = {
+            "users.csv": "users",
+            "transactions_202401.csv": "transactions",
+            "transaction_items-x.csv": "transaction_items",
+            "users/january.csv": "users",
+            "stores/2024/01/a.csv": "stores",
+            "menu_items_old/b.csv": "menu_items",
+            "users/stores.csv": "stores",
+            "users/stores/a.csv": "stores",
+            "stores/users_1/x/a.csv": "users",
+            # These are named for no table: an error names each, and nothing is guessed.
+            "usersx.csv": "",
+            "old/my_users.csv": "",
+            "transaction.csv": "",
+        }
+        self.assertEqual(self.find(*expected), expected)
 
     def test_order(self) -> None:
         """They come by table, and within one in the order of their paths."""
@@ -127,62 +123,33 @@ class Finding(ExportCase):
             paths, ["b/menu_items.csv", "a/stores_2.csv", "b/stores.csv", "a/users.csv"]
         )
 
-    def test_nearest_first(self) -> None:
-        """The file's name comes before its folder's, and that before the next one's."""
-        found = self.find("users/stores.csv", "users/stores/a.csv", "stores/users_1/x/a.csv")
-        self.assertEqual(
-            found,
-            {
-                "users/stores.csv": "stores",
-                "users/stores/a.csv": "stores",
-                "stores/users_1/x/a.csv": "users",
-            },
-        )
-
     def test_the_folder_itself(self) -> None:
-        """The folder that is asked for may itself be named for a table; those above may not."""
+        """The name of the folder that is sent counts; those of the folders above it do not."""
         self.assertEqual(self.find("users/a.csv", inside="users"), {"a.csv": "users"})
         self.assertEqual(self.find("stores/x/a.csv", inside="stores/x"), {"a.csv": ""})
 
     def test_the_working_directory(self) -> None:
-        """Nor does it have to be called by its name."""
+        """It counts too where the folder is not called by its name."""
         self.find("users/a.csv")
         self.addCleanup(os.chdir, Path.cwd())
         os.chdir(self.folder / "users")
         exports, errors = find_exports(Path())
         self.assertEqual(([export.table for export in exports], errors), ([USERS], []))
 
-    def test_unknown(self) -> None:
-        """A file that is named for no table is an error that names it, not a guess."""
-        found = self.find("usersx.csv", "old/my_users.csv", "transaction.csv", "users_1.csv")
-        self.assertEqual(
-            found,
-            {
-                "usersx.csv": "",
-                "old/my_users.csv": "",
-                "transaction.csv": "",
-                "users_1.csv": "users",
-            },
-        )
-
     def test_endings(self) -> None:
-        """CSV files are those that end so, in capitals too; folders and others are none."""
+        """A CSV file ends in .csv, in capitals too; folders and other files do not count."""
         (self.folder / "stores.csv").mkdir()
         found = self.find("users.CSV", "users.txt", "users.csv.gz", "users", "stores.csv/a.Csv")
         self.assertEqual(found, {"users.CSV": "users", "stores.csv/a.Csv": ""})
 
     def test_links(self) -> None:
-        """A link is a file of the folder in which it lies, wherever it leads."""
+        """A link belongs to the folder that holds it, wherever it leads."""
         elsewhere = Path(self.mktemp())
         elsewhere.mkdir()
         (elsewhere / "january.csv").write_bytes(HEADER)
         (self.folder / "users").mkdir()
         (self.folder / "users" / "link.csv").symlink_to((elsewhere / "january.csv").resolve())
         self.assertEqual(self.find(), {"users/link.csv": "users"})
-
-    def test_nothing(self) -> None:
-        """An empty folder has nothing."""
-        self.assertEqual(find_exports(self.folder), ([], []))
 
 
 class Reading(ExportCase):
@@ -199,14 +166,14 @@ class Reading(ExportCase):
         self.assertEqual(self.cells(text), [("7", "f", "then", "now")])
 
     def test_aliases(self) -> None:
-        """Menu items may be called as later exports do, or as the table is."""
+        """The columns of menu items may have the names of later exports, or the table's."""
         rest = ",category,price,is_seasonal,available_from,available_to\n1,Mocha,c,9.5,False,,\n"
         expected = ("1", "Mocha", "c", "9.5", "False", "", "")
         for names in ("item_id,item_name", "product_id,name", "item_id,name"):
             self.assertEqual(self.cells((names + rest).encode(), MENU_ITEMS), [expected])
 
     def test_optional_column(self) -> None:
-        """A voucher may be missing as a column; an empty cell is not that."""
+        """A column that is missing gives None, an empty cell an empty text."""
         cells = [b"t", b"s", b"p", b"u", b"1", b"2", b"3", b"now"]
         header = ",".join(TRANSACTIONS.columns[:-1]).encode()
         without = header + b"\n" + b",".join(cells) + b"\n"
@@ -231,14 +198,14 @@ class Reading(ExportCase):
         self.assertEqual(self.rows(text[:-1]), expected)
 
     def test_byte_order_mark(self) -> None:
-        """A mark before the header is not part of it; one further on is text."""
+        """A byte order mark before the header is skipped; a later one is text."""
         text = b"\xef\xbb\xbf" + HEADER + b"\xef\xbb\xbf" + LINE
         self.assertEqual(self.cells(text), [("\ufeff7", *USER_ROW[1:])])
         quoted = b'\xef\xbb\xbf"user_id"' + HEADER[7:] + LINE
         self.assertEqual(self.cells(quoted), [USER_ROW])
 
     def test_blank_lines(self) -> None:
-        """Blank lines are passed over, and counted."""
+        """Blank lines are skipped, and counted."""
         text = HEADER + b"\n" + LINE + b"\r\n\n" + LINE + b"\n"
         self.assertEqual(self.rows(text), [(3, 3, USER_ROW), (6, 6, USER_ROW)])
 
@@ -248,12 +215,12 @@ class Reading(ExportCase):
 
 
 class Refusing(ExportCase):
-    """What is wrong is named, with the file and the line."""
+    """A fault is named with its file and its line."""
 
     def assert_refused(
         self, content: bytes, line: int, what: str, table: Table = USERS, good_rows: int = 0
     ) -> None:
-        """Reading a file ends with this error, after so many good rows."""
+        """Reading the file raises this error, after some good rows."""
         export = self.export(content, table)
         read = []
         with self.assertRaises(ExportError) as caught:
@@ -265,7 +232,7 @@ class Refusing(ExportCase):
         self.assertNotIn("\n", text)
         self.assertEqual(len(read), good_rows)
         with self.assertRaises(ExportError) as caught:
-            list(export.batches(1, 4000, MOST))
+            list(export.batches(1, 4000, MIB))
         self.assertEqual(str(caught.exception), text)
 
     def test_missing_column(self) -> None:
@@ -273,7 +240,7 @@ class Refusing(ExportCase):
         self.assert_refused(HEADER.replace(b"gender,", b""), 1, "'gender'")
 
     def test_unknown_column(self) -> None:
-        """A header with a column of no meaning."""
+        """A header with a column that the table lacks."""
         self.assert_refused(b"shoes," + HEADER, 1, "'shoes'")
         self.assert_refused(HEADER.replace(b"gender", b"Gender"), 1, "'Gender'")
 
@@ -320,7 +287,7 @@ class Batching(ExportCase):
     def batches(self, content: bytes, number: int = 1, **limits: int) -> list[Batch]:
         """The batches of a file."""
         export = self.export(content)
-        return list(export.batches(number, **({"most_rows": 4000, "most_bytes": MOST} | limits)))
+        return list(export.batches(number, **({"max_rows": 4000, "max_bytes": MIB} | limits)))
 
     def decoded(self, batches: Iterable[Batch]) -> list[TableBatch]:
         """What a server makes of batches."""
@@ -328,7 +295,7 @@ class Batching(ExportCase):
 
     def test_by_rows(self) -> None:
         """No batch has more rows than it may; numbers go on; only the last one says EOF."""
-        for rows_of_file, most_rows, amounts in (
+        for rows_of_file, max_rows, amounts in (
             (0, 3, [0]),
             (1, 3, [1]),
             (3, 3, [3]),
@@ -336,7 +303,7 @@ class Batching(ExportCase):
             (6, 3, [3, 3]),
             (7, 1, [1] * 7),
         ):
-            batches = self.batches(HEADER + LINE * rows_of_file, 5, most_rows=most_rows)
+            batches = self.batches(HEADER + LINE * rows_of_file, 5, max_rows=max_rows)
             messages = self.decoded(batches)
             self.assertEqual([message.amount for message in messages], amounts)
             self.assertEqual([batch.amount for batch in batches], amounts)
@@ -348,7 +315,7 @@ class Batching(ExportCase):
     def test_lines(self) -> None:
         """A batch knows the lines that its rows stand on."""
         quoted = b'8,"a\nb\n",,\n\n'
-        batches = self.batches(HEADER + (LINE + quoted) * 2, most_rows=2)
+        batches = self.batches(HEADER + (LINE + quoted) * 2, max_rows=2)
         lines = [(batch.first_line, batch.last_line) for batch in batches]
         self.assertEqual(lines, [(2, 5), (7, 10)])
         (empty,) = self.batches(HEADER)
@@ -359,21 +326,21 @@ class Batching(ExportCase):
         content = HEADER + LINE * 3
         (whole,) = self.batches(content)
         size = len(whole.payload)
-        (exact,) = self.batches(content, most_bytes=size)
+        (exact,) = self.batches(content, max_bytes=size)
         self.assertEqual(exact.payload, whole.payload)
-        first, second = self.batches(content, most_bytes=size - 1)
+        first, second = self.batches(content, max_bytes=size - 1)
         self.assertEqual((first.amount, second.amount), (2, 1))
-        batches = self.batches(HEADER + LINE * 6, most_bytes=size - 1)
+        batches = self.batches(HEADER + LINE * 6, max_bytes=size - 1)
         self.assertEqual([batch.amount for batch in batches], [2, 2, 2])
 
     def test_row_too_long(self) -> None:
-        """A row that no frame holds is named; one that a frame just holds is sent."""
+        """A row that no frame holds is named; one that just fits is sent."""
         content = HEADER + b'1,"a\nb",,\n' + LINE.replace(b"female", b"f" * 500) + LINE
-        _, long, _ = self.batches(content, most_rows=1)
+        _, long, _ = self.batches(content, max_rows=1)
         size = len(long.payload)
-        self.assertEqual(len(self.batches(content, most_bytes=size)), 3)
+        self.assertEqual(len(self.batches(content, max_bytes=size)), 3)
         with self.assertRaises(ExportError) as caught:
-            self.batches(content, most_bytes=size - 1)
+            self.batches(content, max_bytes=size - 1)
         self.assertIn(", line 4: ", str(caught.exception))
         self.assertIn(str(size - 1), str(caught.exception))
 
@@ -404,14 +371,14 @@ class Batching(ExportCase):
                 cells = dict(zip(table.columns, row))
                 writer.writerow([cells[column] for column in order])
         number = data.draw(st.integers(-5, 2**60) | I64.filter(lambda n: n < 2**62))
-        most_rows = data.draw(st.integers(1, 9))
-        most_bytes = data.draw(st.integers(1200, 3000))
-        batches = list(Export(path, table).batches(number, most_rows, most_bytes))
+        max_rows = data.draw(st.integers(1, 9))
+        max_bytes = data.draw(st.integers(1200, 3000))
+        batches = list(Export(path, table).batches(number, max_rows, max_bytes))
         messages = self.decoded(batches)
         self.assertEqual([row for message in messages for row in message.rows], written)
         for place, (batch, message) in enumerate(zip(batches, messages)):
-            self.assertLessEqual(len(batch.payload), most_bytes)
-            self.assertLessEqual(message.amount, most_rows)
+            self.assertLessEqual(len(batch.payload), max_bytes)
+            self.assertLessEqual(message.amount, max_rows)
             self.assertEqual((message.table, message.batch_number), (table, number + place))
             self.assertEqual(message.status, int(batch is batches[-1]))
 
@@ -420,10 +387,21 @@ class Batching(ExportCase):
         exports, _ = find_exports(DATA)
         self.assertEqual({export.table for export in exports}, set(TABLES))
         for export in exports:
-            messages = self.decoded(export.batches(1, 5, MOST))
+            messages = self.decoded(export.batches(1, 5, MIB))
             sent = [row for message in messages for row in message.rows]
             self.assertEqual(sent, [row for _, _, row in export.rows()])
             self.assertGreaterEqual(len(sent), 10)
+
+    def test_check(self) -> None:
+        """It notes the digest of the file, and the rows and the digest of each batch."""
+        for export in find_exports(DATA)[0]:
+            batches = list(export.batches(7, 5, 900))
+            digest, rows, batch_digests = export.check(7, 5, 900)
+            self.assertEqual(digest, export.digest())
+            self.assertEqual(digest, blake2b(export.path.read_bytes(), digest_size=16).hexdigest())
+            self.assertEqual(rows, [batch.amount for batch in batches])
+            self.assertEqual(batch_digests, [batch.digest for batch in batches])
+            self.assertEqual(len({*batch_digests}), len(batches))
 
 
 def _writable(cell: str) -> str:

@@ -1,10 +1,10 @@
-"""cafeorch-send is killed, or its server, again and again: the store ends up like the files."""
+"""The sender or its server is killed again and again: the store ends up like the files."""
 
 from __future__ import annotations
 
 import io
 import json
-from contextlib import closing, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from random import Random
 
@@ -13,7 +13,6 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cafeteria_orch.sender import cli as send
-from cafeteria_orch.sender.journal import Journal
 from tests.support.faults import (
     LOOPBACK,
     PATIENCE,
@@ -35,7 +34,7 @@ OTHER_BATCHES = "--batch-rows=5"
 
 
 class ProcessTests(SynchronousTestCase):
-    """A sender and a server as processes of their own; kill -9 at random moments."""
+    """A sender and a server as processes, and kill -9 at random moments."""
 
     def setUp(self) -> None:
         self.server = Server(self)
@@ -79,8 +78,37 @@ class ProcessTests(SynchronousTestCase):
             self.assertEqual(sender.wait(), 0, sender.output)
             self._assert_complete()
 
+    def test_file_is_edited(self) -> None:
+        """Only checked rows are stored; restored as it was, the file arrives whole."""
+        self.server.start()
+        self.server.wait_until_it_listens()
+        self.exports |= write_exports(self.folder, {"stores/c.csv": 5000})
+        path = self.folder / "stores" / "c.csv"
+        place = path.read_bytes().index(b" 4999 ")
+        sender = Sender(self, self.folder, self.server.port, BATCHES, "--window=1")
+        wait_for(lambda: b"stores/c.csv" in self._last_acknowledgement(), "the file's turn")
+        self._overwrite(path, place, b" EDIT ")
+        self.assertEqual(sender.wait(), 1, sender.output)
+        self.assertIn(f"{path}: it has changed since it was checked", sender.output)
+        rows = [row for batch in read_store(self.server.store) for row in batch.rows]
+        self.assertNotIn("EDIT", str(rows))
+        self.assertIn("stores/c.csv 0 store_id", str(rows))
+        self._overwrite(path, place, b" 4999 ")
+        sender = Sender(self, self.folder, self.server.port, BATCHES)
+        self.assertEqual(sender.wait(), 0, sender.output)
+        self._assert_complete()
+
+    def _overwrite(self, path: Path, place: int, data: bytes) -> None:
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(data)
+
+    def _last_acknowledgement(self) -> bytes:
+        records = self.state.read_bytes().splitlines() if self.state.exists() else []
+        return next((line for line in records[-1:] if b'"acknowledged"' in line), b"")
+
     def _wait_for_progress(self, sender: Sender, moments: Random) -> None:
-        """Wait until some more acknowledgements, none to eighty, are in the state file."""
+        """Wait until the state file has some more acknowledgements, up to eighty."""
         until = self._state_bytes() + moments.randrange(4000)
         wait_for(lambda: self._state_bytes() >= until or sender.has_ended, "the sender goes on")
 
@@ -120,20 +148,6 @@ class TornStateTests(TestCase):
                     sorted(state.read_bytes().splitlines(keepends=True)), sorted(lines)
                 )
         self.assertEqual(faults_of_store(server.store, exports), {})
-
-    def test_first_line(self) -> None:
-        """Before the first line is whole nothing was sent: cut at any byte, a new one is made."""
-        path = Path(self.mktemp())
-        with closing(Journal(path, "tcp:server")) as journal:
-            client_id = journal.client_id
-        line = path.read_bytes()
-        for size in range(len(line)):
-            path.write_bytes(line[:size])
-            with closing(Journal(path, "tcp:server")) as journal:
-                self.assertNotEqual(journal.client_id, client_id)
-                client_id = journal.client_id
-            with closing(Journal(path, "tcp:server")) as journal:
-                self.assertEqual(journal.client_id, client_id)
 
     async def _send(self, arguments: list[str]) -> None:
         output = io.StringIO()

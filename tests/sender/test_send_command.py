@@ -1,4 +1,4 @@
-"""``cafeorch-send`` as a command: its connection, its arguments, its terminal."""
+"""``cafeorch-send`` as a command: its arguments, its terminal, its process."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Sequence
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from twisted.internet import error
 from twisted.internet import reactor as installed_reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IProtocol, IProtocolFactory, IStreamClientEndpoint
 from twisted.trial.unittest import SynchronousTestCase, TestCase
-from zope.interface import implementer
 
 from cafeteria_orch import __version__
 from cafeteria_orch.sender.cli import STATE_NAME, main
@@ -31,8 +29,8 @@ from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange, send_success
 from cafeteria_orch.wire.opcodes import Opcode
 from tests.support.builders import DATA, Pending, until
-
-from .test_send import ADDRESS, USER, USERS_HEADER, SendCase
+from tests.support.processes import default_signals
+from tests.support.scripted import SenderTestCase
 
 # Its type is that of a module, which has none of a reactor's methods.
 reactor: Any = installed_reactor
@@ -40,125 +38,8 @@ reactor: Any = installed_reactor
 COMMAND = Path(sys.executable).with_name("cafeorch-send")
 
 
-class Terminal(StringIO):
-    """A terminal, as far as it is asked."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-class Connections(SendCase):
-    """A connection that cannot be made, or does not hold."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.write("users.csv", USERS_HEADER + USER * 5)
-
-    def assert_not_connected(self, reason: Exception) -> None:
-        """A connection that fails with this is one line and status 1."""
-        clock = self.wire.clock
-
-        @implementer(IStreamClientEndpoint)
-        class Nowhere:
-            def connect(self, _: IProtocolFactory) -> Deferred[IProtocol]:
-                connecting: Deferred[IProtocol] = Deferred()
-                clock.callLater(0, connecting.errback, reason)
-                return connecting
-
-        self.out, self.err = StringIO(), StringIO()
-        sent = self.send(endpoint=Nowhere)
-        self.assertEqual(sent.status, 1)
-        (line,) = sent.lines
-        for words in (str(reason).rstrip("."), "Gave up", "tcp:cafe"):
-            self.assertIn(words, line)
-        self.assertRegex(sent.out, r"(?m)^acknowledged +1 +0 +0 +0 in ")
-
-    def test_no_server(self) -> None:
-        """A server that is not there is one line and status 1."""
-        self.assert_not_connected(error.ConnectionRefusedError())
-        self.assert_not_connected(error.TimeoutError())
-        self.assert_not_connected(error.UnknownHostError())
-
-    def test_no_such_name(self) -> None:
-        """So is a name that is no server's."""
-        self.assert_not_connected(error.DNSLookupError("no-such-host.invalid"))
-
-    def test_cut(self) -> None:
-        """A connection that is cut is reported with the reason, after what was acknowledged."""
-        for reason in (error.ConnectionLost(), error.ConnectionDone()):
-            self.setUp()
-            sending = self.begin(batch_rows=1, window=2)
-            self.wire.take()
-            self.wire.answer()
-            self.wire.lose(reason)
-            sent = self.end(sending)
-            self.assertEqual((sent.status, len(sent.lines)), (1, 1), sent.err)
-            self.assertIn(str(reason).rstrip("."), sent.err)
-            self.assertRegex(sent.out, r"(?m)^users +1 +1 +1 ")
-
-    def test_cut_at_the_end(self) -> None:
-        """So is one that is cut when only the server's close is waited for."""
-        sending = self.begin()
-        for _ in range(2):
-            self.wire.take()
-            self.wire.answer()
-        self.assertEqual(self.wire.take(), [b"\x03\x01\x00\x00\x00"])
-        self.wire.lose(error.ConnectionLost())
-        sent = self.end(sending)
-        self.assertEqual((sent.status, len(sent.lines)), (1, 1))
-
-    def test_no_server_of_ours(self) -> None:
-        """Whoever answers with what is no answer is not sent any more."""
-        sending = self.begin(batch_rows=1, window=1)
-        self.wire.take()
-        self.wire.answer(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-        self.wire.lose(error.ConnectionLost())
-        sent = self.end(sending)
-        self.assertEqual((sent.status, len(sent.lines)), (1, 1))
-        self.assertEqual(self.wire.take(), [])
-
-    def test_interrupted(self) -> None:
-        """Who interrupts it is told to run it again; the status says it is not all."""
-        sending = self.begin(batch_rows=1, window=3)
-        self.wire.take()
-        self.wire.answer()
-        sending.cancel()
-        sent = self.end(sending)
-        self.assertEqual((sent.status, len(sent.lines)), (1, 1))
-        self.assertRegex(sent.err, "interrupted.*run it again")
-        self.assertRegex(sent.out, r"(?m)^users +1 +1 +1 ")
-
-    def test_interrupted_at_the_end(self) -> None:
-        """So it is while the server's close is waited for."""
-        sending = self.begin()
-        for _ in range(2):
-            self.wire.take()
-            self.wire.answer()
-        sending.cancel()
-        sent = self.end(sending)
-        self.assertEqual((sent.status, len(sent.lines)), (1, 1))
-        self.assertIn("interrupted", sent.err)
-
-    def test_interrupted_while_connecting(self) -> None:
-        """So it is before there is a connection at all."""
-
-        def cancel(deferred: Deferred[IProtocol]) -> None:
-            deferred.errback(error.ConnectingCancelledError(ADDRESS))
-
-        @implementer(IStreamClientEndpoint)
-        class Silent:
-            def connect(self, _: IProtocolFactory) -> Deferred[IProtocol]:
-                return Deferred(cancel)
-
-        sending = self.begin(endpoint=Silent)
-        sending.cancel()
-        sent = self.end(sending)
-        self.assertEqual((sent.status, len(sent.lines)), (1, 1))
-        self.assertIn("interrupted", sent.err)
-
-
 class Arguments(SynchronousTestCase):
-    """What is said wrong is found before anything is done."""
+    """A mistake is found before anything is done."""
 
     def run_main(self, *arguments: str) -> tuple[int, str, str]:
         """Run the command as far as its arguments: status, output, errors."""
@@ -199,7 +80,7 @@ class Arguments(SynchronousTestCase):
             self.assertIn(what, line)
 
     def test_help(self) -> None:
-        """The help says what the options are and what they are by default."""
+        """The help names the options and their defaults."""
         status, out, err = self.run_main("--help")
         self.assertEqual((status, err), (0, ""))
         text = " ".join(out.split())
@@ -220,29 +101,37 @@ class Arguments(SynchronousTestCase):
         self.assertEqual(self.run_main("--version"), (0, f"cafeteria_orch {__version__}\n", ""))
 
 
-class Progress(SendCase):
-    """How far it is, on a terminal."""
+class Terminal(StringIO):
+    """A terminal, as far as it is asked."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Progress(SenderTestCase):
+    """The progress in lines; :meth:`Processes.test_terminal` shows the bar."""
+
+    def assert_progress(self) -> None:
+        """There is a line at each tenth of the rows."""
+        self.write_users(rows=range(40))
+        self.assertEqual(self.send("--batch-rows=1"), 0)
+        lines = [line for line in self.output.splitlines() if line.endswith("acknowledged")]
+        expected = [f"cafeorch-send: {done} of 40 rows acknowledged" for done in range(4, 41, 4)]
+        self.assertEqual(lines, expected)
+
+    def test_without_a_terminal(self) -> None:
+        """The lines need no tqdm."""
+        self.assert_progress()
 
     def test_without_tqdm(self) -> None:
-        """A terminal gets the plain lines where tqdm is not installed."""
-        self.err = Terminal()
-        self.write("users.csv", USERS_HEADER + USER * 10)
+        """A terminal gets the same lines where tqdm is not installed."""
+        self.patch(self, "new_output", Terminal)
         with patch.dict(sys.modules, {"tqdm": None}):
-            sent = self.send(batch_rows=5)
-        self.assertEqual(
-            sent.err.splitlines(),
-            [f"cafeorch-send: {rows} of 10 rows acknowledged" for rows in (5, 10)],
-        )
-
-    def test_with_tqdm(self) -> None:
-        """Where there is no terminal tqdm is not even asked."""
-        self.write("users.csv", USERS_HEADER + USER * 10)
-        sent = self.send(batch_rows=10)
-        self.assertEqual(sent.err, "cafeorch-send: 10 of 10 rows acknowledged\n")
+            self.assert_progress()
 
 
 class Processes(TestCase):
-    """The command itself, as it is installed."""
+    """The installed command, as a process."""
 
     timeout = 30
 
@@ -265,11 +154,14 @@ class Processes(TestCase):
         self.rows += batch.amount
         send_success(client)
 
-    def start(self, *arguments: str, err: int | None = None) -> subprocess.Popen[bytes]:
-        """Start the command; what it says goes into files."""
-        with self.out.open("wb") as out, self.err.open("wb") as err_file:
+    def start(
+        self, *arguments: str, err: int | None = None, launcher: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
+        """Start the command; its output goes into files."""
+        command: list[str | Path] = [*launcher, COMMAND, "--state", self.state]
+        with self.out.open("wb") as out, self.err.open("wb") as err_file, default_signals():
             process = subprocess.Popen(
-                [COMMAND, "--state", self.state, "--connect", self.server, *arguments],
+                [*command, "--connect", self.server, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err_file if err is None else err,
@@ -301,17 +193,8 @@ class Processes(TestCase):
         self.assertEqual((status, self.rows, err), (0, rows, ""))
         self.assertRegex(out, rf"(?m)^All had been acknowledged before\..*{self.state}\.$")
 
-    async def test_refused(self) -> None:
-        """Where nobody listens it is one line and status 1."""
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            self.server = f"tcp:127.0.0.1:{unused.getsockname()[1]}"
-            status, _, err = await self.run_command(str(DATA), "--retry-for", "0")
-        self.assertEqual(status, 1)
-        self.assertRegex(err, rf"\Acafeorch-send: Connection was refused.*{self.server}.*\n\Z")
-
     async def test_retry(self) -> None:
-        """Meanwhile --retry-for it says why it waits and how long, and then that it gave up."""
+        """Within --retry-for it says why it waits and how long, and then that it gave up."""
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             self.server = f"tcp:127.0.0.1:{unused.getsockname()[1]}"
@@ -323,19 +206,19 @@ class Processes(TestCase):
             self.assertRegex(line, r"^cafeorch-send: Connection was refused.* again for \d s\.$")
         self.assertRegex(last, r"Connection was refused.*Gave up")
 
-    async def test_interrupt(self) -> None:
-        """Ctrl-C ends it with status 1 and a line, no traceback; run again, it completes."""
+    async def check_interrupt(self, number: signal.Signals) -> None:
+        """A signal ends it with status 1 and one line; run again, it sends the rest."""
         silent = Pending()
         self.factory.register_processor(Opcode.NEW_STORES, silent, replace=True)
         process = self.start(str(DATA))
         await until(reactor, lambda: silent.messages)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         await until(reactor, lambda: process.poll() is not None)
         silent.finish()
         err = self.err.read_text()
         self.assertEqual(process.returncode, 1, err)
         (line,) = [line for line in err.splitlines() if not line.endswith("rows acknowledged")]
-        self.assertRegex(line, r"\Acafeorch-send: interrupted; run it again to send the rest\Z")
+        self.assertEqual(line, "cafeorch-send: interrupted; run it again to send the rest")
         menu_items = self.rows
         self.assertGreater(menu_items, 0)
         self.factory.register_processor(Opcode.NEW_STORES, self.count, replace=True)
@@ -344,15 +227,33 @@ class Processes(TestCase):
         self.assertRegex(out, rf"(?m)^acknowledged +8 +{self.rows - menu_items} +7 +\d+ in ")
         self.assertRegex(out, r"(?m)^1 more batches had been acknowledged before\.$")
 
-    async def test_state_not_writable(self) -> None:
-        """A state that cannot be written is one line with the remedy, and status 1."""
-        self.state = self.folder
-        said = "Is a directory; say with --state where it may be"
-        line = f"cafeorch-send: the state file {self.folder}: {said}\n"
-        self.assertEqual(await self.run_command(str(DATA)), (1, "", line))
+    async def test_interrupt(self) -> None:
+        """Ctrl-C."""
+        await self.check_interrupt(signal.SIGINT)
+
+    async def test_terminate(self) -> None:
+        """SIGTERM is the same."""
+        await self.check_interrupt(signal.SIGTERM)
+
+    async def test_sigint_stays_ignored_in_the_background(self) -> None:
+        """A shell's background job ignores SIGINT: it sends everything all the same."""
+        gate: Deferred[None] = Deferred()
+
+        async def wait(batch: Any, client: Exchange) -> None:
+            await gate
+            self.count(batch, client)
+
+        self.factory.register_processor(Opcode.NEW_STORES, wait, replace=True)
+        process = self.start(str(DATA), launcher=("sh", "-c", 'trap "" INT; exec "$0" "$@"'))
+        await until(reactor, lambda: self.rows)
+        process.send_signal(signal.SIGINT)
+        gate.callback(None)
+        await until(reactor, lambda: process.poll() is not None)
+        self.assertEqual(process.returncode, 0, self.err.read_text())
+        self.assertRegex(self.out.read_text(), rf"(?m)^acknowledged +8 +{self.rows} +8 +\d+ in ")
 
     async def test_state_in_use(self) -> None:
-        """While one runs another with the same state is one line and status 1."""
+        """Two at once cannot use one state: the second is one line and status 1."""
         silent = Pending()
         self.factory.register_processor(Opcode.NEW_MENU_ITEMS, silent, replace=True)
         first = self.start(str(DATA))
@@ -365,13 +266,13 @@ class Processes(TestCase):
 
     async def test_long_cell(self) -> None:
         """A cell may be as long as a frame allows, not only as Python's csv does by itself."""
-        text = USERS_HEADER + f"7,{'f' * 500_000},,\n"
+        text = f"user_id,gender,birthdate,registered_at\n7,{'f' * 500_000},,\n"
         (self.folder / "users.csv").write_text(text, encoding="utf-8")
         status, _, err = await self.run_command(str(self.folder))
         self.assertEqual((status, self.rows), (0, 1), err)
 
     async def test_terminal(self) -> None:
-        """On a terminal a bar says how far it is."""
+        """On a terminal a bar shows the progress."""
         master, slave = pty.openpty()
         self.addCleanup(os.close, master)
         # A bar is as wide as the terminal is, which is nothing at all when it is new.

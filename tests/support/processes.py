@@ -98,7 +98,7 @@ class Server:
             with (
                 (folder / "stdout").open("wb") as stdout,
                 (folder / "stderr").open("wb") as stderr,
-                _default_signals(),
+                default_signals(),
             ):
                 self._process = subprocess.Popen(
                     [PROGRAMS / program, *options, *arguments],
@@ -257,8 +257,11 @@ class ProcessTestCase(SynchronousTestCase):
 
 
 @contextmanager
-def _default_signals() -> Iterator[None]:
-    """A process inherits what its parent ignores, and a shell's background ignores SIGINT."""
+def default_signals() -> Iterator[None]:
+    """Start processes that ignore no signal, whatever this one was started to ignore.
+
+    ``nohup`` ignores SIGHUP, and a shell's background SIGINT; processes inherit that.
+    """
     ignored = [
         number
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)

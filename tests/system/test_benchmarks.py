@@ -1,4 +1,4 @@
-"""The benchmarks run, and measure what they say; how fast anything is, is no test's business."""
+"""The benchmarks run, and measure what they say. No test pins a speed."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ ACKNOWLEDGED = b"\x01\x00\x00\x00\x00"
 
 
 class BaselineTests(SynchronousTestCase):
-    """The design that is measured against speaks the protocol."""
+    """The baseline speaks the protocol."""
 
     def converse(self, data: bytes, *options: str) -> bytes:
-        """Send something to a baseline; all that it answers, until it closes."""
+        """Send something to a baseline; return all that it answers, until it closes."""
         with thread_per_client(*options) as target:
             where = ("127.0.0.1", target.port)
             with socket.create_connection(where, timeout=PATIENCE) as client:
                 client.sendall(data)
                 answers = b""
-                # A close with input unread is a reset: it closes as plainly as it reads.
+                # A close with input unread is a reset, and this baseline closes so.
                 with contextlib.suppress(ConnectionResetError):
                     while received := client.recv(65536):
                         answers += received
@@ -54,7 +54,7 @@ class BaselineTests(SynchronousTestCase):
         self.assertEqual(said.count("opcode: 7 | amount: 3 | status: Continue"), 2)
 
     def test_malformed_message_ends_the_connection(self) -> None:
-        """A column that is missing, bytes left over, an opcode that it does not know: closed."""
+        """A missing column, bytes left over, an unknown opcode: it closes."""
         (batch,) = workload.payloads(1, rows=1)
         for payload in (
             batch.replace(b"store_id", b"store_no"),
@@ -72,10 +72,10 @@ class BaselineTests(SynchronousTestCase):
 
 
 class MicroTests(SynchronousTestCase):
-    """Each of the small ones runs at a tiny size."""
+    """The micro-benchmarks run, at a tiny size."""
 
     def test_each(self) -> None:
-        """Figures of both sides, above 0."""
+        """Each has figures of both sides, above 0."""
         for name, benchmark in micro.BENCHMARKS.items():
             figures = benchmark(TINY)
             self.assertTrue(figures, name)
@@ -84,14 +84,14 @@ class MicroTests(SynchronousTestCase):
 
 
 class EndToEndTests(SynchronousTestCase):
-    """The large ones, on servers and loads that are played, and each kind of those once."""
+    """The large benchmarks, on fake servers and loads, and each real kind of those once."""
 
     def setUp(self) -> None:
         self.servers: list[tuple[str, ...]] = []
         self.loads: list[dict[str, Any]] = []
 
     def play(self, name: str, effort: Effort = TINY, codec: str = "pure") -> list[Figure]:
-        """Run a benchmark on servers that all take a number a second, their place in order."""
+        """Run a benchmark on fake servers, each with a rate of its own."""
         case = self
 
         class PlayedLoad:
@@ -143,13 +143,13 @@ class EndToEndTests(SynchronousTestCase):
         self.assertEqual(framings, ["int32", "int32", "opcode-first"] * 2)
 
     def test_codec_that_is_not_built(self) -> None:
-        """Its row stays, and says so."""
+        """Its row stays, and says that it is not built."""
         _, missing, *_ = self.play("throughput")
         self.assertIn("not built", missing.cells())
         self.assertIsNone(missing.ratio)
 
     def test_small_batches(self) -> None:
-        """Without log lines against without, with against with; a row in each batch."""
+        """Each server is compared with a baseline that logs as much; a batch has one row."""
         quiet, logged = self.play("small-batches")
         self.assertEqual((quiet.ratio, logged.ratio), (6, 6))
         first, old, second, old_logged = self.servers
@@ -159,31 +159,31 @@ class EndToEndTests(SynchronousTestCase):
         self.assertEqual({load["rows"] for load in self.loads}, {1})
 
     def test_latency(self) -> None:
-        """The store makes no difference to the limit: it is for information."""
+        """The limit is for a server without a store; with one, the figure is information."""
         bare, stored = self.play("latency")
         self.assertEqual((bare.ours, bare.other, stored.ours, stored.goal), (6, 1, 6, None))
         self.assertEqual(self.servers, [("--store", "none"), ()])
 
     def test_durable(self) -> None:
-        """Against rows that a plain program really stores."""
+        """It compares with rows that a plain program really stores."""
         figures = self.play("durable")
         self.assertEqual([figure.ours for figure in figures], [2, None, 2, None])
         self.assertGreater(figures[0].other or 0, 0)
         self.assertEqual(self.servers, [("pure",)] * 2)
 
     def test_fairness(self) -> None:
-        """The modest client with the others and alone; the others' shares."""
+        """A client that sends little, with the others and alone; the shares of the others."""
         waits, shares = self.play("fairness")
         self.assertEqual((waits.ratio, shares.ours, shares.other), (1, 3, 4))
         clients = [load.get("clients") for load in self.loads]
         self.assertEqual(clients, [63, None, None])
 
     def test_idle(self) -> None:
-        """Real connections to a real baseline take some of its memory."""
+        """Real connections to a real baseline cost it memory."""
         self.assertGreater(endtoend.memory_of_connection(thread_per_client(), 20), 0)
 
     def test_idle_that_is_turned_away(self) -> None:
-        """Connections that a server does not have cost nothing: that is no figure."""
+        """Connections that a server has not accepted give an error, not a figure."""
         refuse = patch.object(endtoend, "_FIRST", 2**20), patch.object(endtoend, "_connect")
         with refuse[0], refuse[1], self.assertRaisesRegex(BenchmarkError, "not accepted all"):
             endtoend.memory_of_connection(thread_per_client(), 1)
@@ -195,12 +195,12 @@ class EndToEndTests(SynchronousTestCase):
         self.assertGreater(rate, 0)
 
     def test_load_on_the_baseline(self) -> None:
-        """It and the baseline do too."""
+        """It and the baseline understand each other too."""
         with thread_per_client() as target, Load(target, 0.1, warmup=0, clients=2, rows=1) as load:
             self.assertEqual(load.result()["framing"], OPCODE_FIRST.name)
 
     def test_server_that_does_not_start(self) -> None:
-        """What the server says is the error."""
+        """The error is the server's own."""
         with self.assertRaisesRegex(BenchmarkError, "--drain-timeout"):
             orchestrator("--drain-timeout", "no").__enter__()
 
@@ -210,12 +210,12 @@ class ReportTests(SynchronousTestCase):
 
     FIGURES = (
         Figure("fast", "MB/s", 4200.0, 100.0, Goal(40)),
-        Figure("slow", "ms", 3.0, 1.0, Goal(2, most=True), "the limit"),
+        Figure("slow", "ms", 3.0, 1.0, Goal(2, is_max=True), "the limit"),
         Figure("for information", "ms", 3.0),
     )
 
     def run_command(self, *arguments: str) -> tuple[int, str, str]:
-        """Its status, output and errors, with two benchmarks that are played."""
+        """Run it with two fake benchmarks: status, output, errors."""
 
         def fails(_: Effort) -> list[Figure]:
             raise BenchmarkError("it is broken")
@@ -244,13 +244,13 @@ class ReportTests(SynchronousTestCase):
         )
 
     def test_markdown(self) -> None:
-        """A table that a README takes as it is."""
+        """The table is Markdown, for the README."""
         heading, rule, first, *_ = table(self.FIGURES, markdown=True).splitlines()
         self.assertEqual(heading.count("|"), rule.count("|"))
         self.assertEqual(first, "| fast | 4,200 MB/s | 100 MB/s | 42 | ≥ 40: met |")
 
     def test_measures_in_turns(self) -> None:
-        """Ours, other, ours, other; medians."""
+        """Both sides are measured in turns; the figures are medians."""
         order = []
 
         def measure(name: str, values: list[float]) -> float:
@@ -264,7 +264,7 @@ class ReportTests(SynchronousTestCase):
         self.assertEqual((medians, order), ((2.0, 5.0), ["ours", "other"] * 3))
 
     def test_one_that_fails(self) -> None:
-        """It is named, the others are told all the same, and the status is 1."""
+        """It is named, the others are reported all the same, and the status is 1."""
         status, output, errors = self.run_command()
         self.assertEqual(status, 1)
         self.assertIn("fails: it is broken", errors)
@@ -272,7 +272,7 @@ class ReportTests(SynchronousTestCase):
         self.assertIn("SQLite", output)
 
     def test_only(self) -> None:
-        """What is not named is not run; what there is not is named with what there is."""
+        """Only named benchmarks run; an unknown name is an error that lists the known ones."""
         status, _, errors = self.run_command("--only", "works")
         self.assertEqual((status, errors.count("fails")), (0, 0))
         status, _, errors = self.run_command("--only", "wroks")

@@ -249,6 +249,11 @@ class FrameReceiver(Int32StringReceiver):
         return self.reading.reasons != 0
 
     @property
+    def framing(self) -> Framing | None:
+        """The framing of this connection; ``None`` until its first byte tells."""
+        return self._decoder.framing
+
+    @property
     def missing(self) -> int:
         """How many bytes are missing of the frame that has begun; 0 between frames."""
         return self._decoder.missing
@@ -286,12 +291,12 @@ class FrameReceiver(Int32StringReceiver):
 
     def encodeAnswer(self, payload: bytes) -> bytes:
         """Frame an answer: of its body, as much as the peer can read."""
-        framing = self._decoder.framing or INT32
+        framing = self.framing or INT32
         return framing.encode(payload if framing.answers_have_bodies else payload[:1])
 
     def sendString(self, string: bytes) -> None:
         """Send a frame, in the framing of this connection."""
-        self.transport.write((self._decoder.framing or INT32).encode(string))
+        self.transport.write((self.framing or INT32).encode(string))
 
     @property
     def is_empty(self) -> bool:

@@ -291,7 +291,7 @@ class Sending(TLSTestCase):
         self.factory.register_processor(Opcode.NEW_STORES, silent, replace=True)
         self.listen(server_context(self.server))
         sending = Deferred.fromCoroutine(self.send(batch_rows=5, window=1))
-        await until(reactor, lambda: silent.in_hand)
+        await until(reactor, lambda: silent.in_progress)
         before = self.rows
         self.assertGreater(before, 0)
         self.factory.register_processor(Opcode.NEW_STORES, self.count, replace=True)

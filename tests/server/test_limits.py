@@ -86,7 +86,7 @@ class LimitTests(SynchronousTestCase):
         factory.register_processor(41, pending)
         protocol = self.connect(factory)
         assert protocol is not None
-        protocol.dataReceived(protocol.encodeFrame(b"\x29"))
+        protocol.dataReceived(frame(b"\x29"))
         lose(protocol)
         self.assertEqual(self.admitted(factory, HERE), [False])
         pending.finish()

@@ -17,7 +17,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.common.rate_limit import REPORT_INTERVAL
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
-from tests.support.builders import SUCCESS, Pending, batch_frame, lose, texts
+from tests.support.builders import SUCCESS, Pending, batch_frame, frame, lose, texts
 from tests.support.processes import HELLO, Client, ProcessTestCase, Server, wait_until
 
 HERE = IPv4Address("TCP", "10.0.0.1", 1)

@@ -33,6 +33,7 @@ MAX_OUTGOING_BYTES = 64 * 1024
 """How many bytes of answers wait for each other to leave in one write."""
 
 _ANSWERING = (State.OPEN, State.ENDING)
+_TCP_ADDRESSES = (IPv4Address, IPv6Address)
 
 _log = Logger()
 
@@ -47,7 +48,8 @@ class OrchestratorProtocol(FrameReceiver):
 
     :param factory: that made it.
     :ivar thread: the identifier of the reactor's thread.
-    :ivar session: who the client is; from ``connectionMade`` on.
+    :ivar session: what is known of the client; from ``connectionMade`` on.
+    :ivar limited_log: for what the client can cause again and again.
     :ivar batches: the number of its batches that were processed.
     :ivar rows: the number of rows in those.
     :ivar address: the client's; ``None`` if it is what the transport has for the peer.
@@ -78,22 +80,20 @@ class OrchestratorProtocol(FrameReceiver):
         self._window = Window()
         self._processing = ProcessingTimeout(self, factory, self._window)
         self._tallies = factory.counters.tallies
+        self.limited_log = factory.limited_log
         self._outgoing = bytearray()
 
     def connectionMade(self) -> None:
         """A client has connected."""
         self.thread = threading.get_ident()
         peer = self.transport.getPeer()
-        is_tcp = ITCPTransport.providedBy(self.transport)
-        if is_tcp and isinstance(peer, (IPv4Address, IPv6Address)):
+        if ITCPTransport.providedBy(self.transport) and isinstance(peer, _TCP_ADDRESSES):
             self.transport.setTcpNoDelay(True)
         ip = getattr(self.address or peer, "host", "unix")
         self.session = Session(ip, self._factory.wall_time(), common_name=self.common_name)
         self.transport.registerProducer(self, True)
         self._factory.connection_made(self)
         self.settle()
-
-    # From the frame to the processor.
 
     def stringReceived(self, payload: bytes) -> None:
         """A payload is whole: process the message, or have it wait for what is before it."""
@@ -164,8 +164,6 @@ class OrchestratorProtocol(FrameReceiver):
     def _fail(self, failure: Failure, message: Any, exchange: Exchange) -> bool:
         return handle_processing_error(message, exchange, cast("BaseException", failure.value))
 
-    # From the processor to the answer.
-
     def _finish(self, keep: object, message: Any, exchange: Exchange) -> None:
         if not exchange.settled:
             self._settle_unanswered(exchange)
@@ -189,7 +187,8 @@ class OrchestratorProtocol(FrameReceiver):
             exchange.settled = True
             self.answered(exchange)
             return
-        _log.warn(
+        self.limited_log.warn(
+            "no answer",
             "action: send_response | result: fail | ip: {ip} | opcode: {opcode}"
             " | error: {processor} did not answer",
             ip=self.session.ip,
@@ -219,10 +218,9 @@ class OrchestratorProtocol(FrameReceiver):
         """Name the processor of an opcode for the log."""
         return self._factory.processor_name(opcode)
 
-    # What is wrong with a message.
-
     def _refuse(self, error: ProtocolError, exchange: Exchange) -> None:
-        _log.error(
+        self.limited_log.error(
+            "malformed",
             "action: receive_message | result: fail | ip: {ip} | opcode: {opcode}"
             " | error: {error}",
             ip=self.session.ip,
@@ -247,8 +245,6 @@ class OrchestratorProtocol(FrameReceiver):
         if self._window.done(exchange):
             self._tallies[exchange.opcode].finish(outcome_of(exchange.payload), 0)
         self.end()
-
-    # What comes next, and the end.
 
     def delivered(self) -> None:
         """All that can be delivered now is: send the answers, and see what comes next."""
@@ -299,9 +295,12 @@ class OrchestratorProtocol(FrameReceiver):
         # While it is paused, it is not the client's fault that nothing comes.
         if self.state is State.OPEN and not self.reading.reasons:
             self.limit_hit("frame_timeout")
-            self._warn(
-                "a frame came too slowly while others waited for memory, {missing} bytes were"
-                " missing"
+            self.limited_log.warn(
+                "slow frame",
+                "action: receive_message | result: fail | ip: {ip} | error: a frame came too"
+                " slowly while others waited for memory, {missing} bytes were missing",
+                ip=self.session.ip,
+                missing=self.missing,
             )
             self.end()
 
@@ -319,7 +318,14 @@ class OrchestratorProtocol(FrameReceiver):
     def input_ended(self, how: str) -> None:
         """No more comes. A frame that is cut off by that is logged."""
         if self.missing or how != "connection closed":
-            self._warn(how + ", {missing} bytes of a frame were missing")
+            self.limited_log.warn(
+                how,
+                "action: receive_message | result: fail | ip: {ip} | error: {how},"
+                " {missing} bytes of a frame were missing",
+                ip=self.session.ip,
+                how=how,
+                missing=self.missing,
+            )
         self.end()
 
     def end(self) -> None:
@@ -370,30 +376,24 @@ class OrchestratorProtocol(FrameReceiver):
             )
             self.end()
         elif awaited is Awaited.REST:
-            self._warn(
-                "a frame took longer than {seconds:g} s, the limit of --frame-timeout,"
-                " {missing} bytes were missing",
+            self.limited_log.warn(
+                "frame timeout",
+                "action: receive_message | result: fail | ip: {ip} | error: a frame took longer"
+                " than {seconds:g} s, the limit of --frame-timeout, {missing} bytes were missing",
+                ip=self.session.ip,
                 seconds=timeouts.frame,
+                missing=self.missing,
             )
             self.end()
         else:
-            _log.warn(
+            self.limited_log.warn(
+                "unread answers",
                 "action: send_response | result: fail | ip: {ip} | error: the client did not"
                 " read its answers for {seconds:g} s, the limit of --frame-timeout",
                 ip=self.session.ip,
                 seconds=timeouts.frame,
             )
             self.abort()
-
-    def _warn(self, error: str, **fields: Any) -> None:
-        _log.warn(
-            "action: receive_message | result: fail | ip: {ip} | error: " + error,
-            ip=self.session.ip,
-            missing=self.missing,
-            **fields,
-        )
-
-    # What the status page shows.
 
     @property
     def in_progress(self) -> int:

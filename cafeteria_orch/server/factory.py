@@ -16,6 +16,7 @@ from twisted.python.reflect import fullyQualifiedName
 from zope.interface import implementer
 
 from cafeteria_orch.common.clock import WallTime
+from cafeteria_orch.common.rate_limit import RateLimitedLog
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, SNIFFABLE_BELOW, Framing
 from cafeteria_orch.wire.messages import DECODERS, Decoder, RawMessage
 from cafeteria_orch.wire.opcodes import RESPONSES, BatchStatus, Opcode
@@ -36,6 +37,9 @@ Processor = Callable[[Any, Exchange], Any]
 returns ``True`` or ``None`` to keep the connection, ``False`` to have it closed once all that
 is owed is sent; or a Deferred or a coroutine of that. A store returns an
 :class:`~cafeteria_orch.server.counters.Outcome`, which says more than its answer."""
+
+MAX_LINES = 100
+"""How many warnings and errors of one kind, which clients cause, are logged in a minute."""
 
 PREVIEW_ROWS = 2
 """How many rows of a batch the debug preview shows at most."""
@@ -86,6 +90,7 @@ class OrchestratorFactory(ServerFactory):
         if it is not given.
     :param log_level: less important events are not even created.
     :ivar counters: the messages that came, and their outcomes.
+    :ivar limited_log: for what clients can cause again and again.
     :raises ValueError: if the first byte decides about the framing, and ``max_frame_bytes`` is
         too high for that.
     """
@@ -118,6 +123,7 @@ class OrchestratorFactory(ServerFactory):
         self.decoders: dict[int, Decoder] = dict(DECODERS)
         self.turns = Turns(reactor)
         self.counters = Counters()
+        self.limited_log = RateLimitedLog(reactor, _log, MAX_LINES)
         self.timeouts = timeouts
         self.wall_time: WallTime = wall_time or reactor.seconds
         self.memory = MemoryBudget(reactor, max_in_flight_bytes, max_frame_bytes, timeouts.frame)
@@ -215,7 +221,8 @@ class OrchestratorFactory(ServerFactory):
         if client.opcode == Opcode.FINISHED:
             self.log_finished(client)
             return False
-        _log.warn(
+        self.limited_log.warn(
+            "response",
             "action: receive_message | result: ignored | ip: {ip} | opcode: {opcode}"
             " | error: a response is the server's to send",
             ip=client.ip,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from twisted.internet.interfaces import IDelayedCall
-from twisted.logger import Logger
 
 from cafeteria_orch.wire.opcodes import FailReason
 
@@ -15,8 +14,6 @@ from .window import Window
 if TYPE_CHECKING:
     from .connection import OrchestratorProtocol
     from .factory import OrchestratorFactory
-
-_log = Logger()
 
 
 class ProcessingTimeout:
@@ -71,7 +68,8 @@ class ProcessingTimeout:
             send_failure(exchange, FailReason.TRY_AGAIN)
         if late:
             connection.limit_hit("processing_timeout")
-            _log.warn(
+            connection.limited_log.warn(
+                "late",
                 "action: message_processing | result: late | ip: {ip} | messages: {messages}"
                 " | error: {processor} takes longer than {seconds:g} s, the limit of"
                 " --processing-timeout",

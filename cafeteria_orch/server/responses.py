@@ -12,6 +12,7 @@ from uuid import UUID
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from cafeteria_orch.common.rate_limit import RateLimitedLog
 from cafeteria_orch.wire.errors import OrchestratorError, ProtocolError
 from cafeteria_orch.wire.messages import ClientHello, Finished
 from cafeteria_orch.wire.opcodes import FailReason, Opcode
@@ -109,6 +110,11 @@ class Exchange:
         return self._connection.session.agency_id
 
     @property
+    def limited_log(self) -> RateLimitedLog:
+        """The log of what clients can cause again and again."""
+        return self._connection.limited_log
+
+    @property
     def log_debug(self) -> bool:
         """Whether debug events are logged."""
         return self._connection.log_debug
@@ -124,7 +130,8 @@ class Exchange:
 
     def _settle(self, payload: bytes) -> None:
         if self.settled:
-            _log.warn(
+            self._connection.limited_log.warn(
+                "not sent",
                 "action: send_response | result: fail | ip: {ip} | opcode: {opcode}"
                 " | error: not sent, {processor} {why}",
                 ip=self.ip,
@@ -174,7 +181,8 @@ def handle_processing_error(message: Any, client: Exchange, error: BaseException
         if isinstance(error, OrchestratorError):
             reason = error.reason
         send_failure(client, reason)
-    _log.error(
+    client.limited_log.error(
+        "processing",
         "action: message_processing | result: fail | batch_number: {batch_number}"
         " | amount: {amount} | error: {error}",
         batch_number=getattr(message, "batch_number", "-"),

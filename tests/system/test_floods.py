@@ -108,4 +108,4 @@ class FloodTests(ProcessTestCase):
         client.sendall(RESPONSES + batch_frame())
         self.assertEqual(client.recv(5), SUCCESS)
         wait_until(lambda: "a response is the server's to send" in server.log, "it is logged")
-        self.assertLess(server.log.count("a response is the server's to send"), 100)
+        self.assertLessEqual(server.log.count("a response is the server's to send"), 100)

@@ -261,9 +261,8 @@ class OrchestratorProtocol(FrameReceiver):
         if self.state is State.OPEN:
             if not may_grow or reading.reasons & Pause.MEMORY:
                 self._weigh_memory(may_grow)
-            is_idle = not window.in_progress
             has_begun = buffered > 0 or max_missing > 0
-            reading.wait_for_client(is_idle, has_begun, has_sent)
+            reading.wait_for_client(not window.in_progress, has_begun, has_sent)
 
     def _weigh_memory(self, may_grow: bool) -> None:
         """Pause while memory is short: for a reservation, or until what is in progress is done."""
@@ -336,11 +335,6 @@ class OrchestratorProtocol(FrameReceiver):
         if self.state is State.OPEN:
             self._enter(State.ENDING)
         self.settle()
-
-    def close(self) -> None:
-        """Close so that the last answer arrives; deliver nothing more."""
-        self._flush()
-        super().close()
 
     def abort(self) -> None:
         """Close at once, whatever is on its way."""

@@ -294,9 +294,13 @@ class FrameReceiver(Int32StringReceiver):
         framing = self.framing or INT32
         return framing.encode(payload if framing.answers_have_bodies else payload[:1])
 
+    def encodeFrame(self, payload: bytes) -> bytes:
+        """Frame a payload as a client of this connection does."""
+        return (self.framing or INT32).encode(payload)
+
     def sendString(self, string: bytes) -> None:
-        """Send a frame, in the framing of this connection."""
-        self.transport.write((self.framing or INT32).encode(string))
+        """Send a frame."""
+        self.transport.write(self.encodeFrame(string))
 
     @property
     def is_empty(self) -> bool:

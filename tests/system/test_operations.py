@@ -5,15 +5,13 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.daemon.options import Options
+from tests.support.package import MODULES, ROOT
 
-from .test_structure import MODULES
-
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "operations.md").read_text()
+PAGE = (ROOT / "docs" / "operations.md").read_text()
 
 TO_BE_EXPLAINED = {"warn", "error", "failure"}
 
@@ -25,14 +23,11 @@ def templates() -> Iterator[str]:
             if not isinstance(node, ast.Call):
                 continue
             # Either logged here, or by callFromThread.
-            for function, *arguments in filter(None, ([node.func, *node.args], node.args)):
-                if (
-                    isinstance(function, ast.Attribute)
-                    and isinstance(function.value, ast.Name)
-                    and (function.value.id, function.attr in TO_BE_EXPLAINED) == ("_log", True)
-                ):
-                    (template,) = (ast.literal_eval(each) for each in arguments[:1])
-                    yield template
+            functions = [node.func, *node.args]
+            names = {each.attr for each in functions if isinstance(each, ast.Attribute)}
+            if names & TO_BE_EXPLAINED:
+                texts = [each.value for each in node.args if isinstance(each, ast.Constant)]
+                yield from (text for text in texts if str(text).startswith("action: "))
 
 
 class OperationsTests(SynchronousTestCase):

@@ -7,12 +7,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
-ROOT = Path(__file__).parent.parent.parent
-PACKAGE = "cafeteria_orch"
+from tests.support.package import MODULES, PACKAGE, ROOT
 
 _SERVER = ("server", "edge", "store", "observe", "daemon", "tap")
 _SENDER = ("sender", "bench")
@@ -47,21 +45,6 @@ EXTRAS = {
 """What comes with an extra, and the modules that use it."""
 
 
-def modules() -> dict[str, tuple[Path, ast.Module]]:
-    """The package's modules by their dotted names inside it: ``store.sqlite``."""
-    found = {}
-    for path in sorted((ROOT / PACKAGE).rglob("*.py*")):
-        if path.suffix not in {".py", ".pyi"}:
-            continue
-        parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
-        name = ".".join(part for part in parts if part != "__init__")
-        found[name] = (path, ast.parse(path.read_text()))
-    return found
-
-
-MODULES = modules()
-
-
 def room_of(name: str) -> str:
     """The room that a module stands in."""
     return name.partition(".")[0]
@@ -75,8 +58,8 @@ def imports(name: str, *, at_import: bool = False) -> Iterator[str]:
         package.pop()
     nodes = set(ast.walk(tree))
     if at_import:
-        for function in function_definitions(tree):
-            nodes.difference_update(ast.walk(function))
+        for later in (*function_definitions(tree), *type_checking_blocks(tree)):
+            nodes.difference_update(ast.walk(later))
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -86,6 +69,13 @@ def imports(name: str, *, at_import: bool = False) -> Iterator[str]:
                 base = package[: len(package) - node.level + 1] + base
             # A name may be a module of its package, or stand in it: the longer one says more.
             yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def type_checking_blocks(tree: ast.Module) -> Iterator[ast.If]:
+    """What a module imports for its types alone."""
+    for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield node
 
 
 def function_definitions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

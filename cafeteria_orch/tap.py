@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twisted.application.service import IService
 from twisted.internet.endpoints import (
@@ -30,7 +30,8 @@ from . import __version__
 from .common.clock import measure_monotonic_time, wall_time
 from .daemon.descriptors import allow_connections
 from .daemon.options import Options, refusal
-from .daemon.service import OrchestratorService, ServiceMonitor
+from .daemon.service import OrchestratorService
+from .daemon.signals import SignalHandlers
 from .daemon.systemd import SystemdNotifier
 from .edge.admission import Gates
 from .edge.tls import CertificateError, ServerTLS
@@ -40,6 +41,9 @@ from .server.timeouts import Timeouts
 from .store.sink import Sink
 from .store.sqlite import StoreError, check_store
 from .store.totals import Completeness
+
+if TYPE_CHECKING:
+    from .observe.http import Monitor
 
 __all__ = ("Options", "makeService")
 
@@ -56,6 +60,10 @@ def makeService(options: Options) -> IService:
     from twisted.internet import reactor  # noqa: PLC0415
 
     measure_monotonic_time(reactor)
+    signals = SignalHandlers(
+        reactor, None if options.parent is None else options.parent.get("pidfile")
+    )
+    signals.catch_hangup()
     has_gates = options["tls-cert"] is not None or options["proxy-protocol"]
     most = allow_connections(options["max-connections"], each=2 if has_gates else 1)
     try:
@@ -85,6 +93,8 @@ def makeService(options: Options) -> IService:
     for name in options["processors"]:
         _load_processors(name, factory)
     tls = _server_tls(reactor, options)
+    if tls is not None:
+        signals.reload = tls.reload
     gates = _gates(reactor, factory, tls, most, options) if has_gates else None
     _probe(_endpoints(_BindProbe(), options))
     return OrchestratorService(
@@ -96,9 +106,8 @@ def makeService(options: Options) -> IService:
         log_observer=_log_observer(reactor, options),
         notifier=SystemdNotifier.from_environment(os.environ),
         monitor=_monitor(reactor, factory, sink, options),
-        pid_file=None if options.parent is None else options.parent.get("pidfile"),
-        gates=gates,
-        reload=None if tls is None else tls.reload,
+        admission=gates,
+        signals=signals,
     )
 
 
@@ -132,7 +141,7 @@ def _gates(
 
 def _monitor(
     reactor: Any, factory: OrchestratorFactory, sink: Sink | None, options: Options
-) -> ServiceMonitor | None:
+) -> Monitor | None:
     description = options["metrics"]
     if description is None:
         return None

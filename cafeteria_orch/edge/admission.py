@@ -15,7 +15,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from cafeteria_orch.common.rate_limit import Throttle
+from cafeteria_orch.common.rate_limit import RateLimitedLog
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
 
@@ -64,7 +64,7 @@ class Gates(ServerFactory):
         self.tls = tls
         # An ordered set: who has waited longest is the first.
         self.pending: dict[_Gate, None] = {}
-        self._reports = Throttle(reactor)
+        self._log = RateLimitedLog(reactor, _log)
 
     def buildProtocol(self, addr: IAddress | None) -> Protocol | None:
         """Make what a connection has to pass; ``None`` turns it away."""
@@ -88,15 +88,12 @@ class Gates(ServerFactory):
         :param problem: one of a few texts.
         """
         self.factory.counters.failed_handshakes += 1
-        refused = self._reports.due(problem)
-        if refused:
-            _log.warn(
-                "action: handshake | result: fail | ip: {ip} | error: {error}"
-                " | refused: {refused}",
-                ip=getattr(address, "host", "unix"),
-                error=problem,
-                refused=refused,
-            )
+        self._log.warn(
+            problem,
+            "action: handshake | result: fail | ip: {ip} | error: {error} | refused: {refused}",
+            ip=getattr(address, "host", "unix"),
+            error=problem,
+        )
 
 
 class _Gate(Protocol):

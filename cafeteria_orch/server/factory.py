@@ -338,6 +338,10 @@ class OrchestratorFactory(ServerFactory):
     def stopProducing(self) -> None:
         """The sink is gone: its processors will say so."""
 
+    def start(self) -> None:
+        """Take new connections; a drain takes none."""
+        self._draining = False
+
     def drain(self) -> Deferred[None]:
         """Take no new connections; close those there are, each after the message in hand.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from twisted.logger import Logger
 
-from cafeteria_orch.common.rate_limit import Throttle
+from cafeteria_orch.common.rate_limit import RateLimitedLog
 
 from .counters import Counters
 
@@ -30,7 +30,7 @@ class ConnectionLimits:
         self._most = most
         self._most_per_host = most_per_host
         self._open: Counter[str] = Counter()
-        self._reports = Throttle(reactor)
+        self._log = RateLimitedLog(reactor, _log)
 
     def admits(self, host: str | None) -> bool:
         """Whether a connection may be made; if not, that is counted, and logged now and then.
@@ -62,12 +62,10 @@ class ConnectionLimits:
             del self._open[host]
 
     def _refuse(self, host: str | None, why: str) -> None:
-        refused = self._reports.due("refused")
-        if refused:
-            _log.warn(
-                "action: accept_connections | result: refused | ip: {ip} | refused: {refused}"
-                " | error: {error}",
-                ip=host or "unix",
-                refused=refused,
-                error=why,
-            )
+        self._log.warn(
+            "refused",
+            "action: accept_connections | result: refused | ip: {ip} | refused: {refused}"
+            " | error: {error}",
+            ip=host or "unix",
+            error=why,
+        )

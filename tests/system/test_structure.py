@@ -74,8 +74,8 @@ def imports(name: str, *, at_import: bool = False) -> Iterator[str]:
         package.pop()
     nodes = set(ast.walk(tree))
     if at_import:
-        for function in function_definitions(tree):
-            nodes.difference_update(ast.walk(function))
+        for later in (*function_definitions(tree), *type_checking_blocks(tree)):
+            nodes.difference_update(ast.walk(later))
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -91,6 +91,13 @@ def function_definitions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.Asy
     """All functions and methods of a module."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+def type_checking_blocks(tree: ast.Module) -> Iterator[ast.If]:
+    """What a module imports for its types alone."""
+    for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             yield node
 
 
@@ -186,6 +193,8 @@ class Rooms(SynchronousTestCase):
                 self.assertFalse(
                     [each for each in at_import if each.startswith(f"{PACKAGE}.observe.http")]
                 )
+        program = f"import sys, {PACKAGE}.tap; sys.exit('twisted.web' in sys.modules)"
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 class Plugin(SynchronousTestCase):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twisted.application.service import IService
 from twisted.internet.endpoints import (
@@ -31,7 +31,8 @@ from .common.clock import measure_monotonic_time, wall_time
 from .common.pem import PEMError
 from .daemon.descriptors import allow_connections
 from .daemon.options import Options, refusal
-from .daemon.service import OrchestratorService, ServiceMonitor
+from .daemon.service import OrchestratorService
+from .daemon.signals import SignalHandlers
 from .daemon.systemd import SystemdNotifier
 from .edge.admission import Admission
 from .edge.tls import ServerTLS
@@ -41,6 +42,9 @@ from .server.timeouts import Timeouts
 from .store.sink import Sink
 from .store.sqlite import StoreError, check_store
 from .store.totals import Completeness
+
+if TYPE_CHECKING:
+    from .observe.http import Monitor
 
 __all__ = ("Options", "makeService")
 
@@ -66,6 +70,10 @@ def makeService(options: Options) -> IService:
 
     measure_monotonic_time(reactor)
     sys.setswitchinterval(SWITCH_INTERVAL)
+    signals = SignalHandlers(
+        reactor, None if options.parent is None else options.parent.get("pidfile")
+    )
+    signals.catch_hangup()
     has_gates = options["tls-cert"] is not None or options["proxy-protocol"]
     most = allow_connections(options["max-connections"], each=2 if has_gates else 1)
     try:
@@ -95,6 +103,8 @@ def makeService(options: Options) -> IService:
     for name in options["processors"]:
         _load_processors(name, factory)
     tls = _server_tls(options)
+    if tls is not None:
+        signals.reload = tls.reload
     gates = _gates(reactor, factory, tls, most, options) if has_gates else None
     _probe(_endpoints(_BindProbe(), options))
     return OrchestratorService(
@@ -106,9 +116,8 @@ def makeService(options: Options) -> IService:
         log_observer=_log_observer(reactor, options),
         notifier=SystemdNotifier.from_environment(os.environ),
         monitor=_monitor(reactor, factory, sink, options),
-        pid_file=None if options.parent is None else options.parent.get("pidfile"),
-        gates=gates,
-        reload=None if tls is None else tls.reload,
+        admission=gates,
+        signals=signals,
     )
 
 
@@ -142,7 +151,7 @@ def _gates(
 
 def _monitor(
     reactor: Any, factory: OrchestratorFactory, sink: Sink | None, options: Options
-) -> ServiceMonitor | None:
+) -> Monitor | None:
     description = options["metrics"]
     if description is None:
         return None

@@ -1,17 +1,17 @@
-"""File descriptors: as many as the connections need, and few words where there are none left."""
+"""File descriptors: the limit that the connections need, and a server that has none left."""
 
 from __future__ import annotations
 
 import resource
+from typing import Any
 
 from twisted.logger import ILogObserver, LogEvent, Logger
 from zope.interface import implementer
 
-REPORT_INTERVAL = 60.0
-"""How often, in seconds, it is reported that there are too few, while that goes on."""
+from cafeteria_orch.common.rate_limit import RateLimitedLog
 
 _OTHERS = 64
-"""So many are kept for all that is no connection: listening, the store, the log, processors."""
+"""Descriptors for all but connections: listening, the store, the log, processors."""
 
 # How Twisted says that it could not accept a connection, and how it coped.
 _REFUSED = "EMFILE recovery: Closed socket from {address}"
@@ -30,15 +30,14 @@ _log = Logger()
 
 
 def allow_connections(connections: int, each: int = 1) -> int:
-    """Raise the limit of this process as far as needed, and allowed; warn if that is too low.
+    """Raise the process's limit of descriptors as far as needed and allowed; warn if it is low.
 
-    Connections are not to take the descriptors that all else needs: a log file that is rotated,
-    a word to systemd.
+    Connections leave the descriptors alone that the rest needs: a log file that is rotated, a
+    notification of systemd.
 
-    :param connections: so many are to be possible at once.
-    :param each: so many descriptors for each: two, where as many again may be on their way to
-        become clients.
-    :return: so many are.
+    :param connections: the limit of connections.
+    :param each: descriptors for each of them: two where as many connections may be pending.
+    :return: the limit of connections that the descriptors allow.
     """
     needed = connections * each + _OTHERS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -67,36 +66,28 @@ def allow_connections(connections: int, each: int = 1) -> int:
 
 @implementer(ILogObserver)
 class DescriptorReporter:
-    """Passes events on, but for those of connections refused for want of a descriptor.
+    """Passes events on, except those of connections that found no descriptor.
 
-    Twisted refuses such a connection with three lines for each. Here it is one line, and no
-    more than one in :data:`REPORT_INTERVAL`.
+    Twisted logs three lines for each such connection. This logs one line a minute.
 
-    :param observer: who gets the events.
+    :param reactor: measures the time.
+    :param observer: takes the other events.
     :ivar observer: the same.
     """
 
-    def __init__(self, observer: ILogObserver) -> None:
+    def __init__(self, reactor: Any, observer: ILogObserver) -> None:
         self.observer = observer
-        self._refused = 0
-        self._reported: float | None = None
+        self._log = RateLimitedLog(reactor, _log)
 
     def __call__(self, event: LogEvent) -> None:
         """Take an event."""
         said = event.get("log_format")
         if said == _REFUSED or (said == _FAILED and event["acceptError"] in _OUT_OF_DESCRIPTORS):
-            self._refuse(event["log_time"])
-        elif said not in _COPING:
-            self.observer(event)
-
-    def _refuse(self, now: float) -> None:
-        self._refused += 1
-        if self._reported is None or now - self._reported >= REPORT_INTERVAL:
-            self._reported = now
-            _log.warn(
+            self._log.warn(
+                "refused",
                 "action: accept_connections | result: fail | refused: {refused} | error: out of"
                 " file descriptors: raise LimitNOFILE (systemd) or ulimit -n, or lower"
                 " --max-connections",
-                refused=self._refused,
             )
-            self._refused = 0
+        elif said not in _COPING:
+            self.observer(event)

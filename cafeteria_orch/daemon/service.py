@@ -1,12 +1,12 @@
-"""The service: it listens, and when it has to stop it loses nothing that was acknowledged."""
+"""The service: it listens, and a stop loses nothing that was acknowledged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any
 
 from twisted.application.service import Service
-from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred, succeed
 from twisted.internet.interfaces import (
     IDelayedCall,
@@ -17,6 +17,7 @@ from twisted.internet.interfaces import (
 from twisted.logger import ILogObserver, Logger
 from twisted.python.failure import Failure
 
+from cafeteria_orch.common.listening import address_of, listen
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.store.sink import Sink
@@ -26,48 +27,41 @@ from .descriptors import DescriptorReporter
 from .signals import SignalHandlers
 from .systemd import SystemdNotifier
 
+if TYPE_CHECKING:
+    from cafeteria_orch.observe.http import Monitor
+
 DEFAULT_DRAIN_TIMEOUT = 10.0
 """Seconds."""
 
 _log = Logger()
 
 
-class ServiceMonitor(Protocol):
-    """What is told of the service's life, to show it."""
-
-    def listen(self) -> None:
-        """Answer from now on; raises whatever keeps it from that."""
-
-    def start(self) -> None:
-        """The service serves."""
-
-    def stopping(self) -> None:
-        """It has begun to stop."""
-
-    def stop(self) -> None:
-        """It has stopped: nothing will change any more."""
+class _State(Enum):
+    STOPPED = auto()
+    LISTENING = auto()
+    """The reactor may not run yet."""
+    SERVING = auto()
+    DRAINING = auto()
 
 
 class OrchestratorService(Service):
-    """Listens for clients; drains when it is stopped.
+    """Listens for clients; drains when it is stopped; may be started again after that.
 
-    Draining is: listen no more, let every connection finish the message in hand, close the
-    store, flush the log. It is done once, whoever asks for it: the reactor's shutdown, or
-    ``stopService``.
+    The drain stops listening, lets every connection finish its messages in progress, closes the
+    store and flushes the log. It runs once, whether the reactor's shutdown asks for it,
+    ``stopService``, or both.
 
     :param reactor: the reactor.
     :param factory: handles the connections.
     :param endpoints: where to listen.
-    :param sink: the store, if there is one.
-    :param drain_timeout: seconds after which draining is given up and all is closed; what
+    :param sink: the store; ``None`` without one.
+    :param drain_timeout: the limit of the drain, in seconds; then every connection is closed. What
         was not committed by then was not acknowledged.
-    :param log_observer: what ``twistd`` is to log with; ``None`` leaves it its own.
-    :param notifier: tells systemd; ``None`` if it has not started this process.
-    :param monitor: shows operators what goes on, until the very end; ``None`` for nothing.
-    :param pid_file: of ``twistd``; ``None`` if there is none.
-    :param gates: what connections pass before the factory has them; ``None`` for nothing.
-    :param reload: reads anew what may have changed, when SIGHUP asks for it, in the reactor's
-        thread; ``None`` if there is nothing to reload.
+    :param log_observer: what ``twistd`` logs with; ``None`` leaves it its own.
+    :param notifier: tells systemd; ``None`` if systemd did not start this process.
+    :param monitor: shows operators what goes on until the drain is over; ``None`` without one.
+    :param admission: listens in place of the factory; ``None`` without one.
+    :param signals: handles the signals of the process; ``None`` makes one that reloads nothing.
     """
 
     def __init__(
@@ -80,10 +74,9 @@ class OrchestratorService(Service):
         drain_timeout: float = DEFAULT_DRAIN_TIMEOUT,
         log_observer: BufferedLogObserver | None = None,
         notifier: SystemdNotifier | None = None,
-        monitor: ServiceMonitor | None = None,
-        pid_file: str | None = None,
-        gates: IProtocolFactory | None = None,
-        reload: Callable[[], None] | None = None,
+        monitor: Monitor | None = None,
+        admission: IProtocolFactory | None = None,
+        signals: SignalHandlers | None = None,
     ) -> None:
         self._reactor = reactor
         self._factory = factory
@@ -93,50 +86,51 @@ class OrchestratorService(Service):
         self._log_observer = log_observer
         self._notifier = notifier
         self._monitor = monitor
-        self._listener: IProtocolFactory = factory if gates is None else gates
+        self._listener: IProtocolFactory = factory if admission is None else admission
+        self._signals = signals or SignalHandlers(reactor)
+        self._state = _State.STOPPED
         self._ports: list[IListeningPort] = []
-        self._draining: Deferred[None] | None = None
+        self._time_to_drain = drain_timeout
+        self._drain_in_progress: Deferred[None] | None = None
         self._waiting: list[Deferred[None]] = []
-        self._drained = False
-        self._signals = SignalHandlers(
-            reactor,
-            drain_timeout,
-            is_stopping=lambda: self._draining is not None,
-            stop=factory.drain,
-            hurry=self._hurry,
-            reload=_nothing_to_reload if reload is None else reload,
-            pid_file=pid_file,
-        )
+        self._has_triggers = False
 
     def setServiceParent(self, parent: Any) -> None:
-        """Become part of an application, which is to log as this service logs."""
+        """Become part of an application, and have it log as this service logs."""
         super().setServiceParent(parent)
         if self._log_observer is not None:
-            parent.setComponent(ILogObserver, DescriptorReporter(self._log_observer))
+            observer = DescriptorReporter(self._reactor, self._log_observer)
+            parent.setComponent(ILogObserver, observer)
 
     def privilegedStartService(self) -> None:
-        """Listen, while low ports are still allowed."""
+        """Listen while low ports are still allowed."""
         super().privilegedStartService()
         self._listen()
 
     def startService(self) -> None:
         """Open the store and listen.
 
-        :raises Exception: whatever keeps the store from opening or an endpoint from
-            listening. Never a ``SystemExit``, which would hang a daemonising ``twistd``.
+        :raises RuntimeError: if a drain is in progress: wait for it.
+        :raises Exception: what keeps the store from opening or an endpoint from listening. Never
+            a ``SystemExit``, which would hang a daemonising ``twistd``.
         """
+        if self._state is _State.DRAINING:
+            raise RuntimeError("the service still drains: wait for the Deferred of stopService")
         super().startService()
         _log.info("action: start | result: success | row codec: {codec}", codec=CODEC)
         if self._sink is not None:
             self._sink.start()
-        if not self._ports:
+        if self._state is _State.STOPPED:
             self._listen()
         if self._log_observer is not None:
             self._log_observer.start(self._reactor)
         if self._monitor is not None:
             self._monitor.start()
-        self._reactor.addSystemEventTrigger("before", "shutdown", self.drain)
-        self._reactor.callWhenRunning(self._running)
+        if not self._has_triggers:
+            self._has_triggers = True
+            self._reactor.addSystemEventTrigger("before", "shutdown", self.drain)
+            self._reactor.addSystemEventTrigger("after", "shutdown", self._signals.shut_down)
+        self._reactor.callWhenRunning(self._reactor_runs)
 
     def stopService(self) -> Deferred[None]:
         """Drain."""
@@ -146,34 +140,36 @@ class OrchestratorService(Service):
     def drain(self) -> Deferred[None]:
         """Stop without losing anything that was acknowledged.
 
-        :return: fires when it is done, at the latest after the drain timeout; never fails.
+        :return: fires when the drain is over, at the latest after the drain timeout; never fails.
         """
-        if self._drained:
+        if self._state is _State.STOPPED:
             return succeed(None)
         waiting: Deferred[None] = Deferred()
         self._waiting.append(waiting)
-        if self._draining is None:
+        if self._state is not _State.DRAINING:
+            self._state = _State.DRAINING
             if self._notifier is not None:
                 self._notifier.stopping()
             if self._monitor is not None:
                 self._monitor.stopping()
-            timeout = self._reactor.callLater(self._drain_timeout, self._hurry)
-            self._draining = Deferred.fromCoroutine(self._drain())
-            self._draining.addErrback(self._give_up).addCallback(self._report_drained, timeout)
+            timeout = self._reactor.callLater(self._time_to_drain, self._hurry)
+            self._drain_in_progress = Deferred.fromCoroutine(self._drain())
+            self._drain_in_progress.addErrback(self._give_up).addCallback(self._end_drain, timeout)
         return waiting
 
     async def _drain(self) -> None:
-        for port in self._ports:
-            await maybeDeferred(port.stopListening)
+        stopping = [maybeDeferred(port.stopListening) for port in self._ports]
+        for stopped in stopping:
+            await stopped
         await self._factory.drain()
         if self._sink is not None:
             await self._sink.stop()
         _log.info("action: drain | result: success")
 
     def _hurry(self) -> None:
-        self._drain_timeout = 0.0
-        if self._draining is not None:
-            self._draining.cancel()
+        self._time_to_drain = 0.0
+        if self._drain_in_progress is not None:
+            self._drain_in_progress.cancel()
 
     def _give_up(self, failure: Failure) -> None:
         if failure.check(CancelledError):
@@ -187,11 +183,10 @@ class OrchestratorService(Service):
             _log.failure("action: drain | result: fail", failure)
         self._factory.abort()
         if self._sink is not None:
-            # Not waited for; if it is what failed, that was said just now.
+            # The process does not wait for it; if the sink failed, the line above says so.
             maybeDeferred(self._sink.stop).addErrback(lambda _: None)
 
-    def _report_drained(self, _: None, timeout: IDelayedCall) -> None:
-        self._drained = True
+    def _end_drain(self, _: None, timeout: IDelayedCall) -> None:
         if timeout.active():
             timeout.cancel()
         self._factory.stop_threads()
@@ -199,34 +194,35 @@ class OrchestratorService(Service):
             self._monitor.stop()
         if self._notifier is not None:
             self._notifier.stopped()
-        self._signals.restore()
+        self._signals.drained()
         if self._log_observer is not None:
             self._log_observer.stop()
-        for waiting in self._waiting:
-            waiting.callback(None)
+        self._ports.clear()
+        self._drain_in_progress = None
+        self._state = _State.STOPPED
+        waiting, self._waiting = self._waiting, []
+        for deferred in waiting:
+            deferred.callback(None)
 
     def _listen(self) -> None:
+        self._state = _State.LISTENING
+        self._time_to_drain = self._drain_timeout
+        self._factory.start()
         if self._monitor is not None:
             self._monitor.listen()
         for endpoint in self._endpoints:
-            # All of Twisted's server endpoints say at once whether they listen.
-            failures: list[Failure] = []
-            endpoint.listen(self._listener).addCallbacks(self._listening, failures.append)
-            for failure in failures:
-                failure.raiseException()
+            port = listen(endpoint, self._listener)
+            self._ports.append(port)
+            _log.info(
+                "action: listen | result: success | address: {address}", address=address_of(port)
+            )
 
-    def _listening(self, port: IListeningPort) -> None:
-        self._ports.append(port)
-        host: object = port.getHost()
-        if isinstance(host, (IPv4Address, IPv6Address)):
-            host = f"{host.host}:{host.port}"
-        _log.info("action: listen | result: success | address: {address}", address=host)
-
-    def _running(self) -> None:
-        self._signals.install()
+    def _reactor_runs(self) -> None:
+        if self._state is not _State.LISTENING:
+            return
+        self._state = _State.SERVING
+        self._signals.install(
+            self._drain_timeout, lambda: self._state is _State.DRAINING, self._hurry
+        )
         if self._notifier is not None:
             self._notifier.ready(self._reactor)
-
-
-def _nothing_to_reload() -> None:
-    _log.info("action: reload | result: ignored | error: there is nothing to reload")

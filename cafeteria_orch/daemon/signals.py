@@ -1,13 +1,16 @@
-"""Signals: the first stop is Twisted's, the second ends the drain, SIGHUP kills nobody.
+"""Signals: SIGTERM and SIGINT end the process in time, and SIGHUP does not.
 
-And a stop that the reactor does not hear of, since a processor hangs in its thread, comes all
-the same.
+1. The first SIGTERM or SIGINT goes to Twisted's handler: the reactor stops, the drain begins.
+2. At the drain timeout, or at a second signal, the drain is cut short.
+3. A grace period later the process ends by the first signal, whatever still runs. What was not
+   committed was not acknowledged.
+
+A processor that hangs in the reactor's thread stops the timers of the reactor, but not the
+kernel's alarm, which does 2 and 3. C code that never returns is left to the service manager.
 """
 
 from __future__ import annotations
 
-import math
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -18,13 +21,15 @@ from typing import Any
 
 from twisted.logger import Logger
 
-from cafeteria_orch.wire.errors import ProcessorHung
+GRACE = 0.5
+"""Seconds between the end of the drain's time and the end of the process."""
 
-BEAT = 0.25
-"""How often, in seconds, a reactor that is to end is asked whether it still comes round."""
+ALARM_INTERVAL = 0.1
+"""Seconds between two alarms, from the first signal on.
 
-_LAST_BEAT = 4
-"""At this one the process is ended in any case; at that with the number 1 the time is up."""
+Python runs a signal's handler late if the signal comes just before the thread begins to wait for
+something: the next alarm interrupts that wait.
+"""
 
 _KNOWN = ("twisted", "cafeteria_orch")
 
@@ -32,175 +37,140 @@ _log = Logger()
 
 
 class SignalHandlers:
-    """Stands before Twisted's handlers, so that the exit status stays the one it gives.
+    """Handles the signals of the process, in front of Twisted's handlers.
 
-    :param reactor: what is called is called in its thread, if nothing else is said.
-    :param drain_timeout: seconds after the first stop in which all has to be over.
-    :param is_stopping: whether a stop is on its way already, for whatever reason. Called in
-        the handler itself.
-    :param stop: has no further message processed, since one of them hangs. Called in the
-        handler itself, amid what hangs.
-    :param hurry: ends the drain at once; called for every stop but the first.
-    :param reload: called for SIGHUP.
-    :param pid_file: to be removed by who ends the process in another way than twistd would.
+    :param reactor: measures the time, and runs what a signal asks for in its thread.
+    :param pid_file: removed where the process does not end as ``twistd`` ends it.
+    :ivar reload: called for SIGHUP, when the reactor runs.
     """
 
-    def __init__(
-        self,
-        reactor: Any,
-        drain_timeout: float,
-        *,
-        is_stopping: Callable[[], bool],
-        stop: Callable[[], object],
-        hurry: Callable[[], None],
-        reload: Callable[[], None],
-        pid_file: str | None = None,
-    ) -> None:
+    def __init__(self, reactor: Any, pid_file: str | None = None) -> None:
+        self.reload: Callable[[], object] = _nothing_to_reload
         self._reactor = reactor
-        self._drain_timeout = drain_timeout
-        self._is_stopping = is_stopping
-        self._hurry = hurry
-        self._reload = reload
-        self._guard = _HangGuard(reactor, stop, hurry, pid_file)
-        self._signalled = False
-        self._hurried = False
+        self._pid_file = pid_file
         self._previous: dict[int, Any] = {}
+        self._first = 0
+        self._stops_reactor = False
+        self._is_cut_short = False
+        self._deadline = 0.0
 
-    def install(self) -> None:
-        """Take the place of the handlers there are; nothing outside of the main thread.
+    def catch_hangup(self) -> None:
+        """Handle SIGHUP from now on, unless the parent ignores it, as ``nohup`` does."""
+        if _is_main_thread() and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, self._on_hangup)
 
-        Once the reactor runs: only then has Twisted installed its own.
+    def install(
+        self, drain_timeout: float, is_draining: Callable[[], bool], hurry: Callable[[], object]
+    ) -> None:
+        """Handle SIGTERM and SIGINT, once the reactor runs and has installed its handlers.
+
+        :param drain_timeout: seconds from the first signal until the drain is cut short.
+        :param is_draining: whether a drain is in progress, for whatever reason.
+        :param hurry: cuts the drain short.
         """
-        if threading.current_thread() is not threading.main_thread():
+        if not _is_main_thread():
             return
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        self.catch_hangup()
+        self._drain_timeout = drain_timeout
+        self._is_draining = is_draining
+        self._hurry = hurry
+        for number in (signal.SIGTERM, signal.SIGINT):
             handler = signal.getsignal(number)
-            # What a parent has chosen to ignore (nohup, a shell's background) stays ignored, and
-            # where Twisted has no handler to be chained to, a stop is not ours to catch.
-            if callable(handler) or (number == signal.SIGHUP and handler == signal.SIG_DFL):
+            # What the parent ignores (a shell's background job) stays ignored.
+            if callable(handler):
                 self._previous[number] = handler
-                signal.signal(number, self._on_signal)
-        # Not before: the reactor waits for the threads of its own pool after the drain.
-        self._reactor.addSystemEventTrigger("after", "shutdown", self._guard.disarm)
+                signal.signal(number, self._on_stop)
 
-    def restore(self) -> None:
-        """Put back the handlers there were."""
+    def drained(self) -> None:
+        """Restore the previous handlers, unless a signal stops the reactor.
+
+        The reactor waits for the threads of its own pool after the drain, and they may hang too.
+        """
+        if not self._stops_reactor:
+            self._restore()
+
+    def shut_down(self) -> None:
+        """Restore the previous handlers at the end of the reactor's shutdown; ignore SIGHUP."""
+        self._restore()
+        if signal.getsignal(signal.SIGHUP) == self._on_hangup:
+            # The interpreter drops its handlers before the process has ended.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def _restore(self) -> None:
+        if signal.SIGALRM in self._previous:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
-        if not self._signalled:
-            # It is the service that has stopped, and not the reactor.
-            self._guard.disarm()
+        self._first = 0
+        self._stops_reactor = self._is_cut_short = False
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            self._reactor.callFromThread(self._reload)
-        elif self._signalled or self._is_stopping():
-            self._reactor.callFromThread(self._hurry)
-            # Whoever goes on pressing Ctrl-C is not to put it off by that.
-            if not self._hurried:
-                self._hurried = True
-                self._guard.arm(number, 0)
-        else:
-            self._signalled = True
+    def _on_hangup(self, _: int, __: FrameType | None) -> None:
+        self._reactor.callFromThread(self._reload)
+
+    def _reload(self) -> None:
+        self.reload()
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        is_first = not self._first
+        self._first = self._first or number
+        if is_first and not self._is_draining():
+            self._stops_reactor = True
             self._previous[number](number, frame)
-            self._guard.arm(number, self._drain_timeout)
-
-
-class _HangGuard:
-    """Sees to it that the process ends in time, whatever hangs in the reactor's thread.
-
-    While a processor that is not a blocking one hangs, the reactor does not come round: no
-    drain begins, and no timeout ends it. Signal handlers run all the same, and what they raise
-    comes out of whatever hangs. So: a timer whose every beat asks the reactor for a sign of
-    life. If there is none when the time is up, what hangs is interrupted; if that does not help,
-    as with a processor that catches everything, or if it is something else that takes too long,
-    the process is ended as the signal would have.
-
-    It beats from the start: a second signal that comes just as this thread begins to wait for
-    something is not noticed before the wait is interrupted once more.
-    """
-
-    def __init__(
-        self,
-        reactor: Any,
-        stop: Callable[[], object],
-        hurry: Callable[[], None],
-        pid_file: str | None,
-    ) -> None:
-        self._reactor = reactor
-        self._stop = stop
-        self._hurry = hurry
-        self._pid_file = pid_file
-        self._number = 0
-        self._beat: float = -math.inf
-        self._interrupted: float = 0
-        self._alive = True
-        self._previous: Any = None
-
-    def arm(self, number: int, seconds: float) -> None:
-        """Have it over in so many seconds; one beat for a sign of life is the least."""
-        self._number = self._number or number
-        self._beat = max(self._beat, 2 - math.ceil(seconds / BEAT))
-        if self._beat > 0:
-            self._ask()
-        if self._previous is None:
-            self._previous = signal.signal(signal.SIGALRM, self._on_alarm)
-        signal.setitimer(signal.ITIMER_REAL, BEAT, BEAT)
-
-    def disarm(self) -> None:
-        """It is over."""
-        if self._number:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._previous)
-            self._number = 0
-
-    def _ask(self) -> None:
-        self._alive = False
-        self._reactor.callFromThread(self._live)
-
-    def _live(self) -> None:
-        self._alive = True
+            self._set_alarm(self._drain_timeout)
+        elif not self._is_cut_short:
+            self._cut_short()
 
     def _on_alarm(self, _: int, frame: FrameType | None) -> None:
-        beat = self._beat
-        self._beat += 1
-        if beat >= _LAST_BEAT:
-            self._end_process(_place_of(frame))
-        elif beat < 0 or (self._interrupted and beat == self._interrupted + 1):
-            # After an interruption, a beat for the acknowledgements of what is committed.
-            pass
-        elif self._alive:
-            self._ask()
-            if beat:
-                self._reactor.callFromThread(self._hurry)
-        elif not _is_known(frame):
-            self._interrupted = beat
-            self._stop()
-            raise ProcessorHung(f"{_place_of(frame)} does not return: interrupted")
+        if self._reactor.seconds() >= self._deadline:
+            if self._is_cut_short:
+                self._end_process(frame)
+            else:
+                self._cut_short()
 
-    def _end_process(self, place: str) -> None:
+    def _cut_short(self) -> None:
+        self._is_cut_short = True
+        self._reactor.callFromThread(self._hurry)
+        self._set_alarm(GRACE)
+
+    def _set_alarm(self, seconds: float) -> None:
+        self._deadline = self._reactor.seconds() + seconds
+        if signal.SIGALRM not in self._previous:
+            self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_alarm)
+            signal.setitimer(signal.ITIMER_REAL, ALARM_INTERVAL, ALARM_INTERVAL)
+
+    def _end_process(self, frame: FrameType | None) -> None:
+        if self._pid_file is not None:
+            with suppress(OSError):
+                Path(self._pid_file).unlink()
+        signal.signal(self._first, signal.SIG_DFL)
+        # Where the log blocks, the next alarm ends the process.
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(self._first))
+        signal.setitimer(signal.ITIMER_REAL, GRACE)
         _log.error(
             "action: drain | result: fail | error: not over in time, the process is ended at"
             " {place}",
-            place=place,
+            place=_place_of(frame),
         )
-        if self._pid_file:
-            with suppress(OSError):
-                Path(self._pid_file).unlink()
-        signal.signal(self._number, signal.SIG_DFL)
-        os.kill(os.getpid(), self._number)
+        signal.raise_signal(self._first)
 
 
-def _is_known(frame: FrameType | None) -> bool:
-    """Whether it is Twisted or this package: they may be slow, but return if they are left to."""
-    return frame is None or frame.f_globals.get("__name__", "").partition(".")[0] in _KNOWN
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _nothing_to_reload() -> None:
+    _log.info("action: reload | result: ignored | error: there is nothing to reload")
 
 
 def _place_of(frame: FrameType | None) -> str:
-    """Where that stands which was called by what is known, and does not return."""
+    """Name the line that Twisted or this package called, or the innermost one of their own."""
     place = ""
     while frame is not None and not (place and _is_known(frame)):
         place = f"{PurePath(frame.f_code.co_filename).name}:{frame.f_lineno}"
         frame = frame.f_back
     return place
+
+
+def _is_known(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] in _KNOWN

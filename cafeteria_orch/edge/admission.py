@@ -16,7 +16,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from cafeteria_orch.common.rate_limit import Throttle
+from cafeteria_orch.common.rate_limit import RateLimitedLog
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
 
@@ -64,7 +64,7 @@ class Admission(ServerFactory):
         self.tls = tls
         # In the order of their connections, each with its timeout.
         self.pending: dict[_Candidate, IDelayedCall] = {}
-        self._reports = Throttle(reactor)
+        self._log = RateLimitedLog(reactor, _log)
 
     def buildProtocol(self, addr: IAddress | None) -> Protocol | None:
         """Make the protocol of a pending connection; ``None`` closes the connection."""
@@ -100,15 +100,12 @@ class Admission(ServerFactory):
         :param problem: one of a few texts.
         """
         self.factory.counters.failed_handshakes += 1
-        refused = self._reports.due(problem)
-        if refused:
-            _log.warn(
-                "action: handshake | result: fail | ip: {ip} | error: {error}"
-                " | refused: {refused}",
-                ip=getattr(address, "host", "unix"),
-                error=problem,
-                refused=refused,
-            )
+        self._log.warn(
+            problem,
+            "action: handshake | result: fail | ip: {ip} | error: {error} | refused: {refused}",
+            ip=getattr(address, "host", "unix"),
+            error=problem,
+        )
 
     def _expire(self, candidate: _Candidate) -> None:
         # The reactor reads once more before the call: a process that was suspended for longer

@@ -351,6 +351,10 @@ class OrchestratorFactory(ServerFactory):
     def stopProducing(self) -> None:
         """The sink is gone: its processors will say so."""
 
+    def start(self) -> None:
+        """Take new connections; a drain takes none."""
+        self._draining = False
+
     def drain(self) -> Deferred[None]:
         """Accept no connections; close each open one after its messages in progress.
 

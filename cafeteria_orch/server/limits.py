@@ -7,7 +7,7 @@ from typing import Any
 
 from twisted.logger import Logger
 
-from cafeteria_orch.common.rate_limit import Throttle
+from cafeteria_orch.common.rate_limit import RateLimitedLog
 
 from .counters import Counters
 
@@ -34,7 +34,7 @@ class ConnectionLimits:
         self._max_connections = max_connections
         self._max_per_host = max_per_host
         self._open: Counter[str] = Counter()
-        self._reports = Throttle(reactor)
+        self._log = RateLimitedLog(reactor, _log)
 
     def admits(self, host: str | None) -> bool:
         """Return whether one more connection is admitted; count and log a refusal.
@@ -70,12 +70,10 @@ class ConnectionLimits:
             del self._open[host]
 
     def _refuse(self, host: str | None, error: str) -> None:
-        refused = self._reports.due("refused")
-        if refused:
-            _log.warn(
-                "action: accept_connections | result: refused | ip: {ip} | refused: {refused}"
-                " | error: {error}",
-                ip=host or "unix",
-                refused=refused,
-                error=error,
-            )
+        self._log.warn(
+            "refused",
+            "action: accept_connections | result: refused | ip: {ip} | refused: {refused}"
+            " | error: {error}",
+            ip=host or "unix",
+            error=error,
+        )

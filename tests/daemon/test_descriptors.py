@@ -9,14 +9,12 @@ import signal
 from typing import Any
 
 from twisted.internet import tcp
+from twisted.internet.task import Clock
 from twisted.logger import LogEvent, Logger, LogLevel, capturedLogs
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.daemon.descriptors import (
-    REPORT_INTERVAL,
-    DescriptorReporter,
-    allow_connections,
-)
+from cafeteria_orch.common.rate_limit import REPORT_INTERVAL
+from cafeteria_orch.daemon.descriptors import DescriptorReporter, allow_connections
 from tests.support.builders import SUCCESS, texts
 from tests.support.crowds import Crowd, Member, stored_batches
 from tests.support.processes import (
@@ -105,22 +103,23 @@ class Reporter(SynchronousTestCase):
     def setUp(self) -> None:
         self.passed: list[LogEvent] = []
         observer: Any = self.passed.append
-        self.reporter = DescriptorReporter(observer)
+        self.clock = Clock()
+        self.reporter = DescriptorReporter(self.clock, observer)
 
-    def report(self, *formats: str, now: float = 0.0, **fields: Any) -> list[str]:
-        """Have it take events of these formats; what is warned of."""
+    def report(self, *formats: str, **fields: Any) -> list[str]:
+        """Report events of these formats; the warnings that they give."""
         with capturedLogs() as captured:
             for log_format in formats:
-                self.reporter({**fields, "log_format": log_format, "log_time": now})
+                # The wall clock stands still, or was set back: it measures nothing here.
+                self.reporter({**fields, "log_format": log_format, "log_time": 0.0})
         return texts(captured, LogLevel.warn)
 
-    def refuse(self, now: float) -> list[str]:
-        """As Twisted does it, with a descriptor that it keeps for the purpose."""
+    def refuse(self) -> list[str]:
+        """Refuse a connection as Twisted does with the descriptor that it keeps in reserve."""
         return self.report(
             "EMFILE encountered; releasing reserved file descriptor.",
             "EMFILE recovery: Closed socket from {address}",
             "Re-reserving EMFILE recovery file descriptor.",
-            now=now,
         )
 
     def failing(self, error: int) -> list[str]:
@@ -135,10 +134,12 @@ class Reporter(SynchronousTestCase):
 
     def test_one_line_a_minute(self) -> None:
         """The first that is refused is reported, then their number once a minute."""
-        (first,) = self.refuse(100.0)
+        (first,) = self.refuse()
         self.assertIn(f"{REFUSED}1 | error: out of file descriptors: raise LimitNOFILE", first)
-        self.assertEqual(self.refuse(99.0 + REPORT_INTERVAL), [])
-        (second,) = self.refuse(100.0 + REPORT_INTERVAL)
+        self.clock.advance(REPORT_INTERVAL - 1)
+        self.assertEqual(self.refuse(), [])
+        self.clock.advance(1)
+        (second,) = self.refuse()
         self.assertIn(f"{REFUSED}2 |", second)
         self.assertEqual(self.passed, [])
 

@@ -14,6 +14,7 @@ from twisted.logger import ILogObserver, LogLevel, capturedLogs, globalLogPublis
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.daemon.service import DEFAULT_DRAIN_TIMEOUT, OrchestratorService
+from cafeteria_orch.daemon.signals import SignalHandlers
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.wire.codec import CODEC
@@ -39,13 +40,13 @@ class Starting(ServiceTestCase):
     def listening(self) -> list[tuple[int, object]]:
         return [(port, factory) for port, factory, *_ in self.reactor.tcpServers]
 
-    def test_gates(self) -> None:
-        """What connections have to pass listens in the factory's place."""
+    def test_admission(self) -> None:
+        """What admits connections listens in place of the factory."""
         endpoint, plain = RecordingEndpoint(), RecordingEndpoint()
-        gates = ServerFactory()
-        self.started(endpoint, gates=gates)
+        admission = ServerFactory()
+        self.started(endpoint, admission=admission)
         self.started(plain)
-        self.assertEqual((endpoint.factories, plain.factories), ([gates], [self.factory]))
+        self.assertEqual((endpoint.factories, plain.factories), ([admission], [self.factory]))
 
     def test_all_endpoints(self) -> None:
         """It listens on each of its endpoints as soon as it may bind low ports."""
@@ -218,6 +219,75 @@ class Draining(ServiceTestCase):
         event = {"log_format": "last", "log_level": LogLevel.info, "log_time": 0.0}
         observer({**event, "log_namespace": "twistd"})
         self.assertIn("last", file.getvalue())
+
+
+class StartingAgain(ServiceTestCase):
+    """A service that was stopped can be started again."""
+
+    def test_a_stopped_service_listens_and_serves_again(self) -> None:
+        """It listens, opens the store, serves clients, and drains once more."""
+        sink, endpoint = RecordingSink(), RecordingEndpoint()
+        service = self.started(endpoint, sink=sink)
+        for stops in (1, 2):
+            busy = self.busy_client()
+            self.pending.finish()
+            self.assertEqual(busy.value(), numbered(1))
+            drained = service.stopService()
+            self.leave()
+            self.successResultOf(drained)
+            self.assertEqual(endpoint.port.stops, stops)
+            self.assertEqual(sink.calls, ["start", "stop"] * stops)
+            self.assertEqual(self.reactor.getDelayedCalls(), [])
+            service.startService()
+        self.assertEqual(endpoint.factories, [self.factory] * 3)
+
+    def test_again_before_the_reactor_runs(self) -> None:
+        """What waits for the reactor to run is done once, also where it was started twice."""
+        service = self.started()
+        self.successResultOf(service.stopService())
+        service.startService()
+        handled: list[object] = []
+        self.patch(SignalHandlers, "install", lambda *args: handled.append(args))
+        self.reactor.start()
+        self.assertEqual(len(handled), 1)
+
+    def test_each_drain_has_the_whole_timeout(self) -> None:
+        """A drain that was given up takes nothing of the next one's time."""
+        service = self.started()
+        for _ in range(2):
+            self.busy_client()
+            drained = service.stopService()
+            self.reactor.advance(DEFAULT_DRAIN_TIMEOUT - 0.1)
+            self.assertNoResult(drained)
+            self.reactor.advance(0.1)
+            self.successResultOf(drained)
+            self.leave()
+            self.pending.finish()
+            service.startService()
+
+    def test_the_shutdown_drains_once(self) -> None:
+        """However often it was started, the reactor's shutdown waits for one drain."""
+        service = self.started()
+        self.successResultOf(service.stopService())
+        service.startService()
+        connect(self.factory)
+        (drained,) = self.reactor.shut_down()
+        self.assertNoResult(drained)
+        self.leave()
+        self.successResultOf(drained)
+
+    def test_a_service_that_still_drains_does_not_start(self) -> None:
+        """The ports and the store are still in use: it says so, and does not run."""
+        service = self.started()
+        self.busy_client()
+        drained = service.stopService()
+        self.assertRaises(RuntimeError, service.startService)
+        self.assertFalse(service.running)
+        self.leave()
+        self.pending.finish()
+        self.successResultOf(drained)
+        service.startService()
+        self.assertTrue(service.running)
 
 
 class GivingUp(ServiceTestCase):

@@ -79,7 +79,8 @@ class TapTestCase(TestCase):
         self.patch(os, "environ", {"PATH": os.environ.get("PATH", "")})
         for name in ("cafe_processors", "cafe_broken"):
             self.addCleanup(sys.modules.pop, name, None)
-        self.addCleanup(signal.signal, signal.SIGUSR1, signal.getsignal(signal.SIGUSR1))
+        for number in (signal.SIGUSR1, signal.SIGHUP):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
         (self.folder / "cafe_processors.py").write_text(PROCESSORS)
 
     def make(self, *arguments: str) -> OrchestratorService:
@@ -228,7 +229,7 @@ class Before(TapTestCase):
         admission: Any = service._listener
         self.assertIsInstance(admission.tls, ServerTLS)
         self.assertEqual((admission.trusted, admission.max_pending), (None, 6))
-        self.assertEqual(service._signals._reload, admission.tls.reload)
+        self.assertEqual(service._signals.reload, admission.tls.reload)
 
     def test_proxy(self) -> None:
         """With the PROXY protocol the balancers are known, and nothing is to be reloaded."""

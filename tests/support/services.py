@@ -34,7 +34,14 @@ class Reactor(MemoryReactorClock):
 
     def shut_down(self) -> list[Any]:
         """Fire the triggers before shutdown; what they return."""
-        triggers = self.triggers["before"]["shutdown"]
+        return self._fire("before")
+
+    def end_shutdown(self) -> None:
+        """Fire the triggers after shutdown."""
+        self._fire("after")
+
+    def _fire(self, phase: str) -> list[Any]:
+        triggers = self.triggers[phase]["shutdown"]
         return [function(*args, **kwargs) for function, args, kwargs in triggers]
 
 
@@ -142,27 +149,32 @@ STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 class SignalTestCase(ServiceTestCase):
-    """Signals are handed to their handlers by the test, and no timer goes off by itself.
+    """The test delivers signals to their handlers, and no alarm goes off by itself.
 
-    :ivar received: what came through to the handlers of before, which are Twisted's.
+    :ivar received: the signals that reached the previous handlers, which are Twisted's.
     :ivar timers: what the kernel's timer was set to: seconds, and the interval after them.
+    :ivar killed: the signals that ended the process.
     """
 
     def setUp(self) -> None:
         super().setUp()
         self.received: list[int] = []
         self.timers: list[tuple[float, float]] = []
-        for number in (*STOPS, signal.SIGHUP, signal.SIGALRM):
+        self.killed: list[int] = []
+        self.addCleanup(signal.signal, signal.SIGHUP, signal.getsignal(signal.SIGHUP))
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        for number in (*STOPS, signal.SIGALRM):
             self.addCleanup(signal.signal, number, signal.getsignal(number))
             signal.signal(number, self.previous)
         self.patch(signal, "setitimer", self.set_timer)
+        self.patch(signal, "raise_signal", self.killed.append)
 
     def previous(self, number: int, frame: object) -> None:
-        """What Twisted has installed."""
+        """Handle a signal as Twisted does."""
         self.received.append(number)
 
     def set_timer(self, which: int, seconds: float, interval: float = 0.0) -> None:
-        """What the kernel is told."""
+        """Take the kernel's place."""
         self.assertEqual(which, signal.ITIMER_REAL)
         self.timers.append((seconds, interval))
 
@@ -173,6 +185,6 @@ class SignalTestCase(ServiceTestCase):
         return service
 
     def deliver(self, number: signal.Signals) -> None:
-        """Get a signal, as the interpreter hands it to its handler: amid the caller."""
+        """Call a signal's handler as the interpreter does, in the midst of the caller."""
         handler: Any = signal.getsignal(number)
         handler(number, sys._getframe(1))

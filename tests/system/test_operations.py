@@ -26,8 +26,8 @@ def templates() -> Iterator[str]:
             functions = [node.func, *node.args]
             names = {each.attr for each in functions if isinstance(each, ast.Attribute)}
             if names & TO_BE_EXPLAINED:
-                texts = [each.value for each in node.args if isinstance(each, ast.Constant)]
-                yield from (text for text in texts if str(text).startswith("action: "))
+                texts = [str(each.value) for each in node.args if isinstance(each, ast.Constant)]
+                yield from (text for text in texts if text.startswith("action: "))
 
 
 class OperationsTests(SynchronousTestCase):

@@ -177,6 +177,8 @@ class Rooms(SynchronousTestCase):
                 self.assertFalse(
                     [each for each in at_import if each.startswith(f"{PACKAGE}.observe.http")]
                 )
+        program = f"import sys, {PACKAGE}.tap; sys.exit('twisted.web' in sys.modules)"
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 class Plugin(SynchronousTestCase):

@@ -38,6 +38,20 @@ def echo(factory):
                                decoder=bytes)
 """
 
+HANGUPS = """
+import os
+import signal
+
+def hang_up():
+    os.kill(os.getpid(), signal.SIGHUP)
+
+def at_the_start(factory):
+    hang_up()
+
+def at_the_end(factory):
+    factory.reactor.addSystemEventTrigger("after", "shutdown", hang_up)
+"""
+
 JSON_LOGGER = """
 from twisted.logger import jsonFileLogObserver
 
@@ -91,6 +105,23 @@ class EveryStarter(Tests):
         server.wait_until_logged("action: reload | result: ignored")
         client.send(batch_frame())
         self.assertEqual(client.read(5), SUCCESS)
+
+    def test_sighup_at_the_start(self) -> None:
+        """SIGHUP kills no server that is being made, whose reactor does not run yet."""
+        (self.folder / "hangups.py").write_text(HANGUPS)
+        server = self.start("--store=none", "--processors=hangups:at_the_start")
+        server.wait_until_logged("action: reload | result: ignored")
+
+    def test_sighup_at_the_end(self) -> None:
+        """SIGHUP after the drain changes neither the end nor the exit status."""
+        (self.folder / "hangups.py").write_text(HANGUPS)
+        server = self.start("--store=none", "--processors=hangups:at_the_end")
+        server.signal(signal.SIGTERM)
+        server.wait_until_gone()
+        if not self.starter.is_daemon:
+            self.assertEqual(server.status(), -signal.SIGTERM)
+        self.assertFalse(server.pid_file.exists())
+        self.assertIn(self.starter.last_line, server.log.splitlines()[-1])
 
     def test_restart(self) -> None:
         """It can be started again at once, though a client was connected when it was stopped."""

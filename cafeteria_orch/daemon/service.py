@@ -106,6 +106,7 @@ class OrchestratorService(Service):
             hurry=self._hurry,
             reload=_nothing_to_reload if reload is None else reload,
             pid_file=pid_file,
+            flush_log=None if log_observer is None else log_observer.stop,
         )
 
     def setServiceParent(self, parent: Any) -> None:
@@ -132,7 +133,7 @@ class OrchestratorService(Service):
         if not self._ports:
             self._listen()
         if self._log_observer is not None:
-            self._log_observer.start(self._reactor)
+            self._log_observer.start()
         if self._monitor is not None:
             self._monitor.start()
         self._reactor.addSystemEventTrigger("before", "shutdown", self.drain)

@@ -43,6 +43,7 @@ class SignalHandlers:
     :param hurry: ends the drain at once; called for every stop but the first.
     :param reload: called for SIGHUP.
     :param pid_file: to be removed by who ends the process in another way than twistd would.
+    :param flush_log: writes the lines that wait; called before the process is ended.
     """
 
     def __init__(
@@ -55,13 +56,14 @@ class SignalHandlers:
         hurry: Callable[[], None],
         reload: Callable[[], None],
         pid_file: str | None = None,
+        flush_log: Callable[[], None] | None = None,
     ) -> None:
         self._reactor = reactor
         self._drain_timeout = drain_timeout
         self._is_stopping = is_stopping
         self._hurry = hurry
         self._reload = reload
-        self._guard = _HangGuard(reactor, stop, hurry, pid_file)
+        self._guard = _HangGuard(reactor, stop, hurry, pid_file, flush_log)
         self._signalled = False
         self._hurried = False
         self._previous: dict[int, Any] = {}
@@ -127,11 +129,13 @@ class _HangGuard:
         stop: Callable[[], object],
         hurry: Callable[[], None],
         pid_file: str | None,
+        flush_log: Callable[[], None] | None,
     ) -> None:
         self._reactor = reactor
         self._stop = stop
         self._hurry = hurry
         self._pid_file = pid_file
+        self._flush_log = flush_log
         self._number = 0
         self._beat: float = -math.inf
         self._interrupted: float = 0
@@ -185,6 +189,8 @@ class _HangGuard:
             " {place}",
             place=place,
         )
+        if self._flush_log is not None:
+            self._flush_log()
         if self._pid_file:
             with suppress(OSError):
                 Path(self._pid_file).unlink()

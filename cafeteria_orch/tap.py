@@ -24,7 +24,6 @@ from twisted.internet.endpoints import (
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IStreamServerEndpoint
 from twisted.python.failure import Failure
-from twisted.python.logfile import LogFile
 
 from . import __version__
 from .common.clock import measure_monotonic_time, wall_time
@@ -36,6 +35,7 @@ from .daemon.signals import SignalHandlers
 from .daemon.systemd import SystemdNotifier
 from .edge.admission import Admission
 from .edge.tls import ServerTLS
+from .observe.log_files import LogFile, LogStream
 from .observe.logs import BufferedLogObserver
 from .server.factory import OrchestratorFactory
 from .server.timeouts import Timeouts
@@ -107,13 +107,17 @@ def makeService(options: Options) -> IService:
         signals.reload = tls.reload
     gates = _gates(reactor, factory, tls, most, options) if has_gates else None
     _probe(_endpoints(_BindProbe(), options))
+    log_observer = _log_observer(options)
+    _rotate_on_signal(reactor, log_observer)
+    if log_observer is not None:
+        signals.flush_log = log_observer.stop
     return OrchestratorService(
         reactor,
         factory,
         _endpoints(reactor, options),
         sink=sink,
         drain_timeout=options["drain-timeout"],
-        log_observer=_log_observer(reactor, options),
+        log_observer=log_observer,
         notifier=SystemdNotifier.from_environment(os.environ),
         monitor=_monitor(reactor, factory, sink, options),
         admission=gates,
@@ -259,7 +263,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _log_observer(reactor: Any, options: Options) -> BufferedLogObserver | None:
+def _log_observer(options: Options) -> BufferedLogObserver | None:
     """Our observer, on the file that twistd would log to; its own where it is told another.
 
     ``twist``, which has no such options, sets up logging of its own.
@@ -269,24 +273,24 @@ def _log_observer(reactor: Any, options: Options) -> BufferedLogObserver | None:
         return None
     foreground = twistd["nodaemon"] or twistd["debug"]
     path = twistd["logfile"] or ("-" if foreground else "twistd.log")
-    if path == "-":
-        if not foreground:
-            raise refusal("a daemon has no standard output to log to: name a --logfile, or say -n")
-        return BufferedLogObserver(sys.stdout, options["log-level"], options["log-format"])
-    try:
-        file = LogFile.fromFullPath(path)
-    except OSError as error:
-        raise refusal(f"--logfile {path}: {error.strerror}") from error
-    observer = BufferedLogObserver(file, options["log-level"], options["log-format"])
-    _rotate_on_signal(reactor, observer)
-    return observer
+    if path != "-":
+        try:
+            file: LogStream = LogFile(path, options["log-bytes"], options["log-files"])
+        except OSError as error:
+            raise refusal(f"--logfile {path}: {error.strerror}") from error
+    elif foreground:
+        file = LogStream(sys.stdout.fileno())
+    else:
+        raise refusal("a daemon has no standard output to log to: name a --logfile, or say -n")
+    return BufferedLogObserver(file, options["log-level"], options["log-format"])
 
 
-def _rotate_on_signal(reactor: Any, observer: BufferedLogObserver) -> None:
-    """SIGUSR1 rotates the log, as with twistd's own observer."""
+def _rotate_on_signal(reactor: Any, observer: BufferedLogObserver | None) -> None:
+    """SIGUSR1 rotates the log, as with twistd's own observer; it never ends the process."""
 
     def rotate(_: int, __: FrameType | None) -> None:
-        reactor.callFromThread(observer.rotate)
+        if observer is not None:
+            reactor.callFromThread(observer.rotate)
 
-    if not signal.getsignal(signal.SIGUSR1):
+    if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, rotate)

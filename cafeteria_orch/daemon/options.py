@@ -13,6 +13,7 @@ from twisted.python import usage
 
 from cafeteria_orch import __version__
 from cafeteria_orch.edge.proxy import parse_networks
+from cafeteria_orch.observe.log_files import DEFAULT_LOG_BYTES, DEFAULT_LOG_FILES
 from cafeteria_orch.observe.logs import Render, as_json, as_text
 from cafeteria_orch.server.memory import DEFAULT_MAX_IN_FLIGHT_BYTES
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
@@ -97,6 +98,8 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "metrics": _or_none(str),
     "log-level": _log_level,
     "log-format": _log_format,
+    "log-bytes": _or_none(_number(int, 4096, 2**40)),
+    "log-files": _number(int, 1, 1000),
 }
 _REPEATED = ("listen", "processors")
 _FLAGS = ("proxy-protocol",)
@@ -172,6 +175,13 @@ class Options(usage.Options):
         ],
         ["log-level", None, "info", "debug, info, warn or error"],
         ["log-format", None, "text", "text, or json: an object a line"],
+        [
+            "log-bytes",
+            None,
+            str(DEFAULT_LOG_BYTES),
+            "size at which the file of --logfile is rotated, or none",
+        ],
+        ["log-files", None, str(DEFAULT_LOG_FILES), "rotated files that are kept"],
     ]
 
     def __init__(self) -> None:

@@ -123,7 +123,7 @@ class OrchestratorService(Service):
         if self._state is _State.STOPPED:
             self._listen()
         if self._log_observer is not None:
-            self._log_observer.start(self._reactor)
+            self._log_observer.start()
         if self._monitor is not None:
             self._monitor.start()
         if not self._has_triggers:

@@ -42,10 +42,12 @@ class SignalHandlers:
     :param reactor: measures the time, and runs what a signal asks for in its thread.
     :param pid_file: removed where the process does not end as ``twistd`` ends it.
     :ivar reload: called for SIGHUP, when the reactor runs.
+    :ivar flush_log: called before the process is ended, to write the lines that wait.
     """
 
     def __init__(self, reactor: Any, pid_file: str | None = None) -> None:
         self.reload: Callable[[], object] = _nothing_to_reload
+        self.flush_log: Callable[[], object] = _nothing_to_flush
         self._reactor = reactor
         self._pid_file = pid_file
         self._previous: dict[int, Any] = {}
@@ -152,6 +154,7 @@ class SignalHandlers:
             " {place}",
             place=_place_of(frame),
         )
+        self.flush_log()
         signal.raise_signal(self._first)
 
 
@@ -161,6 +164,10 @@ def _is_main_thread() -> bool:
 
 def _nothing_to_reload() -> None:
     _log.info("action: reload | result: ignored | error: there is nothing to reload")
+
+
+def _nothing_to_flush() -> None:
+    """Twisted's own observers write each line at once."""
 
 
 def _place_of(frame: FrameType | None) -> str:

@@ -1,4 +1,4 @@
-"""The operator's endpoint: metrics, health and the status page, over HTTP from the reactor."""
+"""The endpoint for operators: metrics, health checks and the status page, over HTTP."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from typing import Any, NamedTuple, cast
 
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
+from twisted.internet.task import Cooperator
 from twisted.logger import Logger, globalLogPublisher
 from twisted.python.failure import Failure
 from twisted.web import http
 
+from cafeteria_orch.common.clock import WallTime
+from cafeteria_orch.common.oldest import OldestFirst
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.totals import Completeness
 
-from .health import Health
-from .logs import RecentProblems
+from .problems import RecentProblems
 from .prometheus import Exposition
 from .status import Status
 
 REQUEST_TIMEOUT = 15.0
-"""How long, in seconds, a connection may be silent between two requests or inside of one."""
+"""Seconds that a connection may be silent, between two requests or inside one."""
 
-MOST_CONNECTIONS = 50
-"""So many connections at once; one more costs the oldest its own."""
+MAX_CONNECTIONS = 50
+"""The number of connections at once; one more closes the oldest."""
 
 _TEXT = "text/plain; charset=utf-8"
 
@@ -42,7 +44,7 @@ _log = Logger()
 
 
 class Response(NamedTuple):
-    """What a request is answered with."""
+    """The response to a request."""
 
     status: int
     content_type: str
@@ -51,17 +53,17 @@ class Response(NamedTuple):
 
 
 class Monitor:
-    """Shows what the server does.
+    """Shows operators what the server does.
 
     It answers ``/``, ``/status.json``, ``/metrics``, ``/livez`` and ``/readyz``, from
     :meth:`listen` until :meth:`stop`.
 
-    :param reactor: the reactor.
-    :param factory: the one that is shown.
+    :param reactor: for time.
+    :param factory: the factory whose connections and counters are shown.
     :param endpoint: where to listen.
-    :param version: of this package.
+    :param version: the version of this package.
     :param sink: the store, if there is one.
-    :param completeness: of the tables in it.
+    :param completeness: asks the store which tables are complete.
     :raises ImportError: if ``prometheus-client`` is not installed.
     """
 
@@ -75,19 +77,18 @@ class Monitor:
         sink: Sink | None = None,
         completeness: Completeness | None = None,
     ) -> None:
-        self.site = Site(reactor, self.respond)
+        self.site = Site(reactor, self.respond, factory.wall_time)
         self._endpoint = endpoint
-        self._health = Health(sink)
-        self._exposition = Exposition(factory, self._health, version)
         self._problems = RecentProblems()
         self._status = Status(
             reactor,
             factory,
-            self._health,
             version,
+            sink=sink,
             problems=self._problems,
             completeness=completeness,
         )
+        self._exposition = Exposition(factory, self._status, version)
         self._page = _page()
         self._port: IListeningPort | None = None
 
@@ -103,17 +104,16 @@ class Monitor:
             failure.raiseException()
 
     def start(self) -> None:
-        """The server serves."""
+        """The server takes batches from now on."""
         globalLogPublisher.addObserver(self._problems)
         self._status.start()
-        self._health.is_started = True
 
     def stopping(self) -> None:
-        """The server has begun to stop."""
-        self._health.is_draining = True
+        """The server drains from now on."""
+        self._status.drain()
 
     def stop(self) -> None:
-        """Nothing will change any more: close, without waiting for whoever is connected."""
+        """The drain is over: close, without waiting for those who are connected."""
         self._status.stop()
         globalLogPublisher.removeObserver(self._problems)
         if self._port is not None:
@@ -122,7 +122,7 @@ class Monitor:
         self.site.abort()
 
     def respond(self, path: bytes, accept: str) -> Response:
-        """What a GET of a path is answered with."""
+        """The response to the GET of a path."""
         if path == b"/":
             return self._page
         if path == b"/status.json":
@@ -132,7 +132,7 @@ class Monitor:
         if path == b"/livez":
             return Response(http.OK, _TEXT, b"ok\n")
         if path == b"/readyz":
-            refusal = self._health.refusal
+            refusal = self._status.refusal
             status = http.OK if refusal is None else http.SERVICE_UNAVAILABLE
             return Response(status, _TEXT, f"{refusal or 'ok'}\n".encode())
         return Response(http.NOT_FOUND, _TEXT, b"not found\n")
@@ -146,7 +146,7 @@ class Monitor:
 
 
 def _page() -> Response:
-    """The status page, and the policy that lets a browser run just what stands in it."""
+    """The status page, and a policy under which a browser runs its own script alone."""
     page = files(__package__).joinpath("status.html").read_text("utf-8")
     sources = {}
     for kind in ("script", "style"):
@@ -163,98 +163,132 @@ def _page() -> Response:
 
 
 class Site(http.HTTPFactory):
-    """Serves GET and HEAD without a body, and nothing else.
+    """Serves GET and HEAD without a body, one response in each turn of the reactor.
 
     :param reactor: for time.
     :param respond: what the path of a GET, and its ``Accept``, are answered with.
+    :param wall_time: for the header ``Date``.
     """
 
     noisy = False
 
-    def __init__(self, reactor: Any, respond: Callable[[bytes, str], Response]) -> None:
+    def __init__(
+        self, reactor: Any, respond: Callable[[bytes, str], Response], wall_time: WallTime
+    ) -> None:
         super().__init__(timeout=REQUEST_TIMEOUT, reactor=reactor)
         self.protocol = _Channel  # type: ignore[assignment]
         self.respond = respond
-        # An ordered set: the oldest is the first.
-        self._channels: dict[_Channel, None] = {}
+        self.wall_time = wall_time
+        self.channels: OldestFirst[_Channel] = OldestFirst(MAX_CONNECTIONS)
+        # However many ask at once, the agencies have their turns in between.
+        self.turns = Cooperator(
+            terminationPredicateFactory=lambda: lambda: True,
+            scheduler=lambda turn: reactor.callLater(0, turn),
+        )
 
     def startFactory(self) -> None:
-        """There is no access log to be opened, and no clock for its lines."""
+        """Twisted opens its access log here: there is none."""
 
     def stopFactory(self) -> None:
         """Nothing was started."""
 
-    def opened(self, channel: _Channel) -> None:
-        """A connection was made."""
-        if len(self._channels) >= MOST_CONNECTIONS:
-            next(iter(self._channels)).abort()
-        self._channels[channel] = None
-
-    def closed(self, channel: _Channel) -> None:
-        """It is gone, or will be at once."""
-        self._channels.pop(channel, None)
-
     def abort(self) -> None:
         """Close all connections at once."""
-        for channel in list(self._channels):
+        for channel in self.channels:
             channel.abort()
 
 
 class _Request(http.Request):
-    _is_refused = False
+    _has_body = False
 
     def gotLength(self, length: int | None) -> None:
         """The headers are there. A body is not waited for."""
         super().gotLength(0)
         if length != 0:
-            self._is_refused = True
-            cast("_Channel", self.channel).refuse()
+            self._has_body = True
+            cast("_Channel", self.channel).refuse_body()
 
     def handleContentChunk(self, data: bytes) -> None:
-        """What comes of a body all the same is dropped."""
+        """A body that comes all the same is dropped."""
 
     def process(self) -> None:
         """The request is there."""
-        if self._is_refused:
+        if not self._has_body:
+            cast("_Channel", self.channel).factory.turns.coiterate(map(_Request._answer, [self]))
+
+    def _answer(self) -> None:
+        # It is taken away when the connection is lost.
+        if self.channel is None:
             return
         site = cast("_Channel", self.channel).factory
-        if self.method in (b"GET", b"HEAD"):
-            response = site.respond(self.path, self.getHeader("accept") or "")
-        else:
-            allowed = {"Allow": "GET, HEAD"}
-            response = Response(http.NOT_ALLOWED, _TEXT, b"GET and HEAD only\n", allowed)
-        self.setResponseCode(response.status)
+        response = self._response(site)
         headers = {
             **_HEADERS,
             **response.headers,
             "Content-Type": response.content_type,
             "Content-Length": str(len(response.body)),
-            "Date": http.datetimeToString(site.reactor.seconds()).decode(),
+            "Date": http.datetimeToString(site.wall_time()).decode(),
         }
+        self.setResponseCode(response.status)
         for name, value in headers.items():
             self.setHeader(name, value)
         self.write(response.body)
         self.finish()
 
+    def _response(self, site: Site) -> Response:
+        if self.method not in (b"GET", b"HEAD"):
+            allowed = {"Allow": "GET, HEAD"}
+            return Response(http.NOT_ALLOWED, _TEXT, b"GET and HEAD only\n", allowed)
+        accept = self.requestHeaders.getRawHeaders(b"Accept", [b""])
+        try:
+            return site.respond(self.path, accept[0].decode("latin-1"))
+        except Exception:
+            _log.failure("action: serve_metrics | result: fail")
+            return Response(http.INTERNAL_SERVER_ERROR, _TEXT, b"a fault of the server\n")
+
 
 class _Channel(http.HTTPChannel):
+    """One connection: parses the next request when the response before it is on its way.
+
+    Without that, a client that sends requests and reads no responses fills the memory with them.
+    """
+
     factory: Site
     transport: Any
     requestFactory = _Request
+    _unsent: http.Request | None = None
 
     def connectionMade(self) -> None:
         super().connectionMade()
-        self.factory.opened(self)
+        oldest = self.factory.channels.add(self)
+        if oldest is not None:
+            oldest.abort()
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
-        self.factory.closed(self)
+        self.factory.channels.discard(self)
         super().connectionLost(reason)
 
+    def requestDone(self, request: http.Request) -> None:
+        """The response is written, and perhaps waits to be sent."""
+        if self._waitingForTransport:
+            self._unsent = request
+            self.transport.pauseProducing()
+            self.setTimeout(self.factory.timeOut)
+        else:
+            super().requestDone(request)
+
+    def resumeProducing(self) -> None:
+        """The peer has read enough of what waited to be sent."""
+        super().resumeProducing()
+        if self._unsent is not None:
+            request, self._unsent = self._unsent, None
+            super().requestDone(request)
+
     def timeoutConnection(self) -> None:
-        """It was silent for too long; that is nothing to be logged."""
+        """The client was silent for too long, which is nothing to be logged."""
         self.abort()
 
-    def refuse(self) -> None:
+    def refuse_body(self) -> None:
         """Answer a request that has a body, and read no more."""
         self.transport.write(
             b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
@@ -263,5 +297,5 @@ class _Channel(http.HTTPChannel):
 
     def abort(self) -> None:
         """Close at once."""
-        self.factory.closed(self)
+        self.factory.channels.discard(self)
         self.transport.abortConnection()

@@ -1,7 +1,7 @@
 """The metrics, as Prometheus reads them.
 
-``prometheus-client`` is asked for no more than the format: what is shown are the factory's own
-counters, read when they are asked for.
+``prometheus-client`` writes the format alone: the numbers are the factory's own counters, read
+when a scraper asks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.wire.codec import CODEC
 from twisted import __version__ as twisted_version
 
-from .health import Health
+from .status import Status
 
 _PREFIX = "cafeorch_"
 
@@ -24,45 +24,50 @@ _PREFIX = "cafeorch_"
 class Exposition:
     """Renders the metrics of a server.
 
-    :param factory: whose counters they are.
-    :param health: of the server.
-    :param version: of this package.
+    :param factory: the factory whose counters are shown.
+    :param status: the state of the server, and its store.
+    :param version: the version of this package.
     :raises ImportError: if ``prometheus-client`` is not installed.
     """
 
-    def __init__(self, factory: OrchestratorFactory, health: Health, version: str) -> None:
-        # The extra; and a registry of our own, not the library's global one.
+    def __init__(self, factory: OrchestratorFactory, status: Status, version: str) -> None:
+        # An extra. The library's global registry is not used.
         from prometheus_client import CollectorRegistry, ProcessCollector  # noqa: PLC0415
         from prometheus_client.exposition import choose_encoder  # noqa: PLC0415
 
         self._registry = CollectorRegistry()
-        self._registry.register(Collector(factory, health, version))
+        self._registry.register(Collector(factory, status, version))
         ProcessCollector(registry=self._registry)
         self._choose_encoder = choose_encoder
 
     def render(self, accept: str) -> tuple[str, bytes]:
-        """The metrics in the format that suits a request.
+        """The metrics in a format that the request accepts, or in the default one.
 
-        :param accept: its header of that name.
-        :return: their content type, and themselves.
+        :param accept: the request's header ``Accept``.
+        :return: the content type and the metrics.
         """
-        encode, content_type = self._choose_encoder(accept)
-        return content_type, encode(self._registry)
+        try:
+            encode, content_type = self._choose_encoder(accept)
+            return content_type, encode(self._registry)
+        except Exception:
+            # The library raises for versions that are no numbers.
+            encode, content_type = self._choose_encoder("")
+            return content_type, encode(self._registry)
 
 
 class Collector:
     """Reads the counters of a server for ``prometheus-client``.
 
-    In the reactor's thread, so that all numbers are of the same moment.
+    It does so in the reactor's thread, so that all numbers are of the same moment.
 
-    :param factory: whose counters they are.
-    :param health: of the server.
-    :param version: of this package.
+    :param factory: the factory whose counters are shown.
+    :param status: the state of the server, and its store.
+    :param version: the version of this package.
     """
 
-    def __init__(self, factory: OrchestratorFactory, health: Health, version: str) -> None:
+    def __init__(self, factory: OrchestratorFactory, status: Status, version: str) -> None:
         self._factory = factory
-        self._health = health
+        self._status = status
         self._build = {
             "version": version,
             "python": platform.python_version(),
@@ -85,7 +90,7 @@ class Collector:
         )
         yield _counter(
             "handshakes_failed",
-            "Connections that did not become clients.",
+            "Connections that failed their PROXY header or TLS handshake.",
             counters.failed_handshakes,
         )
         yield _counter("received_bytes", "Bytes read from clients.", factory.received_bytes)
@@ -93,36 +98,40 @@ class Collector:
         yield from self._messages()
         yield _histogram(
             "batch_duration_seconds",
-            "From a batch's message to the end of its processing, by the store or a processor.",
+            "From the arrival of a batch to the end of its processing.",
             counters.batch_seconds,
         )
         limit_hits = _counter("limit_hits", "How often a limit was hit.", labels=["limit"])
         for limit, hits in counters.limit_hits.items():
             limit_hits.add_metric([limit], hits)
         yield limit_hits
-        yield _gauge("draining", "1 while the server is stopping.", self._health.is_draining)
+        yield _gauge(
+            "draining", "1 while the server is stopping.", self._status.state == "draining"
+        )
         yield from self._store()
 
     def _messages(self) -> Iterator[Any]:
         received = _counter("batches_received", "Batches that came.", labels=["table"])
-        batches = _counter("batches", "What became of batches.", labels=["table", "outcome"])
-        in_hand = _gauge("batches_in_hand", "Batches that are being processed.", labels=["table"])
+        batches = _counter("batches", "Batches by their outcome.", labels=["table", "outcome"])
+        in_progress = _gauge("batches_in_progress", "Batches in progress.", labels=["table"])
+        in_hand = _gauge("batches_in_hand", "The former name of it.", labels=["table"])
         rows = _counter(
-            "rows", "The rows of batches, by what became of them.", labels=["table", "outcome"]
+            "rows", "The rows of batches, by the outcome of these.", labels=["table", "outcome"]
         )
         for label, tally in self._factory.counters.batches():
             received.add_metric([label], tally.received)
+            in_progress.add_metric([label], tally.in_progress)
             in_hand.add_metric([label], tally.in_progress)
             for outcome in Outcome:
                 values = [label, outcome.name.lower()]
                 batches.add_metric(values, tally.outcomes[outcome])
                 rows.add_metric(values, tally.rows[outcome])
-        yield from (received, batches, in_hand, rows, self._control_messages())
+        yield from (received, batches, in_progress, in_hand, rows, self._control_messages())
 
     def _control_messages(self) -> Any:
         family = _counter(
             "control_messages",
-            "What became of messages that are no batches.",
+            "Messages that are no batches, by their outcome.",
             labels=["message", "outcome"],
         )
         for name, tally in self._factory.counters.control_messages():
@@ -132,7 +141,7 @@ class Collector:
         return family
 
     def _store(self) -> Iterator[Any]:
-        sink = self._health.sink
+        sink = self._status.sink
         if sink is None:
             return
         sizes = sink.sizes()
@@ -141,7 +150,7 @@ class Collector:
         yield _gauge("store_wal_bytes", "The size of its write-ahead log.", sizes.wal)
         yield _histogram(
             "commit_duration_seconds",
-            "The store's transactions, each with all batches that waited.",
+            "The store's transactions, each of all batches that waited.",
             self._factory.counters.commit_seconds,
         )
 

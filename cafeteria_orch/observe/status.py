@@ -13,19 +13,19 @@ from twisted.internet.task import LoopingCall
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.counters import Outcome, Tally
 from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.totals import Completeness
 
-from .health import Health
-from .logs import RecentProblems
+from .problems import RecentProblems
 
 SAMPLE_INTERVAL = 5.0
-"""Seconds between two points of the lines."""
+"""Seconds between two points of a chart."""
 
-SAMPLES = 120
-"""How many points there are at most: ten minutes."""
+MAX_POINTS = 120
+"""The number of points in a chart: ten minutes."""
 
-MOST_CONNECTIONS = 200
-"""So many connections are listed, those that sent most; all are counted."""
+MAX_CONNECTIONS = 200
+"""The number of connections that are listed, those that sent most; all are counted."""
 
 
 class _Sample(NamedTuple):
@@ -36,49 +36,69 @@ class _Sample(NamedTuple):
 
 
 class Status:
-    """Gathers what an operator wants to see.
+    """Gathers what the status page shows, and says whether the server takes batches.
 
     :param reactor: for time.
-    :param factory: whose connections and counters they are.
-    :param health: of the server.
-    :param version: of this package.
-    :param problems: the last ones.
-    :param completeness: of the tables in the store, if there is one.
+    :param factory: the factory whose connections and counters are shown.
+    :param version: the version of this package.
+    :param sink: the store, if there is one.
+    :param problems: the last warnings and errors.
+    :param completeness: asks the store which tables are complete.
     """
 
     def __init__(
         self,
         reactor: Any,
         factory: OrchestratorFactory,
-        health: Health,
         version: str,
         *,
+        sink: Sink | None = None,
         problems: RecentProblems,
         completeness: Completeness | None = None,
     ) -> None:
-        self._reactor = reactor
+        self.sink = sink
         self._factory = factory
-        self._health = health
         self._problems = problems
         self._completeness = completeness
         self._version = version
+        self._phase = "starting"
         self._started_at: float = factory.wall_time()
-        self._samples: deque[_Sample] = deque(maxlen=SAMPLES + 1)
+        self._samples: deque[_Sample] = deque(maxlen=MAX_POINTS + 1)
         self._sampling = LoopingCall(self._take_sample)
         self._sampling.clock = reactor
 
     def start(self) -> None:
-        """The server starts: take samples from now on."""
+        """The server takes batches from now on; take samples."""
+        self._phase = "ready"
         self._started_at = self._factory.wall_time()
         self._sampling.start(SAMPLE_INTERVAL)
+
+    def drain(self) -> None:
+        """The server drains from now on."""
+        self._phase = "draining"
 
     def stop(self) -> None:
         """Take no more samples."""
         if self._sampling.running:
             self._sampling.stop()
 
+    @property
+    def state(self) -> str:
+        """``starting``, ``ready``, ``refusing`` or ``draining``."""
+        if self._phase == "ready" and self.sink is not None and self.sink.refusal is not None:
+            return "refusing"
+        return self._phase
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the server takes no batches now, in one line; ``None`` if it does."""
+        state = self.state
+        if state == "refusing" and self.sink is not None:
+            return " ".join(str(self.sink.refusal).split())
+        return None if state == "ready" else state
+
     def render(self) -> bytes:
-        """All of it, as JSON."""
+        """What the page shows, as JSON."""
         return json.dumps(self._gather(), separators=(",", ":"), allow_nan=False).encode()
 
     def _take_sample(self) -> None:
@@ -93,18 +113,17 @@ class Status:
         )
 
     def _gather(self) -> dict[str, Any]:
-        factory, health = self._factory, self._health
-        sink = health.sink
-        if self._completeness is not None and health.state != "draining":
+        factory, sink = self._factory, self.sink
+        if self._completeness is not None and self.state != "draining":
             self._completeness.refresh()
         connections = factory.connections
-        shown = nlargest(MOST_CONNECTIONS, connections, key=lambda each: each.received_bytes)
+        shown = nlargest(MAX_CONNECTIONS, connections, key=lambda each: each.received_bytes)
         return {
             "version": self._version,
             "time": self._factory.wall_time(),
             "started_at": self._started_at,
-            "state": health.state,
-            "reason": health.refusal,
+            "state": self.state,
+            "reason": self.refusal,
             "rates": self._rates(),
             "received_bytes": factory.received_bytes,
             "in_flight_bytes": factory.memory.used,
@@ -125,7 +144,7 @@ class Status:
         points = []
         for before, after in pairwise(samples):
             seconds = after.time - before.time
-            # Where the clock was set back there is nothing to be said.
+            # Where the clock was set back there is no rate.
             if seconds > 0:
                 gains = [(now - then) / seconds for then, now in zip(before[1:], after[1:])]
                 points.append([after.time, *(round(gain, 2) for gain in gains)])
@@ -142,6 +161,8 @@ class Status:
             "batches": connection.batches,
             "rows": connection.rows,
             "bytes": connection.received_bytes,
+            "in_progress": connection.in_progress,
+            # Its name until 0.1.
             "in_hand": connection.in_progress,
             "connected_at": session.connected_at,
         }
@@ -150,6 +171,7 @@ class Status:
         return {
             "table": label,
             "received": tally.received,
+            "in_progress": tally.in_progress,
             "in_hand": tally.in_progress,
             "failed": tally.failed,
             "rows": tally.accepted_rows,

@@ -21,6 +21,7 @@ from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, textFileLog
 from twisted.protocols.basic import Int32StringReceiver
 from zope.interface import implementer
 
+from cafeteria_orch.observe.log_files import LogStream
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.frames import FrameReceiver
@@ -238,8 +239,9 @@ def log(effort: Effort) -> list[Figure]:
     with tempfile.TemporaryFile("w+") as file:
 
         def ours() -> float:
-            observer = _buffered(file)
-            return elapsed(lambda: _observe(observer, events)) + elapsed(observer.flush)
+            observer = _observer(file)
+            observer.start()
+            return elapsed(lambda: _observe(observer, events)) + elapsed(observer.stop)
 
         def stock() -> float:
             observer = textFileLogObserver(file)
@@ -247,8 +249,8 @@ def log(effort: Effort) -> list[Figure]:
 
         written = effort.interleave(ours, stock)
         filtered = effort.interleave(
-            lambda: _emit(_buffered(file), lines, checked=True),
-            lambda: _emit(_buffered(file), lines, checked=False),
+            lambda: _emit(_observer(file), lines, checked=True),
+            lambda: _emit(_observer(file), lines, checked=False),
         )
     scale = 1e6 / lines
     return [
@@ -278,10 +280,8 @@ def _observe(observer: ILogObserver, events: Iterable[LogEvent]) -> None:
         observer(event)
 
 
-def _buffered(file: TextIO) -> BufferedLogObserver:
-    observer = BufferedLogObserver(file)
-    observer.start(Clock())
-    return observer
+def _observer(file: TextIO) -> BufferedLogObserver:
+    return BufferedLogObserver(LogStream(file.fileno()))
 
 
 def _emit(observer: BufferedLogObserver, events: int, *, checked: bool) -> float:

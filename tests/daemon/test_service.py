@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 from twisted.application.service import Application
 from twisted.internet.defer import Deferred, fail
 from twisted.internet.endpoints import TCP4ServerEndpoint
@@ -19,6 +17,7 @@ from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.wire.codec import CODEC
 from tests.support.builders import batch_frame, connect, numbered, texts
+from tests.support.logs import MemoryLog
 from tests.support.services import (
     Reactor,
     RecordingEndpoint,
@@ -111,7 +110,7 @@ class Logging(SynchronousTestCase):
 
     def test_observer(self) -> None:
         """The service's observer becomes the application's."""
-        observer = BufferedLogObserver(io.StringIO())
+        observer = BufferedLogObserver(MemoryLog())
         self.assertIs(self.observer_with(observer), observer)
 
     def test_no_observer(self) -> None:
@@ -167,7 +166,7 @@ class Draining(ServiceTestCase):
         """It stops listening, then ends the connections, closes the store, flushes the log."""
         no_port: Deferred[None] = Deferred()
         closed: Deferred[None] = Deferred()
-        sink, file = RecordingSink(lambda: closed), io.StringIO()
+        sink, file = RecordingSink(lambda: closed), MemoryLog()
         observer = BufferedLogObserver(file)
         globalLogPublisher.addObserver(observer)
         self.addCleanup(globalLogPublisher.removeObserver, observer)
@@ -183,11 +182,11 @@ class Draining(ServiceTestCase):
         self.assertNotIn("stop", sink.calls)
         self.leave()
         self.assertIn("stop", sink.calls)
-        self.assertNotIn("action: drain", file.getvalue())
+        self.assertNotIn("action: drain", file.text)
         self.assertNoResult(drained)
         closed.callback(None)
         self.successResultOf(drained)
-        self.assertEqual(file.getvalue().splitlines()[-1].partition("] ")[2], DRAINED)
+        self.assertEqual(file.text.splitlines()[-1].partition("] ")[2], DRAINED)
 
     def test_every_port(self) -> None:
         """No endpoint listens on."""
@@ -213,12 +212,12 @@ class Draining(ServiceTestCase):
 
     def test_log_goes_on_unbuffered(self) -> None:
         """What is logged after the drain, ``twistd``'s last lines, waits for no flush."""
-        file = io.StringIO()
+        file = MemoryLog()
         observer = BufferedLogObserver(file)
         self.started(log_observer=observer).stopService()
         event = {"log_format": "last", "log_level": LogLevel.info, "log_time": 0.0}
         observer({**event, "log_namespace": "twistd"})
-        self.assertIn("last", file.getvalue())
+        self.assertIn("last", file.text)
 
 
 class StartingAgain(ServiceTestCase):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import builtins
 import os
 import signal
 import socket
@@ -19,7 +19,6 @@ from twisted.application.twist._options import TwistOptions
 from twisted.internet.endpoints import SSL4ServerEndpoint
 from twisted.logger import ILogObserver, LogLevel, capturedLogs
 from twisted.plugin import getPlugins
-from twisted.python.logfile import LogFile
 from twisted.scripts._twistd_unix import ServerOptions
 from twisted.trial.unittest import SkipTest, TestCase
 
@@ -28,6 +27,8 @@ from cafeteria_orch.daemon.descriptors import DescriptorReporter
 from cafeteria_orch.daemon.service import OrchestratorService
 from cafeteria_orch.edge.proxy import parse_networks
 from cafeteria_orch.edge.tls import ServerTLS
+from cafeteria_orch.observe.http import Monitor
+from cafeteria_orch.observe.log_files import LogFile
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.tap import SWITCH_INTERVAL, Options, makeService
 from tests.support.builders import texts
@@ -399,8 +400,8 @@ class Logging(TapTestCase):
         observer = application.getComponent(ILogObserver, None)
         if isinstance(observer, DescriptorReporter):
             buffered: Any = observer.observer
-            if isinstance(buffered._file, LogFile):
-                self.addCleanup(buffered._file.close)
+            if isinstance(buffered._writer._file, LogFile):
+                self.addCleanup(buffered._writer._file.close)
         return observer
 
     def log(self, observer: BufferedLogObserver, level: Any = LogLevel.info) -> None:
@@ -410,10 +411,11 @@ class Logging(TapTestCase):
 
     def test_foreground(self) -> None:
         """With ``-n`` it writes to standard output."""
-        with redirect_stdout(io.StringIO()) as output:
+        path = Path("output")
+        with path.open("w") as output, redirect_stdout(output):
             self.log(self.observer("-n"))
             self.log(self.observer("-n", "--logfile=-"))
-        self.assertEqual(output.getvalue().count("[test#info] a line\n"), 2)
+        self.assertEqual(path.read_text().count("[test#info] a line\n"), 2)
 
     def test_log_file(self) -> None:
         """With ``--logfile`` it writes there, in the foreground and not."""
@@ -464,12 +466,47 @@ class Logging(TapTestCase):
         self.assertIsNone(self.of(self.make()))
 
     def test_rotation(self) -> None:
-        """SIGUSR1 is taken only for a log file, and only if nobody has it."""
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-        self.observer("-n")
-        self.assertEqual(signal.getsignal(signal.SIGUSR1), signal.SIG_DFL)
-        self.observer("-n", "--logfile=a.log")
-        self.assertTrue(callable(signal.getsignal(signal.SIGUSR1)))
+        """SIGUSR1 never ends the process, and keeps a handler that it has."""
+        for twistd in ((), ("--logfile=a.log",), ("--syslog",)):
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+            self.observer("-n", *twistd)
+            self.assertTrue(callable(signal.getsignal(signal.SIGUSR1)), twistd)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         self.observer("-n", "--logfile=a.log")
         self.assertEqual(signal.getsignal(signal.SIGUSR1), signal.SIG_IGN)
+
+
+class Metrics(TapTestCase):
+    """``--metrics``, as ``makeService`` has it."""
+
+    def test_none(self) -> None:
+        """Without the option there is no endpoint for operators."""
+        self.assertIsNone(self.make("--store", "none")._monitor)
+
+    def test_one(self) -> None:
+        """With the option there is an endpoint for operators."""
+        service = self.make("--metrics", "tcp:0:interface=127.0.0.1")
+        self.assertIsInstance(service._monitor, Monitor)
+
+    def test_bad_endpoint(self) -> None:
+        """What is no endpoint is refused by the option's name."""
+        self.assertIn("--metrics nonsense:1:", self.refusal("--metrics", "nonsense:1"))
+
+    def test_port_in_use(self) -> None:
+        """A port that is taken is found out before the start, and the option named."""
+        with taken_port() as port:
+            refusal = self.refusal("--metrics", f"tcp:{port}:interface=127.0.0.1")
+        self.assertIn("choose another --metrics", refusal)
+
+    def test_missing_extra(self) -> None:
+        """Without the extra one line says what to install."""
+        real_import = builtins.__import__
+
+        def without(name: str, *rest: Any) -> Any:
+            if name.startswith("prometheus_client"):
+                raise ImportError(name)
+            return real_import(name, *rest)
+
+        self.patch(builtins, "__import__", without)
+        refusal = self.refusal("--metrics", "tcp:0:interface=127.0.0.1")
+        self.assertIn("pip install 'cafeteria_orch[metrics]'", refusal)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from io import StringIO
 from typing import Any
 
 from hypothesis import given
@@ -16,6 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.observe.logs import BufferedLogObserver, as_json
 from tests.support.builders import SUCCESS
+from tests.support.logs import MemoryLog
 from tests.support.processes import HELLO, ProcessTestCase
 
 LINE = "action: receive_message | result: success | ip: {ip} | opcode: {opcode}"
@@ -25,13 +25,13 @@ class JsonTests(SynchronousTestCase):
     """What stands in a line."""
 
     def setUp(self) -> None:
-        self.file = StringIO()
+        self.file = MemoryLog()
         self.observer = BufferedLogObserver(self.file, LogLevel.info, as_json)
         self.log = Logger("shop", observer=LogPublisher(self.observer))
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines that were written, each of them an object."""
-        return [json.loads(line) for line in self.file.getvalue().splitlines()]
+        return [json.loads(line) for line in self.file.text.splitlines()]
 
     def test_fields_are_keys(self) -> None:
         """The seed's line is the message, and its fields stand beside it as what they are."""
@@ -83,7 +83,7 @@ class JsonTests(SynchronousTestCase):
     def test_nothing_to_say(self) -> None:
         """An event without a message has no line."""
         self.observer({"log_time": 1.0, "log_level": LogLevel.info})
-        self.assertEqual(self.file.getvalue(), "")
+        self.assertEqual(self.file.text, "")
 
     @given(
         st.dictionaries(
@@ -93,18 +93,15 @@ class JsonTests(SynchronousTestCase):
     )
     def test_any_field(self, fields: dict[str, Any]) -> None:
         """Whatever the fields are, a line is one object, and has them all."""
-        self.file.truncate(0)
-        self.file.seek(0)
+        self.file.calls.clear()
         self.log.info("it is", **fields)
-        text = self.file.getvalue()
+        text = self.file.text
         self.assertEqual((text.count("\n"), text[-1]), (1, "\n"))
         self.assertLessEqual(fields.keys(), json.loads(text).keys())
 
     def test_lost_lines(self) -> None:
         """That lines were lost is said in JSON too."""
-        self.observer._lost = 3
-        self.log.info("it is well")
-        _, line = self.lines()
+        line = json.loads(self.observer._describe_loss(3))
         self.assertEqual((line["lost"], line["level"]), (3, "error"))
 
 

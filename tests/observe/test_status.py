@@ -13,9 +13,8 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__
-from cafeteria_orch.observe.health import Health
-from cafeteria_orch.observe.logs import PROBLEMS_KEPT, RecentProblems
-from cafeteria_orch.observe.status import MOST_CONNECTIONS, SAMPLE_INTERVAL, SAMPLES, Status
+from cafeteria_orch.observe.problems import MAX_PROBLEMS, RecentProblems
+from cafeteria_orch.observe.status import MAX_CONNECTIONS, MAX_POINTS, SAMPLE_INTERVAL, Status
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.store import totals as completeness
 from cafeteria_orch.store.totals import (
@@ -40,10 +39,13 @@ class StatusTestCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.factory = OrchestratorFactory(self.clock)
-        self.health = Health()
         self.problems = RecentProblems()
+        self.sink: RecordingSink | None = None
+        self.make_status()
+
+    def make_status(self) -> None:
         self.status = Status(
-            self.clock, self.factory, self.health, __version__, problems=self.problems
+            self.clock, self.factory, __version__, sink=self.sink, problems=self.problems
         )
 
     def shown(self) -> dict[str, Any]:
@@ -58,9 +60,10 @@ class Figures(StatusTestCase):
     def test_state(self) -> None:
         """Its state, and the reason where it is not ready."""
         self.assertEqual(self.shown()["state"], "starting")
-        self.health.is_started = True
+        self.status.start()
+        self.addCleanup(self.status.stop)
         self.assertEqual((self.shown()["state"], self.shown()["reason"]), ("ready", None))
-        self.health.is_draining = True
+        self.status.drain()
         self.assertEqual((self.shown()["state"], self.shown()["reason"]), ("draining",) * 2)
 
     def test_connection(self) -> None:
@@ -83,6 +86,7 @@ class Figures(StatusTestCase):
                 "batches": 1,
                 "rows": 3,
                 "bytes": protocol.received_bytes,
+                "in_progress": 0,
                 "in_hand": 0,
                 "connected_at": 100.0,
             },
@@ -97,14 +101,14 @@ class Figures(StatusTestCase):
 
     def test_many_connections(self) -> None:
         """All are counted; those that sent most are listed."""
-        for number in range(MOST_CONNECTIONS + 50):
+        for number in range(MAX_CONNECTIONS + 50):
             protocol, _ = connect(self.factory)
             protocol.received_bytes = number
         connections = self.shown()["connections"]
-        self.assertEqual(connections["open"], MOST_CONNECTIONS + 50)
+        self.assertEqual(connections["open"], MAX_CONNECTIONS + 50)
         self.assertEqual(
             [shown["bytes"] for shown in connections["shown"]],
-            list(range(MOST_CONNECTIONS + 49, 49, -1)),
+            list(range(MAX_CONNECTIONS + 49, 49, -1)),
         )
 
     def test_tables(self) -> None:
@@ -120,7 +124,8 @@ class Figures(StatusTestCase):
     def test_store(self) -> None:
         """The store's sizes; none without one."""
         self.assertIsNone(self.shown()["store"])
-        self.health.sink = RecordingSink()
+        self.sink = RecordingSink()
+        self.make_status()
         self.assertEqual(self.shown()["store"], {"file": 4096, "wal": 0})
 
     def test_limits(self) -> None:
@@ -171,10 +176,10 @@ class Rates(StatusTestCase):
 
     def test_bounded(self) -> None:
         """No more than ten minutes are kept."""
-        self.clock.pump([SAMPLE_INTERVAL] * (SAMPLES + 20))
+        self.clock.pump([SAMPLE_INTERVAL] * (MAX_POINTS + 20))
         points = self.shown()["rates"]["points"]
-        self.assertEqual(len(points), SAMPLES)
-        self.assertEqual(points[-1][0] - points[0][0], (SAMPLES - 1) * SAMPLE_INTERVAL)
+        self.assertEqual(len(points), MAX_POINTS)
+        self.assertEqual(points[-1][0] - points[0][0], (MAX_POINTS - 1) * SAMPLE_INTERVAL)
 
     def test_clock_set_back(self) -> None:
         """Where the clock was set back there is no point, and no endless rate."""
@@ -227,9 +232,9 @@ class Problems(SynchronousTestCase):
 
     def test_bounded(self) -> None:
         """The last fifty are kept."""
-        for number in range(PROBLEMS_KEPT + 10):
+        for number in range(MAX_PROBLEMS + 10):
             self.emitter.warn("{number}", number=number)
-        self.assertEqual(self.texts(), [str(59 - number) for number in range(PROBLEMS_KEPT)])
+        self.assertEqual(self.texts(), [str(59 - number) for number in range(MAX_PROBLEMS)])
 
 
 def in_time() -> bool:
@@ -302,22 +307,21 @@ class Complete(SinkTestCase):
     def test_shown(self) -> None:
         """The page has what the store said, and when; a draining server's store is left alone."""
         asker = Completeness(self.reactor, self.path)
-        health = Health(self.sink)
         status = Status(
             self.reactor,
             self.factory,
-            health,
             __version__,
+            sink=self.sink,
             problems=RecentProblems(),
             completeness=asker,
         )
-        health.is_draining = True
-        self.assertIsNone(json.loads(status.render())["completeness"])
-        self.assertFalse(asker._is_asking)
-        health.is_draining = False
         self.send(batch_frame(table=USERS))
         status.render()
         self.reactor.pump_until(lambda: asker.latest)
         users = {"batches": 1, "rows": 1, "senders": 1, "complete": 0}
         shown = json.loads(status.render())["completeness"]
         self.assertEqual(shown, {"asked_at": 0.0, "tables": {"users": users}})
+        status.drain()
+        self.reactor.advance(INTERVAL)
+        status.render()
+        self.assertFalse(asker._is_asking)

@@ -20,9 +20,8 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 from cafeteria_orch.wire.messages import encode, end_of_table
 from cafeteria_orch.wire.tables import STORES
 from tests.support.builders import USER_ROW, batch_frame, frame
+from tests.support.http import get, metrics_address
 from tests.support.processes import HELLO, ProcessTestCase, wait_until
-
-from .test_monitor import get
 
 CHROMIUM = shutil.which("chromium")
 
@@ -82,9 +81,7 @@ class RealPage(ProcessTestCase):
             lambda: json.loads(get(server, "/status.json")[1])["completeness"], "the store says it"
         )
         self.assertEqual(answer["tables"]["users"]["complete"], 1)
-        found = re.search(r"serve_metrics .* address: (\S+)", server.log)
-        assert found is not None
-        document, complaints = render(f"http://{found[1]}/", 3000)
+        document, complaints = render(f"http://{metrics_address(server)}/", 3000)
         self.assertEqual(complaints, "")
         self.assertIn('id="state" class="good" role="status">ready<', document)
         self.assertIn('<p id="banner" class="warn" role="alert" hidden="">', document)

@@ -17,10 +17,12 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__
-from cafeteria_orch.observe.health import Health
+from cafeteria_orch.observe.problems import RecentProblems
 from cafeteria_orch.observe.prometheus import Collector, Exposition
+from cafeteria_orch.observe.status import Status
 from cafeteria_orch.server.counters import Outcome
 from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import ClientHello, encode
@@ -59,14 +61,18 @@ def value(samples: Scrape, name: str, **labels: str) -> float:
     return samples.get((f"cafeorch_{name}", tuple(sorted(labels.items()))), 0.0)
 
 
+def make_status(factory: OrchestratorFactory, sink: Sink | None = None) -> Status:
+    return Status(factory.reactor, factory, __version__, sink=sink, problems=RecentProblems())
+
+
 class MetricsTestCase(SynchronousTestCase):
     """A factory without a store, and its metrics."""
 
     def setUp(self) -> None:
         self.factory = OrchestratorFactory(Clock())
         self.sink = RecordingSink()
-        self.health = Health(self.sink)
-        self.exposition = Exposition(self.factory, self.health, __version__)
+        self.status = make_status(self.factory, self.sink)
+        self.exposition = Exposition(self.factory, self.status, __version__)
 
     def value(self, name: str, **labels: str) -> float:
         return value(scrape(self.exposition), name, **labels)
@@ -99,7 +105,8 @@ class Values(MetricsTestCase):
         self.factory.register_processor(ECHO, Pending())
         protocol, _ = connect(self.factory)
         protocol.dataReceived(numbered(1))
-        self.assertEqual(self.value("batches_in_hand", table="opcode_40"), 1)
+        for name in ("batches_in_progress", "batches_in_hand"):
+            self.assertEqual(self.value(name, table="opcode_40"), 1)
         self.assertEqual(self.value("in_flight_bytes"), 2)
 
     def test_control_messages(self) -> None:
@@ -131,13 +138,13 @@ class Values(MetricsTestCase):
         self.assertEqual(self.value("store_bytes"), 4096)
         self.assertEqual(self.value("draining"), 0)
         self.sink.reason = "disk full"
-        self.health.is_draining = True
+        self.status.drain()
         self.assertEqual(self.value("store_up"), 0)
         self.assertEqual(self.value("draining"), 1)
 
     def test_without_a_store(self) -> None:
         """A server that stores nothing says nothing of a store."""
-        exposition = Exposition(self.factory, Health(), __version__)
+        exposition = Exposition(self.factory, make_status(self.factory), __version__)
         names = {name for name, _ in scrape(exposition)}
         self.assertFalse([name for name in names if "store" in name or "commit" in name])
 
@@ -162,10 +169,28 @@ class Format(MetricsTestCase):
         self.assertTrue(text.endswith(b"# EOF\n"))
         self.assertNotIn(b"_created", text)
 
+    def test_an_accept_that_makes_no_sense_gets_the_default(self) -> None:
+        """What the library does not understand costs neither a traceback nor the answer."""
+        default, _ = self.exposition.render("")
+        for accept in (
+            "\xff",
+            "application/openmetrics-text; version=x",
+            "text/plain; version=one.two",
+            "application/openmetrics-text; version=9.9; escaping=\xff, text/plain; version=,",
+            ";;;,,,===",
+        ):
+            content_type, text = self.exposition.render(accept)
+            self.assertIn(b"cafeorch_connections_open", text)
+            self.assertIn(
+                content_type.partition(";")[0],
+                (default.partition(";")[0], "application/openmetrics-text"),
+            )
+
     def test_registry_of_its_own(self) -> None:
         """The library's global registry knows nothing of it, and another server none of this."""
         connect(self.factory)
-        other = Exposition(OrchestratorFactory(Clock()), Health(), __version__)
+        factory = OrchestratorFactory(Clock())
+        other = Exposition(factory, make_status(factory), __version__)
         self.assertEqual(value(scrape(other), "connections_open"), 0)
         names = {family.name for family in REGISTRY.collect()}
         self.assertFalse([name for name in names if name.startswith("cafeorch")])
@@ -174,7 +199,7 @@ class Format(MetricsTestCase):
         """Each metric is explained in docs/operations.md, and each that is there exists."""
         section = DOCUMENTATION.partition("\n## Metrics\n")[2].partition("\n## ")[0]
         documented = re.findall(r"^\| `(cafeorch_[a-z_]+)[`{]", section, re.MULTILINE)
-        collector: RegisteredCollector = Collector(self.factory, self.health, __version__)
+        collector: RegisteredCollector = Collector(self.factory, self.status, __version__)
         shown = [
             family.name + ("_total" if family.type == "counter" else "")
             for family in collector.collect()
@@ -189,8 +214,8 @@ class Sums(SinkTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.health = Health(self.sink)
-        self.exposition = Exposition(self.factory, self.health, __version__)
+        self.status = make_status(self.factory, self.sink)
+        self.exposition = Exposition(self.factory, self.status, __version__)
         self.before: Scrape = {}
         self.scrapes = 0
 
@@ -210,10 +235,10 @@ class Sums(SinkTestCase):
                 )
                 for outcome in Outcome
             }
-            in_hand = value(samples, "batches_in_hand", table=table)
+            in_progress = value(samples, "batches_in_progress", table=table)
             received = value(samples, "batches_received_total", table=table)
-            self.assertEqual(received, sum(became.values()) + in_hand)
-            self.assertEqual(in_hand, in_windows[opcode])
+            self.assertEqual(received, sum(became.values()) + in_progress)
+            self.assertEqual(in_progress, in_windows[opcode])
             self.assertEqual(became["PROCESSED"], 0)
         for key, earlier in self.before.items():
             if key[0].startswith("cafeorch") and key[0].endswith("_total"):
@@ -274,20 +299,21 @@ class Sums(SinkTestCase):
         """While the store refuses it is down, with the reason, and up with the next commit."""
         self.start(FaultyConnection)
         assert isinstance(self.connection, FaultyConnection)
-        self.health.is_started = True
+        self.status.start()
+        self.addCleanup(self.status.stop)
         self.connection.fault = Fault("COMMIT")
         protocol, transport = connect(self.factory)
         protocol.dataReceived(batch_frame())
         self.pump_answers(transport)
         self.assertEqual(value(self.scrape(), "store_up"), 0)
-        self.assertEqual(self.health.state, "refusing")
-        self.assertIn("disk I/O error", str(self.health.refusal))
+        self.assertEqual(self.status.state, "refusing")
+        self.assertIn("disk I/O error", str(self.status.refusal))
         transport.clear()
         protocol.dataReceived(batch_frame())
         self.pump_answers(transport)
         samples = self.scrape()
         self.assertEqual(value(samples, "store_up"), 1)
-        self.assertIsNone(self.health.refusal)
+        self.assertIsNone(self.status.refusal)
         self.assertEqual(value(samples, "commit_duration_seconds_count"), 1)
 
     def test_commit_seconds(self) -> None:

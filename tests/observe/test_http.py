@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import base64
-import builtins
 import hashlib
 import json
 import re
 import signal
-import urllib.error
-import urllib.request
 from typing import Any
+from unittest.mock import patch
 
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ServerEndpoint
@@ -20,11 +18,14 @@ from twisted.logger import Logger, LogLevel, capturedLogs, globalLogPublisher
 
 from cafeteria_orch import __version__
 from cafeteria_orch.daemon.service import OrchestratorService
-from cafeteria_orch.observe.http import MOST_CONNECTIONS, REQUEST_TIMEOUT, Monitor
-from tests.daemon.test_tap import TapTestCase, taken_port
+from cafeteria_orch.observe.http import MAX_CONNECTIONS, REQUEST_TIMEOUT, Monitor, Response
 from tests.support.builders import TCPTransport, batch_frame, lose, texts
-from tests.support.processes import ProcessTestCase, Server, wait_until
-from tests.support.services import RecordingEndpoint, RecordingSink, ServiceTestCase
+from tests.support.http import get
+from tests.support.processes import ProcessTestCase, wait_until
+from tests.support.services import RecordingEndpoint, RecordingSink, ServiceTestCase, raising
+
+LIVEZ = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+METRICS = LIVEZ.replace(b"livez", b"metrics")
 
 
 class MonitorTestCase(ServiceTestCase):
@@ -54,9 +55,9 @@ class MonitorTestCase(ServiceTestCase):
         """What a request is answered with: status, headers, body."""
         protocol, transport = self.open()
         protocol.dataReceived(f"{method} {path} HTTP/1.1\r\nHost: x\r\n{head}\r\n".encode())
+        self.reactor.advance(0)
         headers, _, body = transport.value().partition(b"\r\n\r\n")
-        self.monitor.site.closed(protocol)
-        protocol.setTimeout(None)
+        lose(protocol)
         return int(headers.split()[1]), headers.decode(), body
 
 
@@ -131,7 +132,8 @@ class Answers(MonitorTestCase):
     def test_keep_alive(self) -> None:
         """A connection serves one request after the other."""
         protocol, transport = self.open()
-        protocol.dataReceived(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
+        protocol.dataReceived(LIVEZ * 3)
+        self.reactor.advance(0)
         self.assertEqual(transport.value().count(b"HTTP/1.1 200 OK"), 3)
 
 
@@ -163,6 +165,79 @@ class Hostile(MonitorTestCase):
         protocol.dataReceived(b"GET / HTTP/1.1\r\nContent-Length: 2\r\n\r\nab")
         self.assertEqual(transport.value().count(b"HTTP/1.1"), 1)
 
+    def test_one_response_in_a_turn_of_the_reactor(self) -> None:
+        """However many requests come at once, each waits for a turn, and others have theirs."""
+        first, transport = self.open()
+        second, _ = self.open()
+        responded: list[bytes] = []
+        respond = self.monitor.site.respond
+
+        def record(path: bytes, accept: str) -> Response:
+            if not responded:
+                second.dataReceived(LIVEZ)
+            responded.append(path)
+            return respond(path, accept)
+
+        self.patch(self.monitor.site, "respond", record)
+        first.dataReceived(METRICS * 300)
+        self.assertEqual((responded, transport.value()), ([], b""))
+        with patch.object(self.reactor, "callLater", wraps=self.reactor.callLater) as turns:
+            self.reactor.advance(0)
+        self.assertEqual(len(responded), 301)
+        self.assertLess(responded.index(b"/livez"), 4)
+        self.assertGreater(turns.call_count, len(responded))
+        self.assertEqual(transport.value().count(b"HTTP/1.1 200 OK"), 300)
+
+    def test_a_response_that_is_not_read_is_the_last_one(self) -> None:
+        """While the peer reads nothing, no request more is read; later, all are answered."""
+        protocol, transport = self.open()
+        protocol.dataReceived(LIVEZ * 3)
+        protocol.pauseProducing()
+        self.reactor.advance(0)
+        self.assertEqual(transport.value().count(b"HTTP/1.1 200 OK"), 1)
+        self.assertEqual(transport.producerState, "paused")
+        protocol.resumeProducing()
+        self.reactor.advance(0)
+        self.assertEqual(transport.value().count(b"HTTP/1.1 200 OK"), 3)
+        self.assertEqual(transport.producerState, "producing")
+
+    def test_a_peer_that_reads_nothing_is_cut_off(self) -> None:
+        """Silence counts while a response waits to be sent."""
+        protocol, transport = self.open()
+        protocol.pauseProducing()
+        protocol.dataReceived(LIVEZ)
+        self.reactor.advance(0)
+        self.reactor.advance(REQUEST_TIMEOUT)
+        self.assertTrue(transport.aborted)
+
+    def test_a_peer_that_leaves_gets_no_response(self) -> None:
+        """A connection that is lost before its turn costs nothing."""
+        protocol, transport = self.open()
+        protocol.dataReceived(METRICS)
+        lose(protocol)
+        self.reactor.advance(0)
+        self.assertEqual(transport.value(), b"")
+
+    def test_a_fault_of_the_server_is_logged_and_answered(self) -> None:
+        """What raises costs a 500, and the connection goes on."""
+        error = raising(ZeroDivisionError())
+        self.patch(self.monitor.site, "respond", lambda *_: error())
+        self.assertEqual(self.ask("/metrics")[0], 500)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+    def test_any_accept(self) -> None:
+        """Bytes that are no text, and versions that nobody knows, get the metrics."""
+        for accept in (
+            b"\xff",
+            b"application/openmetrics-text; version=x",
+            b"text/plain;version=9",
+        ):
+            protocol, transport = self.open()
+            protocol.dataReceived(METRICS[:-2] + b"Accept: " + accept + b"\r\n\r\n")
+            self.reactor.advance(0)
+            self.assertIn(b"200 OK", transport.value())
+            self.assertIn(b"cafeorch_connections_open 0", transport.value())
+
     def test_nonsense(self) -> None:
         """What is no HTTP is refused, and not logged."""
         with capturedLogs() as events:
@@ -178,6 +253,7 @@ class Hostile(MonitorTestCase):
             protocol, transport = self.open()
             with capturedLogs() as events:
                 protocol.dataReceived(data)
+                self.reactor.advance(0)
                 self.reactor.advance(REQUEST_TIMEOUT - 0.1)
                 self.assertFalse(transport.aborted)
                 self.reactor.advance(0.1)
@@ -186,22 +262,22 @@ class Hostile(MonitorTestCase):
 
     def test_many(self) -> None:
         """No number of connections keeps a scraper out: the oldest one goes."""
-        opened = [self.open()[1] for _ in range(MOST_CONNECTIONS + 2)]
+        opened = [self.open()[1] for _ in range(MAX_CONNECTIONS + 2)]
         self.assertEqual(sum(transport.aborted for transport in opened), 2)
         self.assertTrue(opened[0].aborted and opened[1].aborted)
         self.assertEqual(self.ask("/livez")[0], 200)
 
     def test_gone(self) -> None:
         """Who is gone makes room, and leaves no timer behind."""
-        for _ in range(2 * MOST_CONNECTIONS):
+        for _ in range(2 * MAX_CONNECTIONS):
             protocol, transport = self.open()
             lose(protocol)
             self.assertFalse(transport.aborted)
         _, last = self.open()
-        for _ in range(MOST_CONNECTIONS - 1):
+        for _ in range(MAX_CONNECTIONS - 1):
             self.open()
         self.assertFalse(last.aborted)
-        self.assertEqual(len(self.reactor.getDelayedCalls()), MOST_CONNECTIONS)
+        self.assertEqual(len(self.reactor.getDelayedCalls()), MAX_CONNECTIONS)
 
     def test_not_logged(self) -> None:
         """A scrape leaves no line in the log."""
@@ -320,42 +396,6 @@ class Life(MonitorTestCase):
         service.stopService()
 
 
-class Making(TapTestCase):
-    """``--metrics``, as ``makeService`` has it."""
-
-    def test_none(self) -> None:
-        """Without the option there is none."""
-        self.assertIsNone(self.make("--store", "none")._monitor)
-
-    def test_one(self) -> None:
-        """With it there is one."""
-        service = self.make("--metrics", "tcp:0:interface=127.0.0.1")
-        self.assertIsInstance(service._monitor, Monitor)
-
-    def test_bad_endpoint(self) -> None:
-        """What is no endpoint is refused by the option's name."""
-        self.assertIn("--metrics nonsense:1:", self.refusal("--metrics", "nonsense:1"))
-
-    def test_port_in_use(self) -> None:
-        """A port that is taken is found out before the start, and the option named."""
-        with taken_port() as port:
-            refusal = self.refusal("--metrics", f"tcp:{port}:interface=127.0.0.1")
-        self.assertIn("choose another --metrics", refusal)
-
-    def test_missing_extra(self) -> None:
-        """Without the extra one line says what to install."""
-        real_import = builtins.__import__
-
-        def without(name: str, *rest: Any) -> Any:
-            if name.startswith("prometheus_client"):
-                raise ImportError(name)
-            return real_import(name, *rest)
-
-        self.patch(builtins, "__import__", without)
-        refusal = self.refusal("--metrics", "tcp:0:interface=127.0.0.1")
-        self.assertIn("pip install 'cafeteria_orch[metrics]'", refusal)
-
-
 HOLDING = """
 from pathlib import Path
 from time import sleep
@@ -369,20 +409,6 @@ def hold(message, client):
 def register(factory):
     factory.register_processor(40, hold, blocking=True)
 """
-
-
-def get(server: Server, path: str) -> tuple[int, str]:
-    """Ask a real server."""
-    found = wait_until(
-        lambda: re.search(r"serve_metrics .* address: (127\.0\.0\.1:\d+)", server.log),
-        "it serves its metrics",
-    )
-    try:
-        with urllib.request.urlopen(f"http://{found[1]}{path}", timeout=10) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
 
 
 class RealServer(ProcessTestCase):

@@ -12,54 +12,25 @@ from typing import Any
 from uuid import UUID
 
 from hypothesis import given
-from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store import sqlite as database_module
-from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.messages import TableBatch, decode, encode
 from cafeteria_orch.wire.tables import (
     STORES,
     TRANSACTIONS,
     USERS,
 )
-from tests.support.builders import NUMERIC_COLUMNS, PEER, USER_ROW, query, received
+from tests.support.builders import PEER, USER_ROW, received
+from tests.support.stores import CLIENT, NOW, NOW_TEXT, DatabaseTestCase
 from tests.support.strategies import table_batches
-
-NOW = 1_700_000_000.25
-NOW_TEXT = "2023-11-14 22:13:20.250"
-CLIENT = UUID(int=7)
 
 
 class Boom(Exception):
     """What ends a transaction in a test."""
 
 
-class StoreCase(SynchronousTestCase):
-    """A test with an open store of its own."""
-
-    def setUp(self) -> None:
-        self.path = self.mktemp()
-        self.database = Database(self.path)
-        self.addCleanup(self.database.close)
-        self.session = Session(PEER, NOW)
-
-    def store(self, session: Session | None = None, **changes: Any) -> bool:
-        """Store a batch in a transaction of its own."""
-        with self.database.transaction():
-            return self.database.store_batch(received(**changes), session or self.session, NOW)
-
-    def query(self, sql: str) -> list[tuple[Any, ...]]:
-        """What another program reads in the store at this moment."""
-        return query(self.path, sql)
-
-    def count(self, table: str) -> int:
-        """How many rows a table has."""
-        ((rows,),) = self.query(f"SELECT count(*) FROM {table}")
-        return int(rows)
-
-
-class Batches(StoreCase):
+class Batches(DatabaseTestCase):
     """What is known of each batch."""
 
     def test_entry(self) -> None:
@@ -144,18 +115,14 @@ class Batches(StoreCase):
             "SELECT id, opcode, batch_number, status, amount FROM batch ORDER BY id DESC LIMIT 1"
         )
         self.assertEqual(entry[1:], (sent.opcode, sent.batch_number, sent.status, sent.amount))
-        text = [place for place, name in enumerate(sent.columns) if name not in NUMERIC_COLUMNS]
-        columns = ", ".join(sent.columns[place] for place in text)
-        self.assertEqual(
-            self.query(
-                f"SELECT {columns} FROM {sent.table.name} WHERE batch_id = {entry[0]}"
-                " ORDER BY rowid"
-            ),
-            [tuple(row[place] for place in text) for row in sent.rows],
+        columns = ", ".join(sent.columns)
+        stored = self.query(
+            f"SELECT {columns} FROM {sent.table.name} WHERE batch_id = {entry[0]} ORDER BY rowid"
         )
+        self.assertEqual(stored, list(sent.rows))
 
 
-class Duplicates(StoreCase):
+class Duplicates(DatabaseTestCase):
     """A batch that is sent again is not stored twice."""
 
     def setUp(self) -> None:
@@ -180,8 +147,7 @@ class Duplicates(StoreCase):
     def test_after_a_restart(self) -> None:
         """Nor after the store was closed and opened again."""
         self.database.close()
-        self.database = Database(self.path)
-        self.addCleanup(self.database.close)
+        self.open()
         self.assertIs(self.store(Session(PEER, NOW, CLIENT)), False)
         self.assert_batches(1)
 
@@ -240,7 +206,7 @@ class Duplicates(StoreCase):
         self.assert_batches(2)
 
 
-class Sessions(StoreCase):
+class Sessions(DatabaseTestCase):
     """A connection's row."""
 
     def sessions(self) -> list[tuple[Any, ...]]:
@@ -311,7 +277,7 @@ class Sessions(StoreCase):
         )
 
 
-class Transactions(StoreCase):
+class Transactions(DatabaseTestCase):
     """All or nothing."""
 
     def test_rollback(self) -> None:
@@ -357,8 +323,7 @@ class Transactions(StoreCase):
         """While another program writes, a transaction fails after its time; then it works."""
         self.patch(database_module, "BUSY_TIMEOUT", 0.01)
         self.database.close()
-        self.database = Database(self.path)
-        self.addCleanup(self.database.close)
+        self.open()
         with closing(sqlite3.connect(self.path)) as other:
             other.execute("BEGIN IMMEDIATE")
             with self.assertRaises(sqlite3.OperationalError):

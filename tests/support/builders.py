@@ -183,19 +183,6 @@ class Pending:
 DATA = Path(__file__).parent.parent / "data"
 """A small part of real exports, with what is peculiar about them."""
 
-NUMERIC_COLUMNS = {
-    "price",
-    "latitude",
-    "longitude",
-    "quantity",
-    "unit_price",
-    "subtotal",
-    "original_amount",
-    "discount_applied",
-    "final_amount",
-}
-"""Where a cell of a table is a number in the store, if it can be one."""
-
 
 def received(**changes: Any) -> TableBatch:
     """A batch as a server has it: with the bytes that it came in."""

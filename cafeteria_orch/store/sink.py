@@ -289,9 +289,7 @@ class Sink:
             self._thread = None
             self._stop_watching()
             why = responses.describe(error)
-            self._closed = TryAgainLater(
-                f"the store's writer has ended: {why}; restart the server"
-            )
+            self._death = TryAgainLater(f"the store's writer has ended: {why}; restart the server")
             if self._factory.log_debug:
                 _log.debug("action: store | result: fail", log_failure=Failure(error))
             outcomes = [Failure(self._death)] * len(self._waiting)

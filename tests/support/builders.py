@@ -147,7 +147,7 @@ def numbered(*numbers: int) -> bytes:
     return b"".join(frame(bytes([ECHO, number])) for number in numbers)
 
 
-def failing_at(number: int, error: Exception) -> Callable[..., bool]:
+def failing_at(number: int, error: BaseException) -> Callable[..., bool]:
     """A ``Database.store_batch`` that raises for one batch, after its rows went in."""
     store_batch = Database.store_batch
 

@@ -98,7 +98,7 @@ class Fault(NamedTuple):
 
     statement: str
     outcome: str = "failed"
-    error: type[sqlite3.Error] = sqlite3.OperationalError
+    error: type[Exception] = sqlite3.OperationalError
 
 
 class FaultyConnection(sqlite3.Connection):

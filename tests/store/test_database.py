@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import sys
 import time
 from contextlib import closing
 from datetime import datetime, timezone
@@ -12,6 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from hypothesis import given
+from twisted.trial.unittest import SkipTest
 
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store import sqlite as database_module
@@ -22,7 +24,7 @@ from cafeteria_orch.wire.tables import (
     USERS,
 )
 from tests.support.builders import PEER, USER_ROW, received
-from tests.support.stores import CLIENT, NOW, NOW_TEXT, DatabaseTestCase
+from tests.support.stores import CLIENT, NOW, NOW_TEXT, DatabaseTestCase, connecting
 from tests.support.strategies import table_batches
 
 
@@ -96,6 +98,24 @@ class Batches(DatabaseTestCase):
                     f" batch_id WHERE batch_number = {size} ORDER BY {table.name}.rowid"
                 )
                 self.assertEqual(stored, [row[:1] for row in rows])
+
+    def test_few_variables(self) -> None:
+        """An SQLite of before 3.32 takes 999 values a statement: batches of any size fit it."""
+        if sys.version_info < (3, 11):
+            raise SkipTest("SQLite's limits cannot be set")
+
+        class Old(sqlite3.Connection):
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                super().__init__(*arguments, **options)
+                self.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 999)
+
+        with connecting(Old):
+            self.open()
+        for table in (USERS, TRANSACTIONS):
+            rows = [(str(number), *[""] * (len(table.columns) - 1)) for number in range(2000)]
+            self.store(table=table, rows=rows)
+            stored = self.query(f"SELECT {table.columns[0]} FROM {table.name} ORDER BY rowid")
+            self.assertEqual(stored, [row[:1] for row in rows])
 
     def test_any_text(self) -> None:
         """Text comes back whole: NULs, quotes, what lies beyond the first 65,536 points."""
@@ -254,6 +274,16 @@ class Sessions(DatabaseTestCase):
             self.database.end_table("users", self.session, NOW)
         self.assertIn((1, "users", NOW_TEXT, 1), self.query("SELECT * FROM table_eof"))
         self.assertEqual(self.count("session"), 1)
+
+    def test_end_names_what_it_conflicts_with(self) -> None:
+        """An SQLite of before 3.35 takes no ``DO UPDATE`` that does not say for what."""
+        statements: list[str] = []
+        self.database._connection.set_trace_callback(statements.append)
+        with self.database.transaction():
+            self.database.end_table("users", self.session, NOW)
+        updates = [statement for statement in statements if "DO UPDATE" in statement]
+        self.assertEqual(len(updates), 1)
+        self.assertIn("ON CONFLICT (session_id, table_name) DO UPDATE", updates[0])
 
     def test_finish(self) -> None:
         """The end of a session is written with its agency."""

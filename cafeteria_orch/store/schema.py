@@ -6,27 +6,11 @@ from collections.abc import Iterator
 
 from cafeteria_orch.wire.tables import TABLES
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+"""Of a new store. Version 1 has no common names; before 3, amounts and prices were numbers."""
 
 APPLICATION_ID = 0x63616665
 """Tells a store from the databases of other programs: ``PRAGMA application_id``."""
-
-_NUMERIC_COLUMNS = {
-    "quantity": "INTEGER",
-    **dict.fromkeys(
-        (
-            "price",
-            "latitude",
-            "longitude",
-            "unit_price",
-            "subtotal",
-            "original_amount",
-            "discount_applied",
-            "final_amount",
-        ),
-        "REAL",
-    ),
-}
 
 _TABLES = """
 CREATE TABLE session (
@@ -100,8 +84,8 @@ FROM part JOIN session ON session.id = session_id
 def statements(version: int) -> Iterator[str]:
     """What makes a store of an older version one of :data:`SCHEMA_VERSION`.
 
-    They are to be executed in one transaction, the version among them: a store that is
-    interrupted in the middle is still the older one.
+    Execute them in one transaction: a store that is interrupted in the middle is still the older
+    one. The columns of the five tables keep the types that they have.
 
     :param version: of the store; 0 if there is nothing in it yet.
     """
@@ -109,10 +93,10 @@ def statements(version: int) -> Iterator[str]:
         return
     if version == 0:
         yield from _creation()
-    else:
+    elif version == 1:
         # What is added stands at the end of its table, here as in a new store.
         yield "ALTER TABLE session ADD COLUMN common_name TEXT"
-        yield "DROP VIEW IF EXISTS ingest_status"
+    yield "DROP VIEW IF EXISTS ingest_status"
     cases = " ".join(f"WHEN {table.opcode} THEN '{table.name}'" for table in TABLES)
     yield _VIEW.replace("{table_name}", f"CASE batch.opcode {cases} END")
     yield f"PRAGMA user_version = {SCHEMA_VERSION}"
@@ -121,9 +105,8 @@ def statements(version: int) -> Iterator[str]:
 def _creation() -> Iterator[str]:
     yield from filter(str.strip, _TABLES.split(";"))
     for table in TABLES:
-        columns = ", ".join(
-            f"{name} {_NUMERIC_COLUMNS.get(name, 'TEXT')}" for name in table.columns
-        )
+        # Text, letter for letter as it came: a number would lose digits and zeros.
+        columns = ", ".join(f"{name} TEXT" for name in table.columns)
         yield (
             f"CREATE TABLE {table.name} (batch_id INTEGER NOT NULL REFERENCES batch, {columns})"
         )

@@ -1,50 +1,50 @@
-"""The embedded store: a processor for every table, and the one thread that writes."""
+"""The sink: it takes batches, answers when they are on disk, and holds clients back until then.
+
+It knows no database: the writer's thread uses that.
+"""
 
 from __future__ import annotations
 
 import os
-import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, NamedTuple, cast
 
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from cafeteria_orch.common.rate_limit import RateLimitedLog
 from cafeteria_orch.server import responses
 from cafeteria_orch.server.counters import Outcome
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
-from cafeteria_orch.wire.errors import BatchRejected, TryAgainLater
+from cafeteria_orch.wire.errors import TryAgainLater
 from cafeteria_orch.wire.messages import Finished, TableBatch
 from cafeteria_orch.wire.opcodes import FailReason, Opcode
 from cafeteria_orch.wire.tables import TABLES
 
+from .files import StoreLock, clear_blank, explaining
 from .sqlite import Database
+from .writer import Job, Report, Writer
 
-MOST_WAITING_BATCHES = 1024
-"""So many batches wait for their commit, and no connection is read until half are done."""
+MAX_WAITING_BATCHES = 1024
+"""How many batches wait for their commit before no connection is read until half are done."""
 
-MOST_WAITING_BYTES = 32 * 1024 * 1024
+MAX_WAITING_BYTES = 32 * 1024 * 1024
 """The same by the bytes of their bodies; decoded they take about five times as much."""
 
-MOST_GROUP_BYTES = 16 * 1024 * 1024
-"""How much is committed in one transaction, about: what comes after it waits for it."""
-
-CHECKPOINT_INTERVAL = 5.0
-"""How long, in seconds, what was committed may stay in the WAL of an idle store."""
-
-READER_PATIENCE = 60.0
-"""How long, in seconds, a reader may keep the WAL from being cut back without a warning."""
+MAX_COMMIT_SECONDS = 5.0
+"""How long a group may take before the store counts as hung. A full one takes a second or two."""
 
 OUTAGE_INTERVAL = 60.0
 """How often, in seconds, an outage of the store is reported while it lasts."""
 
-# A statement that SQLite refuses for what it says, as where somebody has dropped its table.
-_SQLITE_ERROR = 1
+_TABLE_NAMES = frozenset(table.name for table in TABLES)
 
 _log = Logger()
 
@@ -56,54 +56,72 @@ class StoreSizes(NamedTuple):
     wal: int
 
 
-class _Job(NamedTuple):
-    write: Callable[[Database], object]
-    size: int
-    done: Deferred[Any]
-
-
 class Sink:
     """Stores batches in an SQLite file, and acknowledges each when it is on disk.
 
     Batches that wait together are committed together, in the order in which they came.
 
-    :param reactor: for time, and to come back from the writer thread.
+    :param reactor: for time, and to come back from the writer's thread.
     :param path: the file.
     """
 
     def __init__(self, reactor: Any, path: str) -> None:
         self._reactor = reactor
         self._path = path
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._waiting_batches = 0
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        # What the writer has not reported yet, in the order of the jobs.
+        self._waiting: deque[Job] = deque()
         self._waiting_bytes = 0
         self._is_full = False
+        self._death: TryAgainLater | None = None
         self._outage: _Outage | None = None
+        self._hang: _Outage | None = None
+        self._progress_at = 0.0
+        self._watch: IDelayedCall | None = None
         self._thread: threading.Thread | None = None
-        self._stopped: Deferred[None] = Deferred()
+        self._stopped: Deferred[None]
         self._factory: OrchestratorFactory
+        self._limited_log = RateLimitedLog(reactor, _log)
 
     def register(self, factory: OrchestratorFactory) -> None:
         """Store the batches of all tables, and where each table and each client ends."""
         self._factory = factory
+        # They do not time out: while the store has not decided, no FAIL is true.
         for table in TABLES:
-            factory.register_processor(table.opcode, self._store_batch, pipelined=True)
-        factory.register_processor(Opcode.EOF, self._end_table, pipelined=True)
-        factory.register_processor(Opcode.FINISHED, self._finish_session, answers=False)
+            factory.register_processor(
+                table.opcode, self._store_batch, pipelined=True, times_out=False
+            )
+        factory.register_processor(Opcode.EOF, self._end_table, pipelined=True, times_out=False)
+        factory.register_processor(
+            Opcode.FINISHED, self._finish_session, answers=False, times_out=False
+        )
 
     def start(self) -> None:
-        """Open the file and start the writer thread.
+        """Open the file and start the writer's thread.
 
-        :raises StoreError: if the file cannot be the store.
+        :raises StoreError: if the file cannot be the store, or another server has it.
         """
-        writer = _Writer(self._reactor, Database(self._path), self._jobs)
-        # A daemon: a disk that hangs must not keep the process from ending.
-        self._thread = threading.Thread(
-            target=writer.run,
-            args=(self._report, self._stopped),
-            name="cafeorch-store",
-            daemon=True,
+        with explaining(self._path):
+            lock = StoreLock(self._path)
+            try:
+                clear_blank(self._path)
+                database = Database(self._path)
+            except BaseException:
+                lock.close()
+                raise
+        self._jobs = SimpleQueue()
+        self._outage = self._death = None
+        self._stopped = Deferred()
+        writer = Writer(
+            self._reactor,
+            database,
+            lock,
+            self._jobs,
+            report=self._report,
+            ended=self._writer_ended,
         )
+        # A daemon: a disk that hangs must not keep the process from ending.
+        self._thread = threading.Thread(target=writer.run, name="cafeorch-store", daemon=True)
         self._thread.start()
 
     def stop(self) -> Deferred[None]:
@@ -111,13 +129,15 @@ class Sink:
         if self._thread is None:
             return succeed(None)
         self._thread = None
+        self._stop_watching()
         self._jobs.put(None)
         return self._stopped
 
     @property
     def refusal(self) -> str | None:
         """Why the store takes nothing now, in one line; ``None`` while it does."""
-        return None if self._outage is None else self._outage.reason
+        outage = self._hang or self._outage
+        return None if outage is None else outage.reason
 
     def sizes(self) -> StoreSizes:
         """The sizes of its files at this moment."""
@@ -137,13 +157,25 @@ class Sink:
     def _end_table(self, end: TableBatch, client: Exchange) -> Deferred[Outcome | bool]:
         self._factory.log_data_message(end, client)
         now = self._factory.wall_time()
-        table_name = end.rows[0][0] or ""
+        table_name = str(end.rows[0][0])
+        if table_name not in _TABLE_NAMES:
+            self._reject_end(client)
+            return succeed(True)
 
         def write(database: Database) -> bool:
             database.end_table(table_name, client.session, now)
             return True
 
         return self._answer(self._submit(write), client)
+
+    def _reject_end(self, client: Exchange) -> None:
+        responses.send_failure(client, FailReason.REJECTED)
+        self._limited_log.warn(
+            "unknown table",
+            "action: end_table | result: fail | ip: {ip} | refused: {refused}"
+            " | error: the end of a table that does not exist",
+            ip=client.ip,
+        )
 
     def _finish_session(self, _: Finished, client: Exchange) -> Deferred[bool]:
         self._factory.log_finished(client)
@@ -177,186 +209,118 @@ class Sink:
 
     def _submit(self, write: Callable[[Database], object], size: int = 0) -> Deferred[Any]:
         """Have something written; fires in the reactor's thread after its commit."""
-        job = _Job(write, size, Deferred())
-        self._waiting_batches += 1
-        self._waiting_bytes += size
         if self._thread is None:
-            self._report([job], TryAgainLater("the store is closed"))
-            return job.done
+            refusal = self._death or TryAgainLater("the store is closed")
+            self._note(refusal, refused=1)
+            return fail(refusal)
+        job = Job(write, size, Deferred())
+        if not self._waiting:
+            self._progress_at = self._reactor.seconds()
+        self._waiting.append(job)
+        self._waiting_bytes += size
         self._jobs.put(job)
+        if self._watch is None:
+            self._watch = self._reactor.callLater(MAX_COMMIT_SECONDS, self._look)
         if not self._is_full and (
-            self._waiting_batches >= MOST_WAITING_BATCHES
-            or self._waiting_bytes >= MOST_WAITING_BYTES
+            len(self._waiting) >= MAX_WAITING_BATCHES or self._waiting_bytes >= MAX_WAITING_BYTES
         ):
             self._is_full = True
             self._factory.pauseProducing()
         return job.done
 
-    def _report(
-        self,
-        group: Sequence[_Job],
-        outcomes: Sequence[object] | TryAgainLater,
-        seconds: float = 0.0,
-    ) -> None:
-        """A group has been committed, or undone, which took so long. In the reactor's thread."""
-        if isinstance(outcomes, TryAgainLater):
-            self._note_outage(len(group), outcomes)
-            outcomes = [Failure(outcomes)] * len(group)
-        else:
-            self._factory.counters.commit_seconds.observe(seconds)
-            if self._outage is not None:
-                self._outage.end(self._reactor.seconds())
-                self._outage = None
-        for job, outcome in zip(group, outcomes):
-            self._waiting_batches -= 1
+    def _report(self, report: Report) -> None:
+        """The writer has got on. In the reactor's thread."""
+        self._progress_at = self._reactor.seconds()
+        if self._hang is not None:
+            self._hang.end(self._progress_at)
+            self._hang = None
+        if report.seconds is not None:
+            self._factory.counters.commit_seconds.observe(report.seconds)
+        self._note(report.refusal, refused=sum(map(_is_refused, report.outcomes)))
+        for outcome in report.outcomes:
+            job = self._waiting.popleft()
             self._waiting_bytes -= job.size
             job.done.callback(outcome)
         if self._is_full and (
-            self._waiting_batches <= MOST_WAITING_BATCHES // 2
-            and self._waiting_bytes <= MOST_WAITING_BYTES // 2
+            len(self._waiting) <= MAX_WAITING_BATCHES // 2
+            and self._waiting_bytes <= MAX_WAITING_BYTES // 2
         ):
             self._is_full = False
             self._factory.resumeProducing()
 
-    def _note_outage(self, batches: int, error: TryAgainLater) -> None:
+    def _note(self, refusal: TryAgainLater | None, refused: int) -> None:
+        """The store takes everything, or refuses something."""
         now = self._reactor.seconds()
-        if self._outage is None:
-            self._outage = _Outage(now, error)
-        self._outage.note(batches, now)
+        if refusal is not None:
+            if self._outage is None:
+                self._outage = _Outage(now, str(refusal))
+            self._outage.note(refused, now)
+        elif self._outage is not None:
+            self._outage.end(now)
+            self._outage = None
+
+    def _look(self) -> None:
+        """See whether the writer gets on, while something waits for it."""
+        self._watch = None
+        if not self._waiting or self._hang is not None:
+            return
+        left = self._progress_at + MAX_COMMIT_SECONDS - self._reactor.seconds()
+        if left > 0:
+            self._watch = self._reactor.callLater(left, self._look)
+        elif self._thread is not None and not self._thread.is_alive():
+            # It could not even say so, as where there was no memory left for that.
+            self._writer_ended(RuntimeError())
+        else:
+            reason = f"the store has not answered for {MAX_COMMIT_SECONDS:g} s"
+            self._hang = _Outage(self._progress_at, reason)
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+
+    def _writer_ended(self, error: BaseException | None) -> None:
+        """The writer's thread is at its end: as it was told, or by an error of its own."""
+        if self._stopped.called:
+            return
+        if error is not None:
+            self._thread = None
+            self._stop_watching()
+            why = responses.describe(error)
+            self._death = TryAgainLater(f"the store's writer has ended: {why}; restart the server")
+            if self._factory.log_debug:
+                _log.debug("action: store | result: fail", log_failure=Failure(error))
+            outcomes = [Failure(self._death)] * len(self._waiting)
+            self._report(Report(outcomes, None, self._death))
+        self._stopped.callback(None)
 
 
 class _Outage:
     """The store takes nothing: a line when it starts, one when it ends, a few between."""
 
-    def __init__(self, now: float, error: TryAgainLater) -> None:
-        self.reason = str(error)
-        self._began = self._reported = now
+    def __init__(self, began: float, reason: str) -> None:
+        self.reason = reason
+        self._began = self._reported = began
         self._refused = 0
-        _log.error("action: store | result: fail | error: {error}", error=error)
+        _log.error("action: store | result: fail | error: {error}", error=reason)
 
     def note(self, refused: int, now: float) -> None:
-        """So many messages more were refused."""
+        """Count messages that were refused."""
         self._refused += refused
         if now - self._reported >= OUTAGE_INTERVAL:
             self._reported = now
             _log.error("action: store | result: fail | {figures}", figures=self._figures(now))
 
     def end(self, now: float) -> None:
-        """Something was committed."""
+        """Everything is taken again."""
         _log.warn("action: store | result: success | {figures}", figures=self._figures(now))
 
     def _figures(self, now: float) -> str:
         return f"refused: {self._refused} | seconds: {now - self._began:.1f}"
 
 
-class _Writer:
-    """The one thread that uses the database."""
-
-    def __init__(self, reactor: Any, database: Database, jobs: SimpleQueue[_Job | None]) -> None:
-        self._reactor = reactor
-        self._database = database
-        self._jobs = jobs
-        self._checkpoint_due = self._reactor.seconds() + CHECKPOINT_INTERVAL
-        self._wal_is_empty = False
-        self._blocked_since: float | None = None
-
-    def run(self, report: Callable[..., None], stopped: Deferred[None]) -> None:
-        """Commit jobs until there comes ``None``, then close the database."""
-        stopping = False
-        while not stopping:
-            group, stopping = self._next_group()
-            if group:
-                self._wal_is_empty = False
-                began = self._reactor.seconds()
-                outcomes = _commit(self._database, group)
-                seconds = self._reactor.seconds() - began
-                self._reactor.callFromThread(report, group, outcomes, seconds)
-            if self._reactor.seconds() >= self._checkpoint_due:
-                self._checkpoint()
-        try:
-            self._database.close()
-        finally:
-            self._reactor.callFromThread(stopped.callback, None)
-
-    def _next_group(self) -> tuple[list[_Job], bool]:
-        """Wait for a job; take all that wait with it, up to the size of a group."""
-        group: list[_Job] = []
-        size = 0
-        try:
-            job = self._jobs.get(timeout=self._until_checkpoint())
-            while job is not None:
-                group.append(job)
-                size += job.size
-                if size >= MOST_GROUP_BYTES:
-                    return group, False
-                job = self._jobs.get_nowait()
-        except Empty:
-            return group, False
-        return group, True
-
-    def _until_checkpoint(self) -> float:
-        # Somebody may set the clock back.
-        now: float = self._reactor.seconds()
-        self._checkpoint_due = min(self._checkpoint_due, now + CHECKPOINT_INTERVAL)
-        wait: float = max(0.0, self._checkpoint_due - now)
-        return wait
-
-    def _checkpoint(self) -> None:
-        now = self._reactor.seconds()
-        self._checkpoint_due = now + CHECKPOINT_INTERVAL
-        if self._wal_is_empty:
-            return
-        try:
-            self._wal_is_empty = self._database.checkpoint()
-        except sqlite3.Error:
-            # Nothing is lost: what is committed stays in the WAL. The next commit will tell.
-            return
-        if self._wal_is_empty:
-            self._blocked_since = None
-        elif self._blocked_since is None:
-            self._blocked_since = now
-        elif now - self._blocked_since >= READER_PATIENCE:
-            self._blocked_since = now
-            self._reactor.callFromThread(
-                _log.warn,
-                "action: checkpoint | result: blocked | wal_bytes: {wal_bytes}"
-                " | error: a reader has kept the store open for long; the WAL grows until it ends",
-                wal_bytes=self._database.wal_bytes(),
-            )
-
-
-def _commit(database: Database, group: Sequence[_Job]) -> list[object] | TryAgainLater:
-    """Write a group in one transaction.
-
-    :return: what each job's write returned, or a Failure for a job that the others survive;
-        or the error that undid them all.
-    """
-    outcomes: list[object] = []
-    try:
-        with database.transaction():
-            for job in group:
-                try:
-                    with database.savepoint():
-                        outcomes.append(job.write(database))
-                except Exception as error:
-                    if _undoes_all(error) or not database.in_transaction:
-                        raise
-                    rejection = BatchRejected(f"not storable: {type(error).__name__}")
-                    rejection.__cause__ = error
-                    outcomes.append(Failure(rejection))
-    except Exception as error:
-        failure = TryAgainLater(f"the store takes nothing now: {error}")
-        failure.__cause__ = error
-        return failure
-    return outcomes
-
-
-def _undoes_all(error: Exception) -> bool:
-    """Whether the fault is the store's and not the batch's: full, locked, unreadable, ..."""
-    if isinstance(error, sqlite3.OperationalError):
-        # Python 3.10 does not know the code; there, every such error is taken for the store's.
-        return getattr(error, "sqlite_errorcode", None) != _SQLITE_ERROR
-    return type(error) is sqlite3.DatabaseError or isinstance(error, MemoryError)
+def _is_refused(outcome: object) -> bool:
+    return isinstance(outcome, Failure) and outcome.check(TryAgainLater) is not None
 
 
 def _size(path: str) -> int:

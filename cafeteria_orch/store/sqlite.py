@@ -6,11 +6,12 @@ thread at a time.
 
 from __future__ import annotations
 
-import os
 import sqlite3
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from enum import Enum, auto
 from functools import cache
 from hashlib import blake2b
 from itertools import chain
@@ -22,28 +23,54 @@ from cafeteria_orch.wire.messages import TableBatch
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import Table
 
+from .files import (
+    StoreError,
+    check_lock,
+    check_room,
+    explaining,
+    is_blank,
+    real_path,
+    sync_folder,
+)
 from .schema import APPLICATION_ID, SCHEMA_VERSION, statements
+
+__all__ = ("Blame", "Database", "StoreError", "check_store")
+
+MIN_SQLITE = (3, 24, 0)
+"""The oldest SQLite that knows ``ON CONFLICT``."""
 
 BUSY_TIMEOUT = 0.5
 """How long, in seconds, a transaction waits for another process's lock."""
 
 CHECKPOINT_PATIENCE = 0.2
-"""How long, in seconds, a checkpoint waits for readers to let it start the WAL anew."""
+"""How long, in seconds, a checkpoint waits for readers before it leaves the WAL as it is."""
 
 WAL_SIZE_LIMIT = 64 * 1024 * 1024
 """What the WAL is cut back to, in bytes, once all that is in it is in the file."""
 
-# So many rows go into one statement. sqlite3 gives up the interpreter lock at every
-# statement, and a busy reactor can keep it for milliseconds: few and large ones win.
-_ROWS_PER_STATEMENT = 1024
+# sqlite3 releases the interpreter lock at every statement, and a busy reactor can keep it for
+# milliseconds: few and large statements win.
+_MAX_ROWS_PER_STATEMENT = 1024
+
+# A statement that SQLite refuses for what it says, as where somebody has dropped its table.
+_SQLITE_ERROR = 1
 
 
-class StoreError(Exception):
-    """A file that cannot be the store. Its text says why, for the operator."""
+class Blame(Enum):
+    """What an error is the fault of, and so what it costs."""
+
+    BATCH = auto()
+    """A value that no store can take: the batch is rejected."""
+
+    STATEMENT = auto()
+    """What somebody has done to one table: the batch is put off, others are stored."""
+
+    STORE = auto()
+    """The file, the disk, the memory: the whole transaction is undone."""
 
 
 class _Rehearsed(Exception):
-    """An upgrade would succeed; to be undone."""
+    """Something has succeeded that is to be undone."""
 
 
 class Database:
@@ -56,11 +83,14 @@ class Database:
     """
 
     def __init__(self, path: str, *, keep_version: bool = False) -> None:
+        _check_library()
         self._path = path
-        # SQLite puts it beside the file itself, whatever link leads there.
-        self._wal = Path(f"{os.path.realpath(path)}-wal")
+        self._wal = Path(f"{real_path(path)}-wal")
         self._opened_files: tuple[object, ...] | None = None
-        try:
+        # Sessions that have a row; those of the open transaction may still lose it.
+        self._session_ids: WeakKeyDictionary[Session, int] = WeakKeyDictionary()
+        self._new_sessions: list[Session] = []
+        with _explaining(path):
             self._connection = sqlite3.connect(
                 path,
                 timeout=BUSY_TIMEOUT,
@@ -68,19 +98,12 @@ class Database:
                 check_same_thread=False,
                 cached_statements=256,
             )
-        except sqlite3.Error as error:
-            raise StoreError(f"the store {path} cannot be opened: {error}") from error
-        # Sessions that have a row; those of the open transaction may still lose it.
-        self._session_ids: WeakKeyDictionary[Session, int] = WeakKeyDictionary()
-        self._new_sessions: list[Session] = []
-        try:
-            self._prepare(keep_version)
-        except sqlite3.Error as error:
-            self.close()
-            raise StoreError(f"the store {path} cannot be opened: {error}") from error
-        except StoreError:
-            self.close()
-            raise
+            try:
+                self._max_variables = _max_variables(self._connection)
+                self._prepare(keep_version)
+            except BaseException:
+                self.close()
+                raise
 
     def close(self) -> None:
         """Close the file; the last to do so brings the WAL into it."""
@@ -118,10 +141,37 @@ class Database:
                 if self.in_transaction:
                     self._connection.execute("RELEASE one")
 
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Inside a transaction: what is written inside of this is undone."""
+        with suppress(_Rehearsed), self.savepoint():
+            yield
+            raise _Rehearsed
+
     @property
     def in_transaction(self) -> bool:
         """Whether a transaction is open; some errors undo it all by themselves."""
         return self._connection.in_transaction
+
+    def touch(self) -> None:
+        """Write what changes nothing, inside a transaction, to find out whether that works."""
+        self._pragma(f"user_version = {SCHEMA_VERSION}")
+
+    def blame(self, error: Exception) -> Blame:
+        """Find out what an error is the fault of.
+
+        :param error: raised inside a savepoint.
+        """
+        if not self.in_transaction or isinstance(error, MemoryError):
+            return Blame.STORE
+        # Too long for SQLite, not text, or too large a number.
+        if isinstance(error, (sqlite3.DataError, ValueError, OverflowError)):
+            return Blame.BATCH
+        if isinstance(error, sqlite3.OperationalError):
+            # Python 3.10 does not know the code; there, each such error is taken for the store's.
+            code = getattr(error, "sqlite_errorcode", None)
+            return Blame.STATEMENT if code == _SQLITE_ERROR else Blame.STORE
+        return Blame.STORE if type(error) is sqlite3.DatabaseError else Blame.STATEMENT
 
     def checkpoint(self) -> bool:
         """Bring the WAL into the file, as far as readers allow.
@@ -170,8 +220,9 @@ class Database:
     def end_table(self, table_name: str, session: Session, received_at: float) -> None:
         """Note that no more batches of a table come in this session, inside a transaction."""
         self._connection.execute(
-            "INSERT INTO table_eof VALUES (?, ?, ?, (SELECT coalesce(max(id), 0) FROM batch))"
-            " ON CONFLICT DO UPDATE SET"
+            "INSERT INTO table_eof (session_id, table_name, received_at, last_batch_id)"
+            " VALUES (?, ?, ?, (SELECT coalesce(max(id), 0) FROM batch))"
+            " ON CONFLICT (session_id, table_name) DO UPDATE SET"
             " received_at = excluded.received_at, last_batch_id = excluded.last_batch_id",
             (self._session_id(session), table_name, _timestamp(received_at)),
         )
@@ -184,10 +235,13 @@ class Database:
         )
 
     def _insert_rows(self, batch: TableBatch, batch_id: int | None) -> None:
+        # One variable is the batch's id, which all rows of a statement share.
+        fitting = (self._max_variables - 1) // len(batch.columns)
+        max_rows = min(_MAX_ROWS_PER_STATEMENT, fitting)
         start = 0
         while start < batch.amount:
             # Powers of two: a few statements serve batches of every size.
-            size = min(_ROWS_PER_STATEMENT, 1 << (batch.amount - start).bit_length() - 1)
+            size = min(max_rows, 1 << (batch.amount - start).bit_length() - 1)
             rows: tuple[Row, ...] = batch.rows[start : start + size]
             self._connection.execute(
                 _insert_statement(batch.table, size), [batch_id, *chain.from_iterable(rows)]
@@ -253,8 +307,9 @@ class Database:
             # Asked again, now that nobody else can be about to do the same.
             for statement in statements(self._pragma("user_version")):
                 self._connection.execute(statement)
-            if keep_version and version:
+            if keep_version:
                 raise _Rehearsed
+        sync_folder(self._path)
         self._opened_files = self._files()
 
     def _has_tables(self) -> bool:
@@ -279,27 +334,46 @@ def check_store(path: str) -> None:
 
     :raises StoreError: if it cannot.
     """
-    file = Path(path)
+    _check_library()
+    with explaining(path):
+        check_lock(path)
+        if is_blank(path):
+            # Nothing is made: privileges may be shed before the store is opened to stay.
+            check_room(path)
+        else:
+            Database(path, keep_version=True).close()
+
+
+def _check_library() -> None:
+    if sqlite3.sqlite_version_info < MIN_SQLITE:
+        oldest = ".".join(map(str, MIN_SQLITE))
+        raise StoreError(
+            f"the store needs SQLite {oldest} or newer, and Python has {sqlite3.sqlite_version}"
+            " here: upgrade it, or say --store none"
+        )
+
+
+@contextmanager
+def _explaining(path: str) -> Iterator[None]:
     try:
-        is_new = not file.exists()
-        is_empty = not is_new and file.is_file() and file.stat().st_size == 0
-    except OSError as error:
-        raise StoreError(f"the store {path} cannot be opened: {error.strerror}") from error
-    try:
-        Database(path, keep_version=True).close()
-    finally:
-        # Privileges may be shed before the store is opened to stay.
-        with suppress(OSError):
-            if is_new:
-                file.unlink()
-            elif is_empty:
-                os.truncate(file, 0)
+        with explaining(path):
+            yield
+    except sqlite3.Error as error:
+        raise StoreError(f"the store {path} cannot be opened: {error}") from error
+
+
+def _max_variables(connection: sqlite3.Connection) -> int:
+    if sys.version_info >= (3, 11):
+        return connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)
+    return 32_766 if sqlite3.sqlite_version_info >= (3, 32) else 999
 
 
 @cache
 def _insert_statement(table: Table, rows: int) -> str:
+    # By name: an operator may have added a column.
+    columns = ", ".join(table.columns)
     row = f"(?1, {', '.join('?' * len(table.columns))})"
-    return f"INSERT INTO {table.name} VALUES {', '.join([row] * rows)}"  # noqa: S608
+    return f"INSERT INTO {table.name} (batch_id, {columns}) VALUES {', '.join([row] * rows)}"  # noqa: S608
 
 
 def _client_id(session: Session) -> str | None:

@@ -33,7 +33,6 @@ from cafeteria_orch.wire.framing import INT32
 from cafeteria_orch.wire.messages import BATCH_HEADER, TableBatch, decode
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import Table
-from tests.support.builders import NUMERIC_COLUMNS
 
 from . import baseline, workload
 from .report import Benchmark, Effort, Figure, Goal
@@ -341,9 +340,7 @@ def plain_store() -> Iterator[Callable[[Sequence[Row]], None]]:
     The same columns, the same pragmas as the store's, and nothing else: no batches, no digest.
     """
     columns = workload.TABLE.columns
-    declared = ", ".join(
-        f"{column} {'REAL' if column in NUMERIC_COLUMNS else 'TEXT'}" for column in columns
-    )
+    declared = ", ".join(f"{column} TEXT" for column in columns)
     statement = f"INSERT INTO plain VALUES ({', '.join('?' * len(columns))})"
     with tempfile.TemporaryDirectory() as folder:
         connection = sqlite3.connect(Path(folder) / "plain")

@@ -11,7 +11,8 @@ from twisted.python.failure import Failure
 from zope.interface.verify import verifyObject
 
 from cafeteria_orch.server.counters import Outcome
-from cafeteria_orch.store import sink as sqlite
+from cafeteria_orch.store import sink as sink_module
+from cafeteria_orch.store import writer as writer_module
 from cafeteria_orch.store.sqlite import Database
 from tests.support.builders import SUCCESS, TCPTransport, batch_frame, connect
 from tests.support.stores import TRY_AGAIN, GroupTestCase
@@ -21,8 +22,8 @@ class BackpressureTests(GroupTestCase):
     """What waits for its commit is bounded: beyond that no connection is read."""
 
     def limit(self, batches: int = 1024, bytes_: int = 1 << 30) -> None:
-        self.patch(sqlite, "MOST_WAITING_BATCHES", batches)
-        self.patch(sqlite, "MOST_WAITING_BYTES", bytes_)
+        self.patch(sink_module, "MAX_WAITING_BATCHES", batches)
+        self.patch(sink_module, "MAX_WAITING_BYTES", bytes_)
 
     def connect_many(self, connections: int, batches: int) -> list[TCPTransport]:
         """Have each of many clients send several batches, and not wait for an answer."""
@@ -60,7 +61,7 @@ class BackpressureTests(GroupTestCase):
     def test_resume_at_half(self) -> None:
         """Reading goes on when half of what waited is done, and not before."""
         self.limit(batches=8)
-        self.patch(sqlite, "MOST_GROUP_BYTES", 1)
+        self.patch(writer_module, "MAX_GROUP_BYTES", 1)
         transports = self.connect_many(12, 1)
         for received in (8, 8, 8, 12):
             done = sum(self.answered(transports))

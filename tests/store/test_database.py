@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import sys
 import time
 from contextlib import closing
 from datetime import datetime, timezone
@@ -12,54 +13,26 @@ from typing import Any
 from uuid import UUID
 
 from hypothesis import given
-from twisted.trial.unittest import SynchronousTestCase
+from twisted.trial.unittest import SkipTest
 
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store import sqlite as database_module
-from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.messages import TableBatch, decode, encode
 from cafeteria_orch.wire.tables import (
     STORES,
     TRANSACTIONS,
     USERS,
 )
-from tests.support.builders import NUMERIC_COLUMNS, PEER, USER_ROW, query, received
+from tests.support.builders import PEER, USER_ROW, received
+from tests.support.stores import CLIENT, NOW, NOW_TEXT, DatabaseTestCase, connecting
 from tests.support.strategies import table_batches
-
-NOW = 1_700_000_000.25
-NOW_TEXT = "2023-11-14 22:13:20.250"
-CLIENT = UUID(int=7)
 
 
 class Boom(Exception):
     """What ends a transaction in a test."""
 
 
-class StoreCase(SynchronousTestCase):
-    """A test with an open store of its own."""
-
-    def setUp(self) -> None:
-        self.path = self.mktemp()
-        self.database = Database(self.path)
-        self.addCleanup(self.database.close)
-        self.session = Session(PEER, NOW)
-
-    def store(self, session: Session | None = None, **changes: Any) -> bool:
-        """Store a batch in a transaction of its own."""
-        with self.database.transaction():
-            return self.database.store_batch(received(**changes), session or self.session, NOW)
-
-    def query(self, sql: str) -> list[tuple[Any, ...]]:
-        """What another program reads in the store at this moment."""
-        return query(self.path, sql)
-
-    def count(self, table: str) -> int:
-        """How many rows a table has."""
-        ((rows,),) = self.query(f"SELECT count(*) FROM {table}")
-        return int(rows)
-
-
-class Batches(StoreCase):
+class Batches(DatabaseTestCase):
     """What is known of each batch."""
 
     def test_entry(self) -> None:
@@ -126,6 +99,24 @@ class Batches(StoreCase):
                 )
                 self.assertEqual(stored, [row[:1] for row in rows])
 
+    def test_few_variables(self) -> None:
+        """An SQLite of before 3.32 takes 999 values a statement: batches of any size fit it."""
+        if sys.version_info < (3, 11):
+            raise SkipTest("SQLite's limits cannot be set")
+
+        class Old(sqlite3.Connection):
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                super().__init__(*arguments, **options)
+                self.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 999)
+
+        with connecting(Old):
+            self.open()
+        for table in (USERS, TRANSACTIONS):
+            rows = [(str(number), *[""] * (len(table.columns) - 1)) for number in range(2000)]
+            self.store(table=table, rows=rows)
+            stored = self.query(f"SELECT {table.columns[0]} FROM {table.name} ORDER BY rowid")
+            self.assertEqual(stored, [row[:1] for row in rows])
+
     def test_any_text(self) -> None:
         """Text comes back whole: NULs, quotes, what lies beyond the first 65,536 points."""
         row = ("\0a\0", "'\"; DROP TABLE users; --\r\n", "🍵\U0010ffff", "\ufeffñ\u2028")
@@ -144,18 +135,14 @@ class Batches(StoreCase):
             "SELECT id, opcode, batch_number, status, amount FROM batch ORDER BY id DESC LIMIT 1"
         )
         self.assertEqual(entry[1:], (sent.opcode, sent.batch_number, sent.status, sent.amount))
-        text = [place for place, name in enumerate(sent.columns) if name not in NUMERIC_COLUMNS]
-        columns = ", ".join(sent.columns[place] for place in text)
-        self.assertEqual(
-            self.query(
-                f"SELECT {columns} FROM {sent.table.name} WHERE batch_id = {entry[0]}"
-                " ORDER BY rowid"
-            ),
-            [tuple(row[place] for place in text) for row in sent.rows],
+        columns = ", ".join(sent.columns)
+        stored = self.query(
+            f"SELECT {columns} FROM {sent.table.name} WHERE batch_id = {entry[0]} ORDER BY rowid"
         )
+        self.assertEqual(stored, list(sent.rows))
 
 
-class Duplicates(StoreCase):
+class Duplicates(DatabaseTestCase):
     """A batch that is sent again is not stored twice."""
 
     def setUp(self) -> None:
@@ -180,8 +167,7 @@ class Duplicates(StoreCase):
     def test_after_a_restart(self) -> None:
         """Nor after the store was closed and opened again."""
         self.database.close()
-        self.database = Database(self.path)
-        self.addCleanup(self.database.close)
+        self.open()
         self.assertIs(self.store(Session(PEER, NOW, CLIENT)), False)
         self.assert_batches(1)
 
@@ -240,7 +226,7 @@ class Duplicates(StoreCase):
         self.assert_batches(2)
 
 
-class Sessions(StoreCase):
+class Sessions(DatabaseTestCase):
     """A connection's row."""
 
     def sessions(self) -> list[tuple[Any, ...]]:
@@ -289,6 +275,16 @@ class Sessions(StoreCase):
         self.assertIn((1, "users", NOW_TEXT, 1), self.query("SELECT * FROM table_eof"))
         self.assertEqual(self.count("session"), 1)
 
+    def test_end_names_what_it_conflicts_with(self) -> None:
+        """An SQLite of before 3.35 takes no ``DO UPDATE`` that does not say for what."""
+        statements: list[str] = []
+        self.database._connection.set_trace_callback(statements.append)
+        with self.database.transaction():
+            self.database.end_table("users", self.session, NOW)
+        updates = [statement for statement in statements if "DO UPDATE" in statement]
+        self.assertEqual(len(updates), 1)
+        self.assertIn("ON CONFLICT (session_id, table_name) DO UPDATE", updates[0])
+
     def test_finish(self) -> None:
         """The end of a session is written with its agency."""
         self.store()
@@ -311,7 +307,7 @@ class Sessions(StoreCase):
         )
 
 
-class Transactions(StoreCase):
+class Transactions(DatabaseTestCase):
     """All or nothing."""
 
     def test_rollback(self) -> None:
@@ -357,8 +353,7 @@ class Transactions(StoreCase):
         """While another program writes, a transaction fails after its time; then it works."""
         self.patch(database_module, "BUSY_TIMEOUT", 0.01)
         self.database.close()
-        self.database = Database(self.path)
-        self.addCleanup(self.database.close)
+        self.open()
         with closing(sqlite3.connect(self.path)) as other:
             other.execute("BEGIN IMMEDIATE")
             with self.assertRaises(sqlite3.OperationalError):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
+import sys
 from functools import partial
+from typing import Any
 from uuid import UUID
 
 from twisted.internet.testing import StringTransport
+from twisted.trial.unittest import SkipTest
 
-from cafeteria_orch.store import sink as sqlite
+from cafeteria_orch.store import writer as writer_module
 from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
@@ -28,15 +30,14 @@ BAD_ROW = ("bad", *USER_ROW[1:])
 
 
 class GroupTests(GroupTestCase):
-    """Batches that wait while a commit is under way, and one among them that is bad."""
+    """Batches that wait while a commit is in progress, and one among them that is bad."""
 
     def create_trigger(self, action: str) -> None:
         """Have the store itself object to users that are called ``bad``."""
-        with closing(sqlite3.connect(self.path)) as store:
-            store.execute(
-                "CREATE TRIGGER objection AFTER INSERT ON users WHEN NEW.user_id = 'bad'"
-                f" BEGIN SELECT RAISE({action}, 'no'); END"
-            )
+        self.execute(
+            "CREATE TRIGGER objection AFTER INSERT ON users WHEN NEW.user_id = 'bad'"
+            f" BEGIN SELECT RAISE({action}, 'no'); END"
+        )
 
     def test_one_commit_for_all_that_wait(self) -> None:
         """Batches that wait together share one transaction, in their order of arrival."""
@@ -75,7 +76,7 @@ class GroupTests(GroupTestCase):
     def test_group_is_bounded(self) -> None:
         """What is more than a group's bytes is committed, and answered, in several parts."""
         size = len(batch_frame()) - 5
-        self.patch(sqlite, "MOST_GROUP_BYTES", 3 * size)
+        self.patch(writer_module, "MAX_GROUP_BYTES", 3 * size)
         group = self.send_group(*[{}] * 7)
         self.gate.open()
         self.pump_answers(*group[:3])
@@ -119,43 +120,44 @@ class GroupTests(GroupTestCase):
         self.assertEqual(self.gate.transactions, 2)
         self.assert_accounts(committed=3, duplicates=1)
 
-    def test_bad_batch_leaves_its_neighbours(self) -> None:
-        """A batch that fails costs itself alone: FAIL 2, and nothing of it is stored."""
-        self.create_trigger("ABORT")
-        self.assert_bad_batch_fails_alone()
-
-    def test_bad_batch_that_is_half_inserted(self) -> None:
-        """The same where the failed statement leaves rows behind: the savepoint takes them."""
-        self.create_trigger("FAIL")
-        self.assert_bad_batch_fails_alone()
-
-    def assert_bad_batch_fails_alone(self) -> None:
-        rows = [USER_ROW] * 300 + [BAD_ROW] + [USER_ROW] * 5
-        group = self.send_group({}, {"rows": rows}, {})
-        self.gate.open()
-        self.assertEqual(self.pump_answers(*group), [SUCCESS, REJECTED, SUCCESS])
+    def assert_one_batch_fails_alone(self, answer: bytes, **changes: Any) -> None:
+        group = self.send_group({}, changes, {})
+        self.gate.open(100)
+        self.assertEqual(self.pump_answers(*group), [SUCCESS, answer, SUCCESS])
         self.assertEqual(self.batch_numbers(), [1, 2, 4])
         self.assertEqual(self.query("SELECT count(*) FROM users"), [3])
-        self.assertEqual(self.gate.transactions, 2)
         self.assert_accounts(committed=3, failed=1)
         self.flushLoggedErrors(BatchRejected)
 
-    def test_fault_of_our_own_leaves_the_neighbours(self) -> None:
-        """An exception that is not even SQLite's, after the rows went in, costs one batch."""
+    def test_refused_batch_leaves_its_neighbours(self) -> None:
+        """A batch that one table does not take costs itself alone, half inserted or not."""
+        rows = [USER_ROW] * 300 + [BAD_ROW] + [USER_ROW] * 5
+        for action in ("ABORT", "FAIL"):
+            self.create_trigger(action)
+            self.assert_one_batch_fails_alone(TRY_AGAIN, rows=rows)
+            self.restart()
+
+    def test_rejected_batch_leaves_its_neighbours(self) -> None:
+        """A batch that no store can take is rejected, also after its rows went in."""
         self.patch(Database, "store_batch", failing_at(3, ValueError("three")))
-        group = self.send_group({}, {}, {})
-        self.gate.open()
-        self.assertEqual(self.pump_answers(*group), [SUCCESS, REJECTED, SUCCESS])
-        self.assertEqual(self.batch_numbers(), [1, 2, 4])
+        self.assert_one_batch_fails_alone(REJECTED)
+        self.assertIsNone(self.sink.refusal)
+
+    def test_cell_that_is_too_long_is_rejected(self) -> None:
+        """A cell that SQLite has no room for is the batch's own fault."""
+        if sys.version_info < (3, 11):
+            raise SkipTest("SQLite's limits cannot be set")
+        self.connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2000)
+        self.assert_one_batch_fails_alone(REJECTED, rows=[("x" * 3000, *USER_ROW[1:])])
+        self.assertIsNone(self.sink.refusal)
 
     def test_error_that_undoes_all(self) -> None:
         """What makes SQLite roll back gives the group FAIL 1; the next one is stored."""
         self.create_trigger("ROLLBACK")
         group = self.send_group({}, {"rows": [BAD_ROW]}, {})
-        self.gate.open()
+        self.gate.open(100)
         self.assertEqual(self.pump_answers(*group), [TRY_AGAIN] * 3)
         self.assertEqual(self.batch_numbers(), [1])
-        self.gate.open()
         self.assertEqual(self.pump_answers(self.send()), [SUCCESS])
         self.assertEqual(self.batch_numbers(), [1, 5])
         self.assert_accounts(committed=2, failed=3)
@@ -169,44 +171,31 @@ class FaultTests(GroupTestCase):
     def start(self, connection_class: type[sqlite3.Connection] = FaultyConnection) -> None:
         super().start(connection_class)
 
-    def assert_group_fails(self, statement: str, outcome: str = "failed") -> None:
+    def assert_group_fails(self, fault: Fault) -> None:
         group = self.send_group({}, {}, {})
-        self.connection.fault = Fault(statement, outcome)
+        self.connection.fault = fault
         self.gate.open()
         self.assertEqual(self.pump_answers(*group), [TRY_AGAIN] * 3)
         self.assertEqual(self.batch_numbers(), [1])
-        self.gate.open()
+        self.gate.open(100)
         self.assertEqual(self.pump_answers(self.send()), [SUCCESS])
         self.assertEqual(self.batch_numbers(), [1, 5])
         self.assert_accounts(committed=2, failed=3)
 
-    def test_at_commit(self) -> None:
-        """A COMMIT that fails gives the whole group FAIL 1, and nothing of it is stored."""
-        self.assert_group_fails("COMMIT")
-
-    def test_at_commit_that_undoes(self) -> None:
-        """The same where SQLite has rolled back by itself."""
-        self.assert_group_fails("COMMIT", "undone")
-
-    def test_at_begin(self) -> None:
-        """A transaction that cannot even begin."""
-        self.assert_group_fails("BEGIN")
-
-    def test_at_savepoint(self) -> None:
-        """One batch that cannot begin, through the store's fault."""
-        self.assert_group_fails("SAVEPOINT")
-
-    def test_at_release(self) -> None:
-        """One batch that cannot end, through the store's fault."""
-        self.assert_group_fails("RELEASE", "undone")
-
-    def test_at_rows(self) -> None:
-        """Rows that do not go in, through the store's fault."""
-        self.assert_group_fails("INSERT INTO users")
-
-    def test_at_rows_that_undo(self) -> None:
-        """The same where SQLite has rolled back by itself, in the middle of a group."""
-        self.assert_group_fails("INSERT INTO users", "undone")
+    def test_any_statement(self) -> None:
+        """Whichever statement fails, the whole group gets FAIL 1, and nothing of it is stored."""
+        for fault in (
+            Fault("COMMIT"),
+            Fault("COMMIT", "undone"),
+            Fault("BEGIN"),
+            Fault("SAVEPOINT"),
+            Fault("RELEASE", "undone"),
+            Fault("INSERT INTO users"),
+            Fault("INSERT INTO users", "undone"),
+        ):
+            with self.subTest(fault=fault):
+                self.assert_group_fails(fault)
+            self.restart()
 
     def test_session_is_written_again(self) -> None:
         """A session's row that was undone with the transaction comes with the next batch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 from contextlib import closing
@@ -12,21 +13,13 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store.schema import SCHEMA_VERSION
+from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.sqlite import Database, StoreError, check_store
-from cafeteria_orch.wire.tables import (
-    MENU_ITEMS,
-    STORES,
-    TABLES,
-    TRANSACTION_ITEMS,
-    TRANSACTIONS,
-    Table,
-)
+from cafeteria_orch.wire.tables import TABLES, TRANSACTIONS
 from tests.support.builders import PEER, query, received
+from tests.support.stores import NOW, DatabaseTestCase, PumpedReactor
 
-from .test_database import NOW, StoreCase
-
-BATCH_ID = ("batch_id", "INTEGER", 1)
-SCHEMA = {
+COLUMNS = {
     "session": [
         ("id", "INTEGER", 0),
         ("client_id", "TEXT", 0),
@@ -53,66 +46,24 @@ SCHEMA = {
         ("received_at", "TEXT", 1),
         ("last_batch_id", "INTEGER", 1),
     ],
-    "menu_items": [
-        BATCH_ID,
-        ("product_id", "TEXT", 0),
-        ("name", "TEXT", 0),
-        ("category", "TEXT", 0),
-        ("price", "REAL", 0),
-        ("is_seasonal", "TEXT", 0),
-        ("available_from", "TEXT", 0),
-        ("available_to", "TEXT", 0),
-    ],
-    "stores": [
-        BATCH_ID,
-        ("store_id", "TEXT", 0),
-        ("store_name", "TEXT", 0),
-        ("street", "TEXT", 0),
-        ("postal_code", "TEXT", 0),
-        ("city", "TEXT", 0),
-        ("state", "TEXT", 0),
-        ("latitude", "REAL", 0),
-        ("longitude", "REAL", 0),
-    ],
-    "transaction_items": [
-        BATCH_ID,
-        ("transaction_id", "TEXT", 0),
-        ("item_id", "TEXT", 0),
-        ("quantity", "INTEGER", 0),
-        ("unit_price", "REAL", 0),
-        ("subtotal", "REAL", 0),
-        ("created_at", "TEXT", 0),
-    ],
-    "transactions": [
-        BATCH_ID,
-        ("transaction_id", "TEXT", 0),
-        ("store_id", "TEXT", 0),
-        ("payment_method_id", "TEXT", 0),
-        ("user_id", "TEXT", 0),
-        ("original_amount", "REAL", 0),
-        ("discount_applied", "REAL", 0),
-        ("final_amount", "REAL", 0),
-        ("created_at", "TEXT", 0),
-        ("voucher_id", "TEXT", 0),
-    ],
-    "users": [
-        BATCH_ID,
-        ("user_id", "TEXT", 0),
-        ("gender", "TEXT", 0),
-        ("birthdate", "TEXT", 0),
-        ("registered_at", "TEXT", 0),
-    ],
+    **{
+        table.name: [
+            ("batch_id", "INTEGER", 1),
+            *((column, "TEXT", 0) for column in table.columns),
+        ]
+        for table in TABLES
+    },
 }
 
 
-class Schema(StoreCase):
+class Schema(DatabaseTestCase):
     """What the analyst finds."""
 
     def test_tables(self) -> None:
         """Each table has these columns, of these types, and there are no others."""
         tables = self.query("SELECT name FROM sqlite_schema WHERE type = 'table'")
-        self.assertEqual({name for (name,) in tables}, set(SCHEMA))
-        for table, columns in SCHEMA.items():
+        self.assertEqual({name for (name,) in tables}, set(COLUMNS))
+        for table, columns in COLUMNS.items():
             found = self.query(f'SELECT name, type, "notnull" FROM pragma_table_info({table!r})')
             self.assertEqual(found, columns, table)
 
@@ -150,60 +101,38 @@ class Schema(StoreCase):
         self.assertEqual(self.count("session"), 2)
 
 
-class Affinity(StoreCase):
-    """A cell is a number where it is one, and stands as it came everywhere else."""
+class Cells(DatabaseTestCase):
+    """Every cell stands there letter for letter as it came."""
 
-    def cell(self, column: str, text: str, row: tuple[str, ...], table: Table) -> Any:
-        """How one cell of a row comes back."""
-        place = table.columns.index(column)
-        self.store(table=table, rows=[(*row[:place], text, *row[place + 1 :])])
-        return self.query(f"SELECT {column} FROM {table.name} ORDER BY rowid DESC LIMIT 1")[0][0]
-
-    def assert_stored(self, column: str, text: str, expected: object, table: Table) -> None:
-        """A cell comes back as this value, of this very type."""
-        row = ("",) * len(table.columns)
-        found = self.cell(column, text, row, table)
-        self.assertEqual((type(found), found), (type(expected), expected), (column, text))
-
-    def test_text(self) -> None:
-        """Identifiers, codes and dates keep their zeros, their points and their emptiness."""
-        for table in TABLES:
-            for column, kind, _ in SCHEMA[table.name][1:]:
-                if kind == "TEXT":
-                    for text in ("007", "1364.0", "1e3", "", " 1 ", "NULL", "2024-01-11"):
-                        self.assert_stored(column, text, text, table)
-
-    def test_real(self) -> None:
-        """Prices, amounts and coordinates are numbers if they can be, text if not."""
-        cases = {
-            "28.50": 28.5,
-            "6": 6.0,
-            "-0.5": -0.5,
-            "1e3": 1000.0,
-            "": "",
-            "12,5": "12,5",
-            "n/a": "n/a",
-            "nan": "nan",
-            "inf": "inf",
-            "0x10": "0x10",
-            "1_000": "1_000",
-            "5\0": "5\0",
-        }
-        for table in (MENU_ITEMS, STORES, TRANSACTION_ITEMS, TRANSACTIONS):
-            for column, kind, _ in SCHEMA[table.name]:
-                if kind == "REAL":
-                    for text, expected in cases.items():
-                        self.assert_stored(column, text, expected, table)
-
-    def test_quantity(self) -> None:
-        """A quantity is a whole number if it can be."""
-        for text, expected in {"3": 3, "03": 3, "2.5": 2.5, "": "", "dos": "dos"}.items():
-            self.assert_stored("quantity", text, expected, TRANSACTION_ITEMS)
+    def test_letter_for_letter(self) -> None:
+        """Digits, zeros, points and emptiness stay, in every column of every table."""
+        for text in (
+            "9007199254740993",
+            "1" * 60,
+            *("10.50", "007", "03", "1364.0", "1e3", "-0.5", "", " 1 ", "NULL"),
+            *("12,5", "nan", "inf", "0x10", "5\0", "2024-01-11"),
+        ):
+            for table in TABLES:
+                row = (text,) * len(table.columns)
+                self.store(table=table, rows=[row])
+                columns = ", ".join(table.columns)
+                newest = f"SELECT {columns} FROM {table.name} ORDER BY rowid DESC LIMIT 1"
+                self.assertEqual(self.query(newest), [row])
 
     def test_optional_column(self) -> None:
         """A column that a row leaves out is NULL; one that is there and empty is not."""
         self.store(table=TRANSACTIONS, rows=[("",) * 8 + (None,), ("",) * 9])
         self.assertEqual(self.query("SELECT voucher_id FROM transactions"), [(None,), ("",)])
+
+
+def start(path: str) -> None:
+    """Open a store as a server does, and close it."""
+    reactor = PumpedReactor()
+    sink = Sink(reactor, path)
+    sink.start()
+    stopped: list[None] = []
+    sink.stop().addCallback(stopped.append)
+    reactor.pump_until(lambda: stopped)
 
 
 class Refusals(SynchronousTestCase):
@@ -223,7 +152,7 @@ class Refusals(SynchronousTestCase):
     def assert_refused(self, path: Path, pattern: str) -> None:
         """Both ways to open it refuse it in one line, and nothing on disk changes."""
         before = self.contents()
-        for open_store in (Database, check_store):
+        for open_store in (start, check_store):
             with self.assertRaises(StoreError) as caught:
                 open_store(str(path))
             line = str(caught.exception)
@@ -233,11 +162,37 @@ class Refusals(SynchronousTestCase):
             self.assertEqual(self.contents(), before)
 
     def contents(self) -> dict[str, bytes | None]:
-        """What is in the folder."""
+        """What is in the folder, but for the lock, which says nothing."""
         return {
             path.name: path.read_bytes() if path.is_file() else None
             for path in self.folder.iterdir()
+            if not path.name.endswith("-lock")
         }
+
+    def test_path_that_is_not_utf_8(self) -> None:
+        """A path that SQLite cannot have is refused in words that can be printed."""
+        for open_store in (Database, check_store):
+            with self.assertRaises(StoreError) as caught:
+                open_store(f"{self.folder}/caf\udce9")
+            self.assertRegex(str(caught.exception).encode().decode(), "caf.* is not UTF-8")
+
+    def test_old_sqlite(self) -> None:
+        """An SQLite that does not know all that the store says is refused in one line."""
+        self.patch(sqlite3, "sqlite_version_info", (3, 23, 1))
+        self.patch(sqlite3, "sqlite_version", "3.23.1")
+        for open_store in (Database, check_store):
+            with self.assertRaises(StoreError) as caught:
+                open_store(str(self.path))
+            self.assertRegex(str(caught.exception), r"^[^\n]*3\.24\.0 or newer.*3\.23\.1[^\n]*$")
+        self.assertEqual(self.contents(), {})
+
+    def test_wal_without_its_store(self) -> None:
+        """A WAL whose file is gone may be all that is left of a store: SQLite would remove it."""
+        wal = self.folder / "store.sqlite3-wal"
+        wal.write_bytes(b"the last batches")
+        self.assert_refused(self.path, "store.sqlite3-wal beside it is not")
+        self.path.touch()
+        self.assert_refused(self.path, "store.sqlite3-wal beside it is not")
 
     def test_newer_schema(self) -> None:
         """A store of a newer program is not touched."""
@@ -274,7 +229,7 @@ class Checking(SynchronousTestCase):
     """``check_store`` asks and leaves no trace."""
 
     def setUp(self) -> None:
-        self.folder = Path(self.mktemp())
+        self.folder = Path(self.mktemp()).absolute()
         self.folder.mkdir()
         self.path = self.folder / "store.sqlite3"
 
@@ -301,11 +256,125 @@ class Checking(SynchronousTestCase):
         self.assertEqual(list(self.folder.iterdir()), [self.path])
         self.assertEqual(self.path.read_bytes(), before)
 
-    def test_open_elsewhere(self) -> None:
-        """A store that a server has open is accepted, and goes on working there."""
-        database = Database(str(self.path))
-        self.addCleanup(database.close)
+    def test_symbolic_link_to_nowhere(self) -> None:
+        """A link whose target is not there yet stays, and nothing is at its target."""
+        target = self.folder / "elsewhere" / "data"
+        target.parent.mkdir()
+        self.path.symlink_to(target)
         check_store(str(self.path))
-        with database.transaction():
-            database.store_batch(received(), Session(PEER, NOW), NOW)
-        self.assertEqual(query(str(self.path), "SELECT count(*) FROM users"), [(1,)])
+        self.assertTrue(self.path.is_symlink())
+        self.assertEqual([*target.parent.iterdir()], [])
+
+    def test_unfinished_creation(self) -> None:
+        """What a power failure has left of a creation is accepted, and stays as it is."""
+        for content in (b"", bytes(4096), bytes(65536)):
+            self.path.write_bytes(content)
+            check_store(str(self.path))
+            self.assertEqual(self.path.read_bytes(), content)
+            self.assertEqual([*self.folder.iterdir()], [self.path])
+
+    def test_header_alone(self) -> None:
+        """The same of a database in which there is nothing yet: no schema is made in it."""
+        with closing(sqlite3.connect(self.path)) as store:
+            store.execute("PRAGMA journal_mode = WAL")
+        check_store(str(self.path))
+        self.assertEqual(query(str(self.path), "SELECT * FROM sqlite_master"), [])
+
+
+class Creation(SynchronousTestCase):
+    """A new store."""
+
+    def setUp(self) -> None:
+        self.folder = Path(self.mktemp()).absolute()
+        self.folder.mkdir()
+        self.path = self.folder / "store.sqlite3"
+
+    def assert_is_store(self, path: Path) -> None:
+        self.assertEqual(query(str(path), "PRAGMA user_version"), [(SCHEMA_VERSION,)])
+        self.assertEqual(query(str(path), "PRAGMA integrity_check"), [("ok",)])
+
+    def test_behind_a_symbolic_link(self) -> None:
+        """The link stays, and the store with all that belongs to it is at its target."""
+        target = self.folder / "elsewhere" / "data"
+        target.parent.mkdir()
+        self.path.symlink_to(target)
+        check_store(str(self.path))
+        start(str(self.path))
+        self.assertTrue(self.path.is_symlink())
+        self.assert_is_store(target)
+        self.assertEqual([*self.folder.glob("store*")], [self.path])
+
+    def test_of_what_a_power_failure_left(self) -> None:
+        """A file of zeros, or an empty one, holds nothing: it becomes the store."""
+        for content in (b"", bytes(4096), bytes(65536)):
+            self.path.write_bytes(content)
+            start(str(self.path))
+            self.assert_is_store(self.path)
+
+    def test_zeros_that_are_more_than_a_creation_leaves(self) -> None:
+        """A large file of zeros is none of ours."""
+        self.path.touch()
+        os.truncate(self.path, 2 << 20)
+        self.assertRaisesRegex(StoreError, "not a database", start, str(self.path))
+        self.assertEqual(self.path.stat().st_size, 2 << 20)
+
+    def test_folder_is_synced(self) -> None:
+        """The names of the files are on disk before anything is acknowledged."""
+        synced = []
+        fsync = os.fsync
+
+        def spy(descriptor: int) -> None:
+            synced.append(os.fstat(descriptor).st_ino)
+            fsync(descriptor)
+
+        self.patch(os, "fsync", spy)
+        start(str(self.path))
+        self.assertEqual(synced, [self.folder.stat().st_ino])
+
+
+class Lock(SynchronousTestCase):
+    """One store has one server."""
+
+    def setUp(self) -> None:
+        self.path = self.mktemp()
+        self.reactor = PumpedReactor()
+        self.sink = Sink(self.reactor, self.path)
+        self.sink.start()
+        self.addCleanup(self.stop)
+
+    def stop(self) -> None:
+        stopped: list[None] = []
+        self.sink.stop().addCallback(stopped.append)
+        self.reactor.pump_until(lambda: stopped)
+
+    def assert_refused(self, path: str) -> None:
+        for open_store in (check_store, start):
+            with self.assertRaisesRegex(StoreError, r"^the store .* another server[^\n]*$"):
+                open_store(path)
+
+    def test_second_server(self) -> None:
+        """It is refused when it is checked and when it is started, until the first has stopped."""
+        self.assert_refused(self.path)
+        self.stop()
+        check_store(self.path)
+        start(self.path)
+
+    def test_by_another_name(self) -> None:
+        """Also through a symbolic link."""
+        link = Path(self.mktemp())
+        link.symlink_to(Path(self.path).absolute())
+        self.assert_refused(str(link))
+
+    def test_start_that_fails(self) -> None:
+        """A start that is refused for another reason leaves no lock behind."""
+        path = Path(self.mktemp())
+        path.write_text("important\n")
+        self.assertRaisesRegex(StoreError, "not a database", start, str(path))
+        path.unlink()
+        start(str(path))
+
+    def test_readers(self) -> None:
+        """Others read it, and even write, as SQLite lets them."""
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as other:
+            other.execute("CREATE TABLE notes (text)")
+            self.assertEqual(other.execute("SELECT count(*) FROM batch").fetchall(), [(0,)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections import Counter, deque
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,9 +33,11 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.counters import Outcome, Tally
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.store import sink as sqlite
-from cafeteria_orch.store.sink import Sink, _commit, _Job
+from cafeteria_orch.store import sink as sink_module
+from cafeteria_orch.store.files import StoreLock
+from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.sqlite import Database
+from cafeteria_orch.store.writer import Job, Writer
 from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
 from cafeteria_orch.wire.tables import STORES, USERS
@@ -43,8 +46,8 @@ from tests.support.stores import Fault, FaultyConnection, connecting
 
 CLIENTS = (None, UUID(int=1), UUID(int=2))
 TABLES = (USERS, STORES)
-MOST_CONNECTIONS = 5
-MOST_WAITING = 3
+MAX_CONNECTIONS = 5
+MAX_WAITING = 3
 AMOUNTS = (0, 1, 300)
 """How many rows the batches have that differ in nothing else."""
 
@@ -99,6 +102,13 @@ class Client:
         return answers
 
 
+class InlineReactor(Clock):
+    """A clock whose writer's thread is the reactor's own."""
+
+    def callFromThread(self, function: Callable[..., object], *args: object) -> None:
+        function(*args)
+
+
 class InlineSink(Sink):
     """Its writer works when it is told to, in the thread of the test."""
 
@@ -112,17 +122,35 @@ class InlineSink(Sink):
         # No power fails here.
         self.connection.execute("PRAGMA synchronous = OFF")
         self._thread = current_thread()
+        self.lock = StoreLock(self._path)
+        self.writer = Writer(
+            self._reactor,
+            self.database,
+            self.lock,
+            self._jobs,
+            report=self._report,
+            ended=self._writer_ended,
+        )
 
-    def work(self, most: int) -> bool:
-        """Commit what waits, so many messages at most; whether there were any."""
-        group: list[_Job] = []
-        while len(group) < most and not self._jobs.empty():
+    def close(self) -> None:
+        self.database.close()
+        self.lock.close()
+
+    def work(self, max_jobs: int) -> bool:
+        """Commit what waits, a few messages at most; whether there were any."""
+        group: list[Job] = []
+        while len(group) < max_jobs and not self._jobs.empty():
             job = self._jobs.get()
             assert job is not None
             group.append(job)
         if group:
-            self._report(group, _commit(self.database, group))
+            self.writer.commit(group)
         return bool(group)
+
+    def try_again(self) -> None:
+        """Have the writer try what it has refused."""
+        if self.writer._refused is not None:
+            self.writer.try_again(self.writer._refused)
 
 
 class StoreModel(RuleBasedStateMachine):
@@ -132,7 +160,7 @@ class StoreModel(RuleBasedStateMachine):
         super().__init__()
         self.folder = TemporaryDirectory()
         self.path = str(Path(self.folder.name) / "store.sqlite3")
-        self.patch = patch.object(sqlite, "MOST_WAITING_BATCHES", MOST_WAITING)
+        self.patch = patch.object(sink_module, "MAX_WAITING_BATCHES", MAX_WAITING)
         self.patch.start()
         self.acknowledged: Counter[Key] = Counter()
         # Sent over connections that were cut, or answered with a FAIL that may not be true.
@@ -147,7 +175,7 @@ class StoreModel(RuleBasedStateMachine):
 
     def start(self) -> None:
         self.clients: list[Client] = []
-        self.factory = OrchestratorFactory(Clock())
+        self.factory = OrchestratorFactory(InlineReactor())
         self.sink = InlineSink(self.factory.reactor, self.path)
         self.sink.register(self.factory)
         self.sink.start()
@@ -155,11 +183,11 @@ class StoreModel(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.restart(is_killed=False)
         self.check_store()
-        self.sink.database.close()
+        self.sink.close()
         self.patch.stop()
         self.folder.cleanup()
 
-    @precondition(lambda self: len(self.clients) < MOST_CONNECTIONS)
+    @precondition(lambda self: len(self.clients) < MAX_CONNECTIONS)
     @rule(identity=st.sampled_from(CLIENTS))
     def connect(self, identity: UUID | None) -> None:
         client = Client(identity, *connect(self.factory))
@@ -170,7 +198,7 @@ class StoreModel(RuleBasedStateMachine):
 
     @precondition(lambda self: self.clients)
     @rule(
-        which=st.integers(0, MOST_CONNECTIONS - 1),
+        which=st.integers(0, MAX_CONNECTIONS - 1),
         table=st.sampled_from(range(len(TABLES))),
         number=st.integers(1, 2),
         amount=st.sampled_from(AMOUNTS),
@@ -181,14 +209,14 @@ class StoreModel(RuleBasedStateMachine):
         client.send(self.sent[-1])
 
     @precondition(lambda self: self.clients and self.sent)
-    @rule(which=st.integers(0, MOST_CONNECTIONS - 1), batch=st.integers(0, 9))
+    @rule(which=st.integers(0, MAX_CONNECTIONS - 1), batch=st.integers(0, 9))
     def repeat(self, which: int, batch: int) -> None:
         """A client sends what was sent before, maybe by another, maybe acknowledged."""
         client = self.client(which)
         client.send(self.sent[-1 - batch % len(self.sent)]._replace(client=client.id))
 
     @precondition(lambda self: self.clients)
-    @rule(which=st.integers(0, MOST_CONNECTIONS - 1))
+    @rule(which=st.integers(0, MAX_CONNECTIONS - 1))
     def resend(self, which: int) -> None:
         """A client that knows what became of its batches sends the others again."""
         client = self.client(which)
@@ -197,20 +225,20 @@ class StoreModel(RuleBasedStateMachine):
                 client.send(key)
 
     @precondition(lambda self: self.clients)
-    @rule(which=st.integers(0, MOST_CONNECTIONS - 1), table=st.sampled_from(range(len(TABLES))))
+    @rule(which=st.integers(0, MAX_CONNECTIONS - 1), table=st.sampled_from(range(len(TABLES))))
     def end_table(self, which: int, table: int) -> None:
         client = self.client(which)
         client.send(End(client.id, table))
 
     @precondition(lambda self: self.clients)
-    @rule(which=st.integers(0, MOST_CONNECTIONS - 1), agency_id=st.none() | st.integers(0, 9))
+    @rule(which=st.integers(0, MAX_CONNECTIONS - 1), agency_id=st.none() | st.integers(0, 9))
     def finish(self, which: int, agency_id: int | None) -> None:
         client = self.client(which)
         client.has_finished = True
         client.protocol.dataReceived(frame(encode(Finished(agency_id))))
 
     @precondition(lambda self: self.clients)
-    @rule(which=st.integers(0, MOST_CONNECTIONS - 1), part=st.binary(max_size=9))
+    @rule(which=st.integers(0, MAX_CONNECTIONS - 1), part=st.binary(max_size=9))
     def cut(self, which: int, part: bytes) -> None:
         """The connection is lost, between frames or inside of one."""
         client = self.client(which)
@@ -218,9 +246,15 @@ class StoreModel(RuleBasedStateMachine):
             client.protocol.dataReceived(b"\0\0\1" + part)
         self.lose(client)
 
-    @rule(most=st.integers(1, 4))
-    def work(self, most: int) -> None:
-        self.sink.work(most)
+    @rule(max_jobs=st.integers(1, 4))
+    def work(self, max_jobs: int) -> None:
+        self.sink.work(max_jobs)
+
+    @rule()
+    def try_again(self) -> None:
+        """The store is tried again by itself: that stores nothing, and ends every outage."""
+        self.sink.try_again()
+        assert self.sink.refusal is None
 
     @rule(
         statement=st.sampled_from(["BEGIN", "SAVEPOINT", "INSERT INTO users", "COMMIT"]),
@@ -236,10 +270,10 @@ class StoreModel(RuleBasedStateMachine):
         self.uncertain.update(self.fail_with(Fault("COMMIT", "done")))
         self.stored_before = self.stored().total() - self.counts()[Outcome.COMMITTED]
 
-    @rule()
-    def reject(self) -> None:
-        """The store objects to what one batch says."""
-        self.fail_with(Fault("INSERT INTO stores", error=sqlite3.IntegrityError))
+    @rule(error=st.sampled_from([sqlite3.IntegrityError, sqlite3.DataError]))
+    def reject(self, error: type[sqlite3.Error]) -> None:
+        """The store objects to one batch: to its table, or to what it says."""
+        self.fail_with(Fault("INSERT INTO stores", error=error))
 
     @rule(is_killed=st.booleans())
     def restart(self, is_killed: bool) -> None:
@@ -249,7 +283,7 @@ class StoreModel(RuleBasedStateMachine):
         self.check_accounts()
         for client in list(self.clients):
             self.lose(client)
-        self.sink.database.close()
+        self.sink.close()
         stored = self.stored()
         # What is not stored by now never will be.
         self.uncertain = Counter({key: stored[key] for key in self.uncertain if stored[key]})
@@ -272,8 +306,8 @@ class StoreModel(RuleBasedStateMachine):
             assert self.factory.counters.tallies[table.opcode].in_progress == in_hand[table.opcode]
         assert counts.received == committed + duplicates + counts.failed + counts.in_progress
         assert committed + duplicates >= self.committed
-        assert 0 <= counts.in_progress <= self.sink._waiting_batches
-        assert self.sink._waiting_batches == self.sink._jobs.qsize()
+        assert 0 <= counts.in_progress <= len(self.sink._waiting)
+        assert len(self.sink._waiting) == self.sink._jobs.qsize()
 
     @invariant()
     def check_store(self) -> None:

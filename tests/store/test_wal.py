@@ -13,11 +13,11 @@ from time import monotonic
 from twisted.logger import LogEvent, capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.store import sink as sqlite
 from cafeteria_orch.store import sqlite as database_module
+from cafeteria_orch.store import writer as writer_module
 from cafeteria_orch.store.sqlite import WAL_SIZE_LIMIT, Database
 from tests.support.builders import SUCCESS, USER_ROW, batch_frame, connect
-from tests.support.stores import PumpedReactor, SinkTestCase
+from tests.support.stores import PassingTime, SinkTestCase
 
 INTERVAL = 0.02
 PATIENCE = 0.25
@@ -34,13 +34,6 @@ class SizeLimitTests(SynchronousTestCase):
             self.assertEqual(database._pragma("journal_size_limit"), WAL_SIZE_LIMIT)
 
 
-class PassingTime(PumpedReactor):
-    """A reactor with the time of the clock on the wall."""
-
-    def seconds(self) -> float:
-        return monotonic()
-
-
 class WalTestCase(SinkTestCase):
     """A store whose checkpoints come often, and one client of it."""
 
@@ -49,8 +42,8 @@ class WalTestCase(SinkTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.patch(sqlite, "CHECKPOINT_INTERVAL", self.interval)
-        self.patch(sqlite, "READER_PATIENCE", PATIENCE)
+        self.patch(writer_module, "CHECKPOINT_INTERVAL", self.interval)
+        self.patch(writer_module, "READER_PATIENCE", PATIENCE)
         self.start()
         self.wal = Path(f"{self.path}-wal")
         self.protocol, self.transport = connect(self.factory)

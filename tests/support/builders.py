@@ -147,7 +147,7 @@ def numbered(*numbers: int) -> bytes:
     return b"".join(frame(bytes([ECHO, number])) for number in numbers)
 
 
-def failing_at(number: int, error: Exception) -> Callable[..., bool]:
+def failing_at(number: int, error: BaseException) -> Callable[..., bool]:
     """A ``Database.store_batch`` that raises for one batch, after its rows went in."""
     store_batch = Database.store_batch
 
@@ -182,19 +182,6 @@ class Pending:
 
 DATA = Path(__file__).parent.parent / "data"
 """A small part of real exports, with what is peculiar about them."""
-
-NUMERIC_COLUMNS = {
-    "price",
-    "latitude",
-    "longitude",
-    "quantity",
-    "unit_price",
-    "subtotal",
-    "original_amount",
-    "discount_applied",
-    "final_amount",
-}
-"""Where a cell of a table is a number in the store, if it can be one."""
 
 
 def received(**changes: Any) -> TableBatch:

@@ -12,16 +12,27 @@ from threading import Semaphore
 from time import monotonic
 from typing import Any, NamedTuple
 from unittest.mock import patch
+from uuid import UUID
 
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.counters import Outcome, Tally
 from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.sqlite import Database
 
-from .builders import FAIL, SUCCESS, TCPTransport, batch_frame, connect
+from .builders import (
+    FAIL,
+    PEER,
+    SUCCESS,
+    TCPTransport,
+    batch_frame,
+    connect,
+    query,
+    received,
+)
 
 TRY_AGAIN = FAIL + b"\x01"
 REJECTED = FAIL + b"\x02"
@@ -54,6 +65,15 @@ class PumpedReactor(Clock):
         self.pump_until(lambda: monotonic() >= deadline)
 
 
+class PassingTime(PumpedReactor):
+    """A pumped reactor whose time passes by itself; a test may set it forth or back."""
+
+    offset = 0.0
+
+    def seconds(self) -> float:
+        return monotonic() + self.offset
+
+
 @contextmanager
 def connecting(connection_class: type[sqlite3.Connection]) -> Iterator[list[sqlite3.Connection]]:
     """Have a store that is opened inside use a connection of some class; those it made."""
@@ -78,7 +98,7 @@ class Fault(NamedTuple):
 
     statement: str
     outcome: str = "failed"
-    error: type[sqlite3.Error] = sqlite3.OperationalError
+    error: type[Exception] = sqlite3.OperationalError
 
 
 class FaultyConnection(sqlite3.Connection):
@@ -98,6 +118,38 @@ class FaultyConnection(sqlite3.Connection):
         raise fault.error("disk I/O error")
 
 
+NOW = 1_700_000_000.25
+NOW_TEXT = "2023-11-14 22:13:20.250"
+CLIENT = UUID(int=7)
+
+
+class DatabaseTestCase(SynchronousTestCase):
+    """An open store in a file of its own."""
+
+    def setUp(self) -> None:
+        self.path = self.mktemp()
+        self.open()
+        self.session = Session(PEER, NOW)
+
+    def open(self) -> None:
+        self.database = Database(self.path)
+        self.addCleanup(self.database.close)
+
+    def store(self, session: Session | None = None, **changes: Any) -> bool:
+        """Store a batch in a transaction of its own."""
+        with self.database.transaction():
+            return self.database.store_batch(received(**changes), session or self.session, NOW)
+
+    def query(self, sql: str) -> list[tuple[Any, ...]]:
+        """What another program reads in the store at this moment."""
+        return query(self.path, sql)
+
+    def count(self, table: str) -> int:
+        """How many rows a table has."""
+        ((rows,),) = self.query(f"SELECT count(*) FROM {table}")
+        return int(rows)
+
+
 class SinkTestCase(SynchronousTestCase):
     """A store in a file of its own, with its real writer thread."""
 
@@ -105,6 +157,10 @@ class SinkTestCase(SynchronousTestCase):
     connection: sqlite3.Connection
 
     def setUp(self) -> None:
+        self.make()
+
+    def make(self) -> None:
+        """Make a sink of a store that does not exist yet."""
         self.path = self.mktemp()
         self.reactor = self.reactor_class()
         self.factory = OrchestratorFactory(self.reactor)
@@ -134,6 +190,12 @@ class SinkTestCase(SynchronousTestCase):
             rows = store.execute(sql).fetchall()
         return [row[0] for row in rows] if rows and len(rows[0]) == 1 else rows
 
+    def execute(self, *statements: str) -> None:
+        """Do what an operator does to the store while the server runs."""
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as store:
+            for statement in statements:
+                store.execute(statement)
+
     def batch_numbers(self) -> list[int]:
         """What is stored, in the order it was stored in; whole, or this fails."""
         in_part = self.query(
@@ -162,9 +224,7 @@ class Gate:
     """Makes each transaction wait until it is let through."""
 
     def __init__(self, case: SynchronousTestCase) -> None:
-        self.transactions = 0
-        self._waiting = Semaphore(0)
-        self._let_through = Semaphore(0)
+        self.close()
         transaction = Database.transaction
 
         @contextmanager
@@ -179,6 +239,12 @@ class Gate:
         # The store closes after what it has taken.
         case.addCleanup(self.open, 1000)
 
+    def close(self) -> None:
+        """Begin anew: the next transaction is the first, and waits."""
+        self.transactions = 0
+        self._waiting = Semaphore(0)
+        self._let_through = Semaphore(0)
+
     def await_transaction(self) -> None:
         """Until a transaction waits: what comes now belongs to the next one."""
         assert self._waiting.acquire(timeout=DEADLINE)
@@ -188,12 +254,21 @@ class Gate:
 
 
 class GroupTestCase(SinkTestCase):
-    """Has batches wait while a commit is under way."""
+    """Has batches wait while a commit is in progress."""
 
     def setUp(self) -> None:
         super().setUp()
         self.start()
         self.gate = Gate(self)
+        self.numbers = count(1)
+
+    def restart(self) -> None:
+        """Go on with a store that is new."""
+        self.gate.open(1000)
+        self.stop()
+        self.make()
+        self.start()
+        self.gate.close()
         self.numbers = count(1)
 
     def send(self, **changes: Any) -> TCPTransport:

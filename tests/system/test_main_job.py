@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -26,7 +25,7 @@ from cafeteria_orch.wire.errors import TryAgainLater
 from cafeteria_orch.wire.framing import FRAMINGS, Framing
 from cafeteria_orch.wire.messages import BatchRecvSuccess, TableBatch
 from cafeteria_orch.wire.opcodes import Opcode
-from tests.support.builders import DATA, NUMERIC_COLUMNS, query, send_options, until
+from tests.support.builders import DATA, query, send_options, until
 
 # Its type is that of a module, which has none of a reactor's methods.
 reactor: Any = installed_reactor
@@ -43,30 +42,16 @@ RENAMED = {("menu_items", "product_id"): "item_id", ("menu_items", "name"): "ite
 FILES = {"menu_items": 1, "stores": 1, "transaction_items": 2, "transactions": 2, "users": 2}
 
 
-def stored(column: str, cell: str | None) -> tuple[str, str]:
-    """How a cell of a file must stand in the store: the type, and the value's text."""
-    if cell is None:
-        return "NoneType", "None"
-    if column in NUMERIC_COLUMNS and re.fullmatch(
-        r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", cell
-    ):
-        number = float(cell)
-        if column == "quantity" and number.is_integer():
-            return "int", str(int(number))
-        return "float", repr(number)
-    return "str", cell
-
-
-def rows_of_files(table: str) -> list[list[tuple[str, str]]]:
+def rows_of_files(table: str) -> list[tuple[str | None, ...]]:
     """All rows of a table's files, as they must stand in the store."""
     rows = []
     for path in sorted((DATA / table).glob("*.csv")):
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows += [
-                [
-                    stored(column, cells.get(RENAMED.get((table, column), column)))
+                tuple(
+                    cells.get(RENAMED.get((table, column), column))
                     for column in COLUMNS[table].split()
-                ]
+                )
                 for cells in csv.DictReader(file)
             ]
     return rows
@@ -113,14 +98,10 @@ class MainJobTests(TestCase):
         """What another program reads in the store, while the server runs."""
         return query(self.store, sql)
 
-    def rows(self, table: str) -> list[list[tuple[str, str]]]:
+    def rows(self, table: str) -> list[tuple[Any, ...]]:
         """All rows of a table in the store, in the order in which they were stored."""
         columns = ", ".join(COLUMNS[table].split())
-        rows = self.query(f"SELECT {columns} FROM {table} ORDER BY rowid")
-        return [
-            [(type(cell).__name__, cell if isinstance(cell, str) else repr(cell)) for cell in row]
-            for row in rows
-        ]
+        return self.query(f"SELECT {columns} FROM {table} ORDER BY rowid")
 
     async def test_every_cell(self) -> None:
         """Every cell of every row of every file is in the store as it stands in the file."""

@@ -130,7 +130,7 @@ class FileTests(StartTestCase):
     def test_missing_folder(self) -> None:
         """There is no such folder, and none is made."""
         self.store = self.folder / "missing" / "store.sqlite3"
-        self.assert_refused("unable to open database file")
+        self.assert_refused("cannot be opened: No such file or directory")
 
     def test_long_name(self) -> None:
         """A name that no file can have."""

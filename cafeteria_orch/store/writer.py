@@ -1,0 +1,239 @@
+"""The one thread that writes: it commits in groups, brings the WAL into the file, tries again."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
+
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from cafeteria_orch.common.rate_limit import RateLimitedLog
+from cafeteria_orch.server.responses import describe
+from cafeteria_orch.wire.errors import BatchRejected, TryAgainLater
+
+from .files import StoreLock
+from .sqlite import Blame, Database
+
+MAX_GROUP_BYTES = 16 * 1024 * 1024
+"""How much one transaction commits, about: what comes after it waits for it."""
+
+CHECKPOINT_INTERVAL = 5.0
+"""How long, in seconds, what was committed may stay in the WAL of an idle store."""
+
+READER_PATIENCE = 60.0
+"""How long, in seconds, a reader may keep the WAL from being cut back without a warning."""
+
+RETRY_INTERVAL = 1.0
+"""How often, in seconds, a store that has refused something is tried again."""
+
+_log = Logger()
+
+
+class Job(NamedTuple):
+    """Something to be written.
+
+    :ivar write: writes it, inside a transaction; its result is the job's outcome.
+    :ivar size: about how many bytes that is.
+    :ivar done: to be fired with the outcome in the reactor's thread.
+    """
+
+    write: Callable[[Database], object]
+    size: int
+    done: Deferred[Any]
+
+
+class Report(NamedTuple):
+    """How the writer got on, for the reactor's thread.
+
+    :ivar outcomes: of the next jobs in their order: what each one's write returned, or a Failure.
+    :ivar seconds: how long their transaction took; ``None`` if nothing was committed.
+    :ivar refusal: why the store does not take everything now; ``None`` while it does.
+    """
+
+    outcomes: Sequence[object]
+    seconds: float | None
+    refusal: TryAgainLater | None
+
+
+class Writer:
+    """Commits jobs in the order in which they come; what waits together, together.
+
+    :param reactor: for time.
+    :param database: is closed in the end.
+    :param lock: is released after that.
+    :param jobs: ends with ``None``.
+    :param report: called in the reactor's thread after each transaction.
+    :param ended: called there at the end, with the error if it came before the last job.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        database: Database,
+        lock: StoreLock,
+        jobs: SimpleQueue[Job | None],
+        *,
+        report: Callable[[Report], object],
+        ended: Callable[[BaseException | None], object],
+    ) -> None:
+        self._reactor = reactor
+        self._database = database
+        self._lock = lock
+        self._jobs = jobs
+        self._report = report
+        self._ended = ended
+        # What the store refused last, and why; to be tried again.
+        self._refused: Job | None = None
+        self._refusal: TryAgainLater | None = None
+        self._retry_due = 0.0
+        self._checkpoint_due = reactor.seconds() + CHECKPOINT_INTERVAL
+        self._wal_is_empty = False
+        self._blocked_since: float | None = None
+        self._limited_log = RateLimitedLog(reactor, _log)
+
+    def run(self) -> None:
+        """Work until there are no more jobs. The target of the thread."""
+        try:
+            with closing(self._lock), closing(self._database):
+                while self._work():
+                    pass
+        except BaseException as error:
+            self._reactor.callFromThread(self._ended, error)
+        else:
+            self._reactor.callFromThread(self._ended, None)
+
+    def _work(self) -> bool:
+        """Commit the next group, then do what is due; ``False`` after the last one."""
+        group, is_last = self._next_group()
+        if group:
+            self.commit(group)
+        now = self._reactor.seconds()
+        if self._refused is not None and (is_last or now >= self._retry_due):
+            self.try_again(self._refused)
+        if now >= self._checkpoint_due:
+            self._checkpoint(now)
+        return not is_last
+
+    def _next_group(self) -> tuple[list[Job], bool]:
+        """Wait for a job; take all that wait with it, up to the size of a group."""
+        group: list[Job] = []
+        size = 0
+        try:
+            job = self._jobs.get(timeout=self._idle_seconds())
+            while job is not None:
+                group.append(job)
+                size += job.size
+                if size >= MAX_GROUP_BYTES:
+                    return group, False
+                job = self._jobs.get_nowait()
+        except Empty:
+            return group, False
+        return group, True
+
+    def _idle_seconds(self) -> float:
+        now: float = self._reactor.seconds()
+        # A library's user may have a reactor whose clock is set back.
+        self._checkpoint_due = min(self._checkpoint_due, now + CHECKPOINT_INTERVAL)
+        due = self._checkpoint_due
+        if self._refused is not None:
+            self._retry_due = min(self._retry_due, now + RETRY_INTERVAL)
+            due = min(due, self._retry_due)
+        seconds: float = max(0.0, due - now)
+        return seconds
+
+    def commit(self, group: Sequence[Job]) -> None:
+        """Write a group in one transaction, and report what became of it."""
+        self._wal_is_empty = False
+        began = self._reactor.seconds()
+        outcomes: list[object] = []
+        job = group[0]
+        try:
+            with self._database.transaction():
+                for job in group:
+                    outcomes.append(self._write(job))
+        except Exception as error:
+            refusal = self._refuse(job, "takes nothing now", error)
+            self._tell([Failure(refusal)] * len(group))
+        else:
+            self._tell(outcomes, self._reactor.seconds() - began)
+
+    def _write(self, job: Job) -> object:
+        """Write one job of a group.
+
+        :return: its outcome, a Failure if the others survive that.
+        :raises Exception: if they do not.
+        """
+        try:
+            with self._database.savepoint():
+                return job.write(self._database)
+        except Exception as error:
+            blame = self._database.blame(error)
+            if blame is Blame.STORE:
+                raise
+            if blame is Blame.STATEMENT:
+                return Failure(self._refuse(job, "refuses some batches now", error))
+            rejection = BatchRejected(f"not storable: {type(error).__name__}")
+            rejection.__cause__ = error
+            return Failure(rejection)
+
+    def _refuse(self, job: Job, what: str, error: Exception) -> TryAgainLater:
+        # SQLite's texts hold no data. The error itself is not kept: it holds the whole group.
+        why = str(error) if isinstance(error, sqlite3.Error) else describe(error)
+        self._refusal = TryAgainLater(f"the store {what}: {why}")
+        self._refused = job
+        self._retry_due = self._reactor.seconds() + RETRY_INTERVAL
+        return self._refusal
+
+    def try_again(self, job: Job) -> None:
+        """Find out whether the store would take now what it has refused, and report that."""
+        self._wal_is_empty = False
+        try:
+            with self._database.transaction():
+                # Its client was told that it is not stored.
+                with self._database.rehearsal():
+                    job.write(self._database)
+                self._database.touch()
+        except Exception:
+            self._retry_due = self._reactor.seconds() + RETRY_INTERVAL
+        else:
+            self._refused = self._refusal = None
+        self._tell([])
+
+    def _tell(self, outcomes: Sequence[object], seconds: float | None = None) -> None:
+        report = Report(outcomes, seconds, self._refusal)
+        self._reactor.callFromThread(self._report, report)
+
+    def _checkpoint(self, now: float) -> None:
+        self._checkpoint_due = now + CHECKPOINT_INTERVAL
+        if self._wal_is_empty:
+            return
+        try:
+            self._wal_is_empty = self._database.checkpoint()
+        except Exception as error:
+            # Nothing is lost: what is committed stays in the WAL. Of the store's own faults, such
+            # as a full disk, the next commit tells.
+            if not isinstance(error, sqlite3.Error):
+                self._reactor.callFromThread(self._log_failed_checkpoint, describe(error))
+            return
+        if self._wal_is_empty:
+            self._blocked_since = None
+        elif self._blocked_since is None:
+            self._blocked_since = now
+        elif now - self._blocked_since >= READER_PATIENCE:
+            self._blocked_since = now
+            self._reactor.callFromThread(
+                _log.warn,
+                "action: checkpoint | result: blocked | wal_bytes: {wal_bytes}"
+                " | error: a reader has kept the store open for long; the WAL grows until it ends",
+                wal_bytes=self._database.wal_bytes(),
+            )
+
+    def _log_failed_checkpoint(self, error: str) -> None:
+        self._limited_log.error(
+            "checkpoint", "action: checkpoint | result: fail | error: {error}", error=error
+        )

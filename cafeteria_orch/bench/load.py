@@ -1,7 +1,7 @@
 """A load on an orchestrator: connections that send as fast as it acknowledges.
 
-The answers of a chunk are counted together, and so many batches sent at once: one core can load a
-server that acknowledges a hundred thousand batches a second.
+The answers of a chunk are counted together, and the batches that they make room for are sent
+together: one core can load a server that acknowledges a hundred thousand batches a second.
 """
 
 from __future__ import annotations
@@ -194,8 +194,9 @@ class LoadConnection(Protocol):
     """One connection of a run.
 
     :ivar waiting: the number of unanswered batches.
-    :ivar batches: how many were acknowledged while the run measured; so with ``rows`` and
-        ``bytes``.
+    :ivar batches: how many were acknowledged while the run measured.
+    :ivar rows: of these batches.
+    :ivar bytes: of their frames.
     """
 
     transport: Any
@@ -284,7 +285,7 @@ class LoadConnection(Protocol):
         self.transport.writeSequence(self._pool.frames(start, count))
 
     def _answered(self, count: int, *, are_successes: bool) -> bool:
-        """Count answers, and send as many batches.
+        """Count answers, and send as many batches as they make room for.
 
         :return: whether that many batches were unanswered.
         """

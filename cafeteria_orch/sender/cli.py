@@ -155,7 +155,7 @@ def _plan_file(export: Export, journal: Journal, options: argparse.Namespace) ->
             batch_rows=batch_rows,
             max_frame_bytes=max_frame_bytes,
         )
-    elif plan.digest != contents.digest:
+    elif (plan.digest, plan.batches) != (contents.digest, len(contents.rows)):
         raise _changed_since(export, plan)
     return PlannedFile(export, plan, contents)
 

@@ -76,28 +76,25 @@ class PlannedFile:
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """Read the batches again, by their numbers.
 
-        Each is compared with what was checked. So is the whole file before its last batch:
-        without that batch the file is not done, so a file that is done holds what was sent.
+        Each is compared with what was checked. So is the whole file, before its last batch: an
+        edit of rows that were sent already must not end in a file that is done.
 
         :raises ExportError: if the file has changed.
         """
         plan = self.plan
         batches = self.export.batches(plan.first, plan.batch_rows, plan.max_frame_bytes)
-        numbers = range(plan.first, plan.first + plan.batches)
-        try:
-            for number, digest, batch in zip(numbers, self.contents.batch_digests, batches):
-                is_last = number == numbers[-1]
-                if batch.digest != digest or (is_last and self.export.digest() != plan.digest):
-                    raise self._changed
-                yield number, batch
-        except ExportError as error:
-            raise self._changed from error
+        for place, batch in enumerate(batches):
+            is_same = batch.digest == self.contents.batch_digests[place]
+            is_last = place == plan.batches - 1
+            if not is_same or (is_last and self.export.digest() != plan.digest):
+                raise self.changed
+            yield plan.first + place, batch
 
     @property
-    def _changed(self) -> ExportError:
-        return ExportError(
-            self.export.path, None, f"it has changed since it was checked: {RESTORE_IT}"
-        )
+    def changed(self) -> ExportError:
+        """The error of a file that is not what was checked."""
+        what = f"it has changed since it was checked: {RESTORE_IT}"
+        return ExportError(self.export.path, None, what)
 
 
 @dataclass
@@ -236,7 +233,10 @@ class Delivery:
                     else:
                         await connection.reserve()
                         self._send_batch(connection, file, number, batch)
-            except (ExportError, OSError) as error:
+            except ExportError:
+                # When it was checked it had no fault.
+                self._note_problem(str(file.changed))
+            except OSError as error:
                 self._note_problem(str(error))
         await connection.settle()
         if exports.is_done and not self._journal.has_ended(exports.table):

@@ -167,7 +167,14 @@ class OrchestratorProtocol(FrameReceiver):
         result.addErrback(self._fail, message, exchange)
         result.addCallback(self._finish, message, exchange)
         result.addErrback(self._crash, exchange)
-        result.addCallback(lambda _: self.resume(Pause.BUSY))
+        result.addCallback(self._go_on)
+
+    def _go_on(self, _: object) -> None:
+        # A message behind one that is not done keeps its place: the window may be full still.
+        if self._window.is_busy:
+            self.settle()
+        else:
+            self.resume(Pause.BUSY)
 
     def _fail(self, failure: Failure, message: Any, exchange: Exchange) -> bool:
         return handle_processing_error(message, exchange, cast("BaseException", failure.value))

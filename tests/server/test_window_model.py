@@ -116,7 +116,7 @@ class Model:
         full = alone or len(self.places) >= WINDOW
         return not (self.holds or self.ending or self.closed or full)
 
-    def run(self, awaits_turn: bytes | None) -> None:
+    def run(self, awaits_turn: bytes | None, *, has_half: bool) -> None:
         """Take what may be taken.
 
         :param awaits_turn: the long message that does not have the turn to be decoded yet.
@@ -125,8 +125,8 @@ class Model:
             if self.queue[0].kind in IN_ITS_TURN and self.in_progress:
                 break
             self.start(self.queue.popleft())
-        # While it is paused the connection does not look whether there is more.
-        if self.input_over and not self.queue and self.may_take:
+        # Half a message at the end is only known to be that when nothing is before it.
+        if self.input_over and not self.queue and (self.may_take or not has_half):
             self.ending = True
         if self.ending and not self.in_progress:
             self.closed = True
@@ -190,7 +190,7 @@ class Connection(RuleBasedStateMachine):
         self.in_progress: dict[int, Message] = {}
         self.unread: list[tuple[int, Message]] = []
         self.stream = b""
-        self.sent = 0
+        self.sent = self.whole_until = 0
         for kind in (*IN_ITS_TURN - {FINISHED}, *range(50, 58)):
             self.factory.register_processor(kind, self.process, pipelined=kind not in IN_ITS_TURN)
         self.factory.register_processor(BROKEN, self.process, decoder=self.broken_decoder)
@@ -252,7 +252,7 @@ class Connection(RuleBasedStateMachine):
         """Bring the model to where the connection is."""
         if iterate:
             self.iterate()
-        self.model.run(self.protocol._held)
+        self.model.run(self.protocol._held, has_half=self.sent > self.whole_until)
 
     # What the client does.
 
@@ -284,10 +284,18 @@ class Connection(RuleBasedStateMachine):
         self.deliver(max(self.sent, len(self.stream) - cut))
         self.settle(iterate=iterate)
 
+    @precondition(may_send)
+    @rule(cut=st.integers(0, 4))
+    def fill_window(self, cut: int) -> None:
+        """Send just as many messages as are processed together."""
+        free = WINDOW - len(self.model.places)
+        self.send([SHARED] * free, is_long=False, cut=cut, iterate=True)
+
     def deliver(self, end: int) -> None:
         data = self.stream[self.sent : end]
         self.sent = end
         whole = [message for at, message in self.unread if at <= end]
+        self.whole_until = max((at for at, _ in self.unread if at <= end), default=self.whole_until)
         self.unread = [(at, message) for at, message in self.unread if at > end]
         if not self.model.closed:
             self.model.queue.extend(whole)

@@ -147,15 +147,18 @@ class OrchestratorProtocol(FrameReceiver):
         self._tallies[exchange.opcode].start()
         self._window.start(exchange)
         try:
-            result = self._factory.handle_message(message, exchange)
-        except Exception as error:
-            result = handle_processing_error(message, exchange, error)
-        if iscoroutine(result):
-            result = Deferred.fromCoroutine(result)
-        if isinstance(result, Deferred):
-            self._finish_later(result, message, exchange)
-        else:
-            self._finish(result, message, exchange)
+            try:
+                result = self._factory.handle_message(message, exchange)
+            except Exception as error:
+                result = handle_processing_error(message, exchange, error)
+            if iscoroutine(result):
+                result = Deferred.fromCoroutine(result)
+            if isinstance(result, Deferred):
+                self._finish_later(result, message, exchange)
+            else:
+                self._finish(result, message, exchange)
+        except Exception:
+            self._crash(Failure(), exchange)
         if self._window.is_busy:
             self.reading.pause(Pause.BUSY)
 
@@ -271,15 +274,17 @@ class OrchestratorProtocol(FrameReceiver):
             return
         if self._outgoing:
             self._flush()
-        has_sent, self._frame_came = self._frame_came, False
-        if has_sent and self._memory.is_reserved:
-            self._memory.leave()
-        window, is_empty = self._window, self.is_empty
+        window = self._window
         # Most of the time nothing is held, or was: that is the short way.
-        if not is_empty or window.bytes or self._memory.used:
+        if not self.is_empty or window.bytes or self._memory.used:
             self._account_memory()
+        if self._frame_came and self._memory.is_reserved:
+            self._memory.leave()
         if self.state is State.OPEN:
             self._ask_for_memory()
+        is_empty = self.is_empty
+        has_sent, self._frame_came = self._frame_came, False
+        if self.state is State.OPEN:
             self.reading.wait_for_client(not window.in_progress, not is_empty, has_sent)
         super().settle()
         if not window.in_progress:
@@ -300,11 +305,13 @@ class OrchestratorProtocol(FrameReceiver):
         reading, memory = self.reading, self._memory
         if memory.may_grow:
             if reading.reasons & Pause.MEMORY and not memory.is_waiting:
-                reading.resume(Pause.MEMORY)
-        elif not (reading.reasons or self._input_over):
-            reading.pause(Pause.MEMORY)
-            self.limit_hit("max_in_flight_bytes")
-            if memory.max_missing:
+                self.resume(Pause.MEMORY)
+        elif not (reading.reasons & ~Pause.MEMORY or self._input_over):
+            if not reading.reasons:
+                reading.pause(Pause.MEMORY)
+                self.limit_hit("max_in_flight_bytes")
+            # A transport may deliver more though it is paused, and a frame begin with that.
+            if memory.max_missing and not memory.is_waiting:
                 memory.ask()
 
     def _memory_granted(self) -> None:

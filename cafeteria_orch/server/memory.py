@@ -11,7 +11,8 @@ The rules:
 5. Half frames alone must not fill the limit: if nobody has a reservation and most of what is held
    is not in progress, the first that asks gets one all the same.
 6. While a connection waits, reservations must be used: one whose bytes come more slowly than the
-   frame timeout demands, over :data:`PACE_INTERVAL`, costs its client the connection.
+   frame timeout demands, over :data:`PACE_INTERVAL`, costs its client the connection. After the
+   process was stopped for a while, an interval begins again: what came meanwhile is read first.
 
 So the frames of all connections exceed the limit by one frame at most (rule 5), and by one chunk
 for each connection that waits: it is read before it is known to begin a frame.
@@ -68,7 +69,7 @@ class MemoryBudget:
         """Add to the sums what a share has changed by."""
         self.used += used
         self.in_progress += in_progress
-        if used < 0 and self._waiting:
+        if self._waiting and (used < 0 or in_progress < 0):
             self._grant()
 
     def ask(self, share: MemoryShare) -> None:
@@ -98,7 +99,8 @@ class MemoryBudget:
         finally:
             self._granting = False
         if self._waiting and self._reserving and self._pace_call is None:
-            self._pace_call = self.reactor.callLater(_CHECK_INTERVAL, self._check_paces)
+            due = self.reactor.seconds() + _CHECK_INTERVAL
+            self._pace_call = self.reactor.callLater(_CHECK_INTERVAL, self._check_paces, due)
 
     def _has_room(self, needed: int) -> bool:
         if self.used + needed <= self._limit:
@@ -106,12 +108,16 @@ class MemoryBudget:
         max_in_progress = max(self._limit // 2, self._max_frame_bytes)
         return not self._reserving and self.in_progress + needed <= max_in_progress
 
-    def _check_paces(self) -> None:
+    def _check_paces(self, due: float) -> None:
         self._pace_call = None
         if self._waiting and self.frame_timeout is not None:
             now = self.reactor.seconds()
+            was_stopped = now - due > _CHECK_INTERVAL
             for share in list(self._reserving):
-                share.check_pace(now, self.frame_timeout)
+                if was_stopped:
+                    share.judge_from(now)
+                else:
+                    share.check_pace(now, self.frame_timeout)
         self._grant()
 
 
@@ -190,7 +196,7 @@ class MemoryShare:
         """Have the reservation that the connection waits for. For the budget to call."""
         self.is_waiting = False
         self.is_reserved = True
-        self._judge_from(now)
+        self.judge_from(now)
         self._account(0)
         self._granted()
 
@@ -208,11 +214,12 @@ class MemoryShare:
             return
         received = self._received - self._received_then
         required = self._missing_then * min(1.0, elapsed / frame_timeout)
-        self._judge_from(now)
+        self.judge_from(now)
         if received < required:
             self._too_slow()
 
-    def _judge_from(self, now: float) -> None:
+    def judge_from(self, now: float) -> None:
+        """Begin an interval over which the use of the reservation is judged."""
         self._judged_at = now
         self._received_then = self._received
         self._missing_then = self.max_missing

@@ -138,15 +138,18 @@ class OrchestratorProtocol(FrameReceiver):
         self._tallies[exchange.opcode].start()
         self._window.start(exchange)
         try:
-            result = self._factory.handle_message(message, exchange)
-        except Exception as error:
-            result = handle_processing_error(message, exchange, error)
-        if iscoroutine(result):
-            result = Deferred.fromCoroutine(result)
-        if isinstance(result, Deferred):
-            self._finish_later(result, message, exchange)
-        else:
-            self._finish(result, message, exchange)
+            try:
+                result = self._factory.handle_message(message, exchange)
+            except Exception as error:
+                result = handle_processing_error(message, exchange, error)
+            if iscoroutine(result):
+                result = Deferred.fromCoroutine(result)
+            if isinstance(result, Deferred):
+                self._finish_later(result, message, exchange)
+            else:
+                self._finish(result, message, exchange)
+        except Exception:
+            self._crash(Failure(), exchange)
         if self._window.is_busy:
             self.reading.pause(Pause.BUSY)
 
@@ -159,7 +162,14 @@ class OrchestratorProtocol(FrameReceiver):
         result.addErrback(self._fail, message, exchange)
         result.addCallback(self._finish, message, exchange)
         result.addErrback(self._crash, exchange)
-        result.addCallback(lambda _: self.resume(Pause.BUSY))
+        result.addCallback(self._go_on)
+
+    def _go_on(self, _: object) -> None:
+        # A message behind one that is not done keeps its place: the window may be full still.
+        if self._window.is_busy:
+            self.settle()
+        else:
+            self.resume(Pause.BUSY)
 
     def _fail(self, failure: Failure, message: Any, exchange: Exchange) -> bool:
         return handle_processing_error(message, exchange, cast("BaseException", failure.value))
@@ -250,30 +260,35 @@ class OrchestratorProtocol(FrameReceiver):
         """All that can be delivered now is: send the answers, and see what comes next."""
         if self._outgoing:
             self._flush()
-        has_sent, self._frame_came = self._frame_came, False
         memory, window, reading = self._memory, self._window, self.reading
-        if has_sent and memory.is_reserved:
-            memory.leave()
         buffered, max_missing = self._decoder.holds()
         if self._held is not None:
             buffered += len(self._held)
         may_grow = memory.update(buffered, window.bytes, max_missing, self.received_bytes)
+        if self._frame_came and memory.is_reserved:
+            memory.leave()
+            may_grow = memory.may_grow
+        has_begun = buffered > 0 or max_missing > 0
+        is_weighed = not may_grow or reading.reasons & Pause.MEMORY
+        if self.state is State.OPEN and is_weighed:
+            self._weigh_memory()
+            has_begun = not self.is_empty
+        has_sent, self._frame_came = self._frame_came, False
         if self.state is State.OPEN:
-            if not may_grow or reading.reasons & Pause.MEMORY:
-                self._weigh_memory(may_grow)
-            has_begun = buffered > 0 or max_missing > 0
             reading.wait_for_client(not window.in_progress, has_begun, has_sent)
 
-    def _weigh_memory(self, may_grow: bool) -> None:
+    def _weigh_memory(self) -> None:
         """Pause while memory is short: for a reservation, or until what is in progress is done."""
         reading, memory = self.reading, self._memory
-        if may_grow:
-            if not memory.is_waiting:
-                reading.resume(Pause.MEMORY)
-        elif not (reading.reasons or self._input_over):
-            reading.pause(Pause.MEMORY)
-            self.limit_hit("max_in_flight_bytes")
-            if memory.max_missing:
+        if memory.may_grow:
+            if reading.reasons & Pause.MEMORY and not memory.is_waiting:
+                self.resume(Pause.MEMORY)
+        elif not (reading.reasons & ~Pause.MEMORY or self._input_over):
+            if not reading.reasons:
+                reading.pause(Pause.MEMORY)
+                self.limit_hit("max_in_flight_bytes")
+            # A transport may deliver more though it is paused, and a frame begin with that.
+            if memory.max_missing and not memory.is_waiting:
                 memory.ask()
 
     def ends(self) -> None:

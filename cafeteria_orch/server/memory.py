@@ -11,7 +11,8 @@ The rules:
 5. Half frames alone must not fill the limit: if nobody has a reservation and most of what is held
    is not in progress, the first that asks gets one all the same.
 6. While a connection waits, reservations must be used: a client whose bytes come more slowly than
-   the frame timeout demands, and that is :data:`MAX_LAG` behind by that, is closed.
+   the frame timeout demands, and that is :data:`MAX_LAG` behind by that, is closed. A time in
+   which the process was stopped does not count: what came meanwhile is read first.
 
 So the frames of all connections exceed the limit by one frame at most (rule 5), and by one chunk
 for each connection that waits: it is read before it is known to begin a frame.
@@ -69,7 +70,7 @@ class MemoryBudget:
         """Add to the sums what a share has changed by."""
         self.used += used
         self.in_progress += in_progress
-        if used < 0 and self._waiting:
+        if self._waiting and (used < 0 or in_progress < 0):
             self._grant()
 
     def ask(self, share: MemoryShare) -> None:
@@ -99,7 +100,8 @@ class MemoryBudget:
         finally:
             self._granting = False
         if self._waiting and self._reserving and self._pace_call is None:
-            self._pace_call = self.reactor.callLater(_CHECK_INTERVAL, self._check_paces)
+            due = self.reactor.seconds() + _CHECK_INTERVAL
+            self._pace_call = self.reactor.callLater(_CHECK_INTERVAL, self._check_paces, due)
 
     def _has_room(self, needed: int) -> bool:
         if self.used + needed <= self._limit:
@@ -107,12 +109,16 @@ class MemoryBudget:
         max_in_progress = max(self._limit // 2, self._max_frame_bytes)
         return not self._reserving and self.in_progress + needed <= max_in_progress
 
-    def _check_paces(self) -> None:
+    def _check_paces(self, due: float) -> None:
         self._pace_call = None
         if self._waiting and self.frame_timeout is not None:
             now = self.reactor.seconds()
+            was_stopped = now - due > _CHECK_INTERVAL
             for share in list(self._reserving):
-                share.check_pace(now, self.frame_timeout)
+                if was_stopped:
+                    share.judge_from(now)
+                else:
+                    share.check_pace(now, self.frame_timeout)
         self._grant()
 
 
@@ -201,7 +207,7 @@ class MemoryShare:
         self.is_waiting = False
         self.is_reserved = True
         self._lag = 0.0
-        self._judge_from(now)
+        self.judge_from(now)
         self._recount()
         self._granted()
 
@@ -220,12 +226,13 @@ class MemoryShare:
         gained = frame_timeout * received / max(1, self._missing_then)
         # Bytes that came fast do not make up for a silence that follows.
         self._lag = max(0.0, self._lag + elapsed - gained)
-        self._judge_from(now)
+        self.judge_from(now)
         if self._lag >= MAX_LAG:
             self._lag = 0.0
             self._too_slow()
 
-    def _judge_from(self, now: float) -> None:
+    def judge_from(self, now: float) -> None:
+        """Judge what comes from now on."""
         self._judged_at = now
         self._received_then = self._received
         self._missing_then = self.max_missing

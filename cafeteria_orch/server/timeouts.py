@@ -37,7 +37,7 @@ class Countdown:
     :param expired: called when the time is up, and no more progress is made.
     """
 
-    __slots__ = ("_call", "_expired", "_left", "_progress", "_reactor")
+    __slots__ = ("_call", "_expired", "_left", "_progress", "_reactor", "_seen")
 
     def __init__(
         self, reactor: Any, progress: Callable[[], int], expired: Callable[[], None]
@@ -47,12 +47,14 @@ class Countdown:
         self._expired = expired
         self._left: float | None = None
         self._call: IDelayedCall | None = None
+        # The progress that was made when the time was up.
+        self._seen: int | None = None
 
     def start(self, seconds: float) -> None:
         """Begin from the start."""
-        self._left = None
+        self._left = self._seen = None
         if self._call is None:
-            self._call = self._reactor.callLater(seconds, self._judge, None)
+            self._call = self._reactor.callLater(seconds, self._judge)
         else:
             self._call.reset(seconds)
 
@@ -75,10 +77,11 @@ class Countdown:
             self._call.cancel()
             self._call = None
 
-    def _judge(self, before: int | None) -> None:
+    def _judge(self) -> None:
+        self._call = None
         progress = self._progress()
-        if progress == before:
-            self._call = None
+        if progress == self._seen:
             self._expired()
         else:
-            self._call = self._reactor.callLater(0, self._judge, progress)
+            self._seen = progress
+            self._call = self._reactor.callLater(0, self._judge)

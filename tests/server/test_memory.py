@@ -260,6 +260,50 @@ class SharingTests(MemoryCase):
             protocol.dataReceived(self.rest())
             self.assertTrue(transport.value())
 
+    def test_what_a_paused_transport_still_delivers_is_processed(self) -> None:
+        """TLS delivers what it has decrypted, though it is paused; memory was short before."""
+        message = frame(bytes([SHARED]) + bytes(LONGEST - 1))
+        for is_held in (False, True):
+            with self.subTest(is_held=is_held):
+                self.setUp()
+                self.memory.change(LIMIT // 2, 0)
+                protocol, transport = self.connect(message)
+                self.assertTrue(self.is_paused(transport))
+                if is_held:
+                    self.factory.pauseProducing()
+                protocol.dataReceived(message)
+                self.pending.finish()
+                self.memory.change(-LIMIT // 2, 0)
+                self.factory.resumeProducing()
+                self.pending.finish()
+                self.assertEqual(transport.value(), message * 2)
+                self.assertFalse(self.is_paused(transport))
+                self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_a_frame_that_is_whole_makes_no_room_before_it_is_processed(self) -> None:
+        """Its reservation is given back when its bytes are counted, not before."""
+        self.memory.change(LIMIT // 2, 0)
+        clients = [self.connect(self.half_frame(opcode=PENDING)) for _ in range(5)]
+        self.assertEqual(self.memory.used, LIMIT)
+        _, transport = self.connect(frame(bytes([ECHO]) + bytes(9))[:5])
+        self.assertTrue(self.is_paused(transport))
+        clients[0][0].dataReceived(self.rest(PENDING))
+        self.assertTrue(self.is_paused(transport))
+        self.pending.finish()
+        self.assertFalse(self.is_paused(transport))
+
+    def test_who_waits_for_processors_goes_on_when_one_of_them_is_done(self) -> None:
+        """Though in the same moment as much was received as was processed."""
+        budget = MemoryBudget(Clock(), LIMIT, LONGEST, None)
+        budget.change(LIMIT, LIMIT)
+        granted: list[bool] = []
+        share = MemoryShare(budget, lambda: granted.append(True), self.fail)
+        share.update(1, 0, LONGEST, 1)
+        share.ask()
+        self.assertEqual(granted, [])
+        budget.change(0, -LIMIT)
+        self.assertEqual(granted, [True])
+
 
 class DepthTests(SynchronousTestCase):
     """Very many at once."""
@@ -339,6 +383,17 @@ class PaceTests(MemoryCase):
                 client.dataReceived(bytes(3))
             warnings += self.pass_time()
         self.assertEqual(len(warnings), len(self.admitted))
+
+    def test_after_a_stop_of_the_process_what_has_come_is_read_first(self) -> None:
+        """It may have come in time; whoever is still silent is closed after an interval."""
+        with capturedLogs() as events:
+            self.clock.advance(5 * MAX_LAG)
+            for client in self.admitted:
+                client.dataReceived(bytes(5))
+            self.clock.pump([MAX_LAG / 8] * 7)
+        self.assertEqual(texts(events, LogLevel.warn), [])
+        self.assertEqual(self.pass_time(), [])
+        self.assertEqual(len(self.pass_time()), len(self.admitted))
 
     def test_not_while_held(self) -> None:
         """That the server does not read it is not its fault."""

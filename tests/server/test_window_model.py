@@ -26,6 +26,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.server import connection as protocol_module
 from cafeteria_orch.server import responses
 from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.reading import Pause
 from cafeteria_orch.server.receiver import CLOSE_TIMEOUT
 from cafeteria_orch.server.responses import Exchange
 from cafeteria_orch.server.window import MAX_IN_PROGRESS as WINDOW
@@ -49,8 +50,10 @@ STAYING = {ALONE, ALONE_CRASHING, SHARED, FILLING, BLINKING, FINISHING, CRASHING
 COMMON = [SHARED] * 6 + [SHARED_QUICK] * 4 + [ALONE, QUICK, RAISING, FILLING]
 RARE = [BLINKING, FINISHING, CRASHING, ALONE_CRASHING, LAST, BROKEN, UNKNOWN, TOO_LONG, FINISHED]
 
-MOST_BYTES = 200
+MAX_BYTES = 200
 LONG_BYTES = 64
+MEMORY = 1000
+"""The memory budget: less than the window of long messages, and half a message, takes."""
 
 REJECTED, MALFORMED = b"\x02\x02", b"\x02\x03"
 
@@ -116,7 +119,7 @@ class Model:
         full = alone or len(self.places) >= WINDOW
         return not (self.holds or self.ending or self.closed or full)
 
-    def run(self, awaits_turn: bytes | None) -> None:
+    def run(self, awaits_turn: bytes | None, *, has_half: bool) -> None:
         """Take what may be taken.
 
         :param awaits_turn: the long message that does not have the turn to be decoded yet.
@@ -125,8 +128,8 @@ class Model:
             if self.queue[0].kind in IN_ITS_TURN and self.in_progress:
                 break
             self.start(self.queue.popleft())
-        # While it is paused the connection does not look whether there is more.
-        if self.input_over and not self.queue and self.may_take:
+        # Half a message at the end is only known to be that when nothing is before it.
+        if self.input_over and not self.queue and (self.may_take or not has_half):
             self.ending = True
         if self.ending and not self.in_progress:
             self.closed = True
@@ -176,21 +179,29 @@ class Connection(RuleBasedStateMachine):
 
     framing = INT32
 
-    @initialize(framing=st.sampled_from([INT32, OPCODE_FIRST]))
-    def connect(self, framing: Any) -> None:
+    @initialize(framing=st.sampled_from([INT32, OPCODE_FIRST]), is_short=st.booleans())
+    def connect(self, framing: Any, is_short: bool) -> None:
         self.framing = framing
         self.clock = DeferringClock()
         # Whoever closes first: the other connections are none of its business.
         self.factory = Factory(
-            self.clock, max_frame_bytes=MOST_BYTES, framing=framing, log_level=LogLevel.critical
+            self.clock,
+            max_frame_bytes=MAX_BYTES,
+            max_in_flight_bytes=MEMORY,
+            framing=framing,
+            log_level=LogLevel.critical,
         )
+        # What other connections have in progress.
+        self.elsewhere = MEMORY if is_short else 0
+        self.factory.memory.change(self.elsewhere, self.elsewhere)
         self.model = Model()
         self.messages: list[Message] = []
         self.started: list[int] = []
         self.in_progress: dict[int, Message] = {}
         self.unread: list[tuple[int, Message]] = []
         self.stream = b""
-        self.sent = 0
+        self.sent = self.whole_until = 0
+        self.was_short = False
         for kind in (*IN_ITS_TURN - {FINISHED}, *range(50, 58)):
             self.factory.register_processor(kind, self.process, pipelined=kind not in IN_ITS_TURN)
         self.factory.register_processor(BROKEN, self.process, decoder=self.broken_decoder)
@@ -252,7 +263,15 @@ class Connection(RuleBasedStateMachine):
         """Bring the model to where the connection is."""
         if iterate:
             self.iterate()
-        self.model.run(self.protocol._held)
+        self.was_short &= self.is_short_of_memory
+        if self.model.ending or not self.was_short:
+            self.model.run(self.protocol._held, has_half=self.sent > self.whole_until)
+        self.was_short = self.is_short_of_memory
+
+    @property
+    def is_short_of_memory(self) -> bool:
+        """Whether it waits for memory: the model leaves it to the connection when it does."""
+        return bool(self.protocol.reading.reasons & Pause.MEMORY)
 
     # What the client does.
 
@@ -276,7 +295,7 @@ class Connection(RuleBasedStateMachine):
             self.messages.append(message)
             data = wrap(message.payload)
             if kind == TOO_LONG:
-                size = struct.pack(">I" if self.framing is INT32 else "<i", MOST_BYTES + 1)
+                size = struct.pack(">I" if self.framing is INT32 else "<i", MAX_BYTES + 1)
                 data = size if self.framing is INT32 else bytes([TOO_LONG]) + size
                 message.is_long = False
             self.stream += data
@@ -284,10 +303,27 @@ class Connection(RuleBasedStateMachine):
         self.deliver(max(self.sent, len(self.stream) - cut))
         self.settle(iterate=iterate)
 
+    @precondition(may_send)
+    @rule(numbers=st.lists(st.integers(1, 2), min_size=1, max_size=3))
+    def send_few(self, numbers: list[int]) -> None:
+        """Send a few messages, and then some more, whether they are read or not."""
+        for number in numbers:
+            self.send([SHARED] * number, is_long=False, cut=0, iterate=True)
+
+    @precondition(may_send)
+    @rule(cut=st.integers(0, 4))
+    def fill_window(self, cut: int) -> None:
+        """Send just as many messages as are processed together."""
+        free = WINDOW - len(self.model.places)
+        self.send([SHARED] * free, is_long=False, cut=cut, iterate=True)
+
     def deliver(self, end: int) -> None:
         data = self.stream[self.sent : end]
         self.sent = end
         whole = [message for at, message in self.unread if at <= end]
+        self.whole_until = max(
+            (at for at, _ in self.unread if at <= end), default=self.whole_until
+        )
         self.unread = [(at, message) for at, message in self.unread if at > end]
         if not self.model.closed:
             self.model.queue.extend(whole)
@@ -380,6 +416,14 @@ class Connection(RuleBasedStateMachine):
         self.factory.resumeProducing()
         self.settle(iterate=iterate)
 
+    @rule(iterate=st.booleans())
+    def take_memory(self, iterate: bool) -> None:
+        """Others have all the memory that there is in progress, or no more."""
+        change = MEMORY - 2 * self.elsewhere
+        self.elsewhere += change
+        self.factory.memory.change(change, change)
+        self.settle(iterate=iterate)
+
     @rule()
     def iterations(self) -> None:
         self.settle()
@@ -424,8 +468,17 @@ class Connection(RuleBasedStateMachine):
         model, transport = self.model, self.transport
         if model.lost or model.input_over or transport.aborted:
             return
-        reads = model.closed or (model.may_take and not model.queue)
+        reads = model.closed or (
+            model.may_take and not model.queue and not self.is_short_of_memory
+        )
         assert transport.producerState == ("producing" if reads else "paused")
+
+    @invariant()
+    def waits_for_memory_that_comes(self) -> None:
+        if self.is_short_of_memory and not self.model.closed and not self.model.ending:
+            assert self.protocol._memory.used
+            is_alone = self.protocol.reading.reasons == Pause.MEMORY
+            assert self.protocol._memory.is_waiting or self.in_progress or not is_alone
 
     @invariant()
     def ends_when_it_is_to(self) -> None:
@@ -438,6 +491,8 @@ class Connection(RuleBasedStateMachine):
         """All that is in hand is done, and all holds are gone: nothing hangs."""
         if not hasattr(self, "model"):
             return
+        if self.elsewhere:
+            self.take_memory(iterate=True)
         self.read(iterate=True)
         self.empty_sink(iterate=True)
         model = self.model
@@ -458,6 +513,7 @@ class Connection(RuleBasedStateMachine):
             self.lose(is_reset=False, iterate=True)
         assert self.is_forgotten()
         assert self.clock.getDelayedCalls() == []
+        assert self.factory.memory.used == self.factory.memory.in_progress == 0
         self.successful_drain()
 
     def successful_drain(self) -> None:
@@ -474,6 +530,6 @@ class ModelTests(SynchronousTestCase):
         self.patch(protocol_module, "LONG_PAYLOAD", LONG_BYTES)
         run_state_machine_as_test(
             cast("Any", Connection),
-            settings=settings(max_examples=200, stateful_step_count=40, deadline=None),
+            settings=settings(max_examples=300, stateful_step_count=40, deadline=None),
         )
         self.flushLoggedErrors(RuntimeError)

@@ -60,13 +60,18 @@ class SignalHandlers:
             signal.signal(signal.SIGHUP, self._on_hangup)
 
     def install(
-        self, drain_timeout: float, is_draining: Callable[[], bool], hurry: Callable[[], object]
+        self,
+        drain_timeout: float,
+        is_draining: Callable[[], bool],
+        hurry: Callable[[], object],
+        flush_log: Callable[[], object],
     ) -> None:
         """Handle SIGTERM and SIGINT, once the reactor runs and has installed its handlers.
 
         :param drain_timeout: seconds from the first signal until the drain is cut short.
         :param is_draining: whether a drain is in progress, for whatever reason.
         :param hurry: cuts the drain short.
+        :param flush_log: writes the lines that wait, before the process ends.
         """
         if not _is_main_thread():
             return
@@ -74,6 +79,7 @@ class SignalHandlers:
         self._drain_timeout = drain_timeout
         self._is_draining = is_draining
         self._hurry = hurry
+        self._flush_log = flush_log
         for number in (signal.SIGTERM, signal.SIGINT):
             handler = signal.getsignal(number)
             # What the parent ignores (a shell's background job) stays ignored.
@@ -152,6 +158,7 @@ class SignalHandlers:
             " {place}",
             place=_place_of(frame),
         )
+        self._flush_log()
         signal.raise_signal(self._first)
 
 

@@ -195,7 +195,8 @@ class OrchestratorService(Service):
         if self._notifier is not None:
             self._notifier.stopped()
         self._signals.drained()
-        self._flush_log()
+        if self._log_observer is not None:
+            self._log_observer.stop()
         self._ports.clear()
         self._drain_in_progress = None
         self._state = _State.STOPPED
@@ -221,14 +222,7 @@ class OrchestratorService(Service):
             return
         self._state = _State.SERVING
         self._signals.install(
-            self._drain_timeout,
-            is_draining=lambda: self._state is _State.DRAINING,
-            hurry=self._hurry,
-            flush_log=self._flush_log,
+            self._drain_timeout, lambda: self._state is _State.DRAINING, self._hurry
         )
         if self._notifier is not None:
             self._notifier.ready(self._reactor)
-
-    def _flush_log(self) -> None:
-        if self._log_observer is not None:
-            self._log_observer.stop()

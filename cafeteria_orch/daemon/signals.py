@@ -42,10 +42,12 @@ class SignalHandlers:
     :param reactor: measures the time, and runs what a signal asks for in its thread.
     :param pid_file: removed where the process does not end as ``twistd`` ends it.
     :ivar reload: called for SIGHUP, when the reactor runs.
+    :ivar flush_log: called before the process is ended, to write the lines that wait.
     """
 
     def __init__(self, reactor: Any, pid_file: str | None = None) -> None:
         self.reload: Callable[[], object] = _nothing_to_reload
+        self.flush_log: Callable[[], object] = _nothing_to_flush
         self._reactor = reactor
         self._pid_file = pid_file
         self._previous: dict[int, Any] = {}
@@ -60,18 +62,13 @@ class SignalHandlers:
             signal.signal(signal.SIGHUP, self._on_hangup)
 
     def install(
-        self,
-        drain_timeout: float,
-        is_draining: Callable[[], bool],
-        hurry: Callable[[], object],
-        flush_log: Callable[[], object],
+        self, drain_timeout: float, is_draining: Callable[[], bool], hurry: Callable[[], object]
     ) -> None:
         """Handle SIGTERM and SIGINT, once the reactor runs and has installed its handlers.
 
         :param drain_timeout: seconds from the first signal until the drain is cut short.
         :param is_draining: whether a drain is in progress, for whatever reason.
         :param hurry: cuts the drain short.
-        :param flush_log: writes the lines that wait, before the process ends.
         """
         if not _is_main_thread():
             return
@@ -79,7 +76,6 @@ class SignalHandlers:
         self._drain_timeout = drain_timeout
         self._is_draining = is_draining
         self._hurry = hurry
-        self._flush_log = flush_log
         for number in (signal.SIGTERM, signal.SIGINT):
             handler = signal.getsignal(number)
             # What the parent ignores (a shell's background job) stays ignored.
@@ -158,7 +154,7 @@ class SignalHandlers:
             " {place}",
             place=_place_of(frame),
         )
-        self._flush_log()
+        self.flush_log()
         signal.raise_signal(self._first)
 
 
@@ -168,6 +164,10 @@ def _is_main_thread() -> bool:
 
 def _nothing_to_reload() -> None:
     _log.info("action: reload | result: ignored | error: there is nothing to reload")
+
+
+def _nothing_to_flush() -> None:
+    """Twisted's own observers write each line at once."""
 
 
 def _place_of(frame: FrameType | None) -> str:

@@ -247,7 +247,7 @@ class StartingAgain(ServiceTestCase):
         self.successResultOf(service.stopService())
         service.startService()
         handled: list[object] = []
-        self.patch(SignalHandlers, "install", lambda *_, **options: handled.append(options))
+        self.patch(SignalHandlers, "install", lambda *args: handled.append(args))
         self.reactor.start()
         self.assertEqual(len(handled), 1)
 

@@ -84,10 +84,11 @@ def makeService(options: Options) -> IService:
     if tls is not None:
         signals.reload = tls.reload
     gates = _gates(reactor, factory, tls, most, options) if has_gates else None
+    endpoints = client_endpoints(reactor, options)
     return OrchestratorService(
         reactor,
         factory,
-        client_endpoints(reactor, options),
+        endpoints,
         sink=sink,
         drain_timeout=options["drain-timeout"],
         log_observer=_log_observer(reactor, options),

@@ -5,31 +5,19 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-import socket
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from twisted.application.service import IService
-from twisted.internet.endpoints import (
-    SSL4ServerEndpoint,
-    TCP4ServerEndpoint,
-    TCP6ServerEndpoint,
-    UNIXServerEndpoint,
-    serverFromString,
-)
-from twisted.internet.error import CannotListenError
-from twisted.internet.interfaces import IStreamServerEndpoint
-from twisted.python.failure import Failure
 
 from . import __version__
 from .common.clock import measure_monotonic_time, wall_time
 from .common.pem import PEMError
 from .daemon.descriptors import allow_connections
-from .daemon.options import Options, refusal
+from .daemon.endpoints import client_endpoints, metrics_endpoint
+from .daemon.options import Options, one_line, refusal
 from .daemon.service import OrchestratorService
 from .daemon.signals import SignalHandlers
 from .daemon.systemd import SystemdNotifier
@@ -106,7 +94,7 @@ def makeService(options: Options) -> IService:
     if tls is not None:
         signals.reload = tls.reload
     gates = _gates(reactor, factory, tls, most, options) if has_gates else None
-    _probe(_endpoints(_BindProbe(), options))
+    endpoints = client_endpoints(reactor, options)
     log_observer = _log_observer(options)
     _rotate_on_signal(reactor, log_observer)
     if log_observer is not None:
@@ -114,7 +102,7 @@ def makeService(options: Options) -> IService:
     return OrchestratorService(
         reactor,
         factory,
-        _endpoints(reactor, options),
+        endpoints,
         sink=sink,
         drain_timeout=options["drain-timeout"],
         log_observer=log_observer,
@@ -162,8 +150,7 @@ def _monitor(
     # With it comes all of Twisted's HTTP.
     from .observe.http import Monitor  # noqa: PLC0415
 
-    _probe([_endpoint(_BindProbe(), "metrics", description)], "--metrics")
-    endpoint = _endpoint(reactor, "metrics", description)
+    endpoint = metrics_endpoint(reactor, description)
     completeness = None if sink is None else Completeness(reactor, options["store"])
     try:
         return Monitor(
@@ -173,77 +160,6 @@ def _monitor(
         raise refusal(
             "--metrics needs prometheus-client: pip install 'cafeteria_orch[metrics]'"
         ) from error
-
-
-def _endpoints(reactor: Any, options: Options) -> list[IStreamServerEndpoint]:
-    if not options["listen"]:
-        interface = options["interface"]
-        kind = TCP6ServerEndpoint if ":" in interface else TCP4ServerEndpoint
-        return [kind(reactor, options["port"], options["backlog"], interface)]
-    return [_endpoint(reactor, "listen", description) for description in options["listen"]]
-
-
-def _endpoint(reactor: Any, option: str, description: str) -> IStreamServerEndpoint:
-    try:
-        endpoint: IStreamServerEndpoint = serverFromString(reactor, description)
-    except Exception as error:
-        raise refusal(f"--{option} {description}: {_one_line(error)}") from error
-    return endpoint
-
-
-def _probe(
-    endpoints: Iterable[IStreamServerEndpoint],
-    names: str = "--port, --interface or --listen",
-) -> None:
-    for endpoint in endpoints:
-        if isinstance(endpoint, _PROBED):
-            failures: list[Failure] = []
-            endpoint.listen(None).addErrback(failures.append)
-            for failure in failures:
-                raise refusal(
-                    f"{failure.getErrorMessage()} Stop what listens there, or choose another"
-                    f" {names}."
-                )
-
-
-_PROBED = (TCP4ServerEndpoint, TCP6ServerEndpoint, SSL4ServerEndpoint, UNIXServerEndpoint)
-
-
-class _BindProbe:
-    """What an endpoint takes for a reactor: binds as the real one would, and lets go."""
-
-    def listenTCP(
-        self,
-        port: int,
-        factory: None,
-        backlog: int,
-        interface: str,
-    ) -> None:
-        family = socket.AF_INET6 if ":" in interface else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((interface, port))
-            except OSError as error:
-                raise CannotListenError(interface, port, error) from error
-
-    def listenSSL(
-        self,
-        port: int,
-        factory: None,
-        contextFactory: object,
-        backlog: int,
-        interface: str,
-    ) -> None:
-        self.listenTCP(port, factory, backlog, interface)
-
-    def listenUNIX(self, address: str, factory: None, **_: object) -> None:
-        folder = Path(address).absolute().parent
-        if not os.access(folder, os.W_OK):
-            raise CannotListenError(None, address, OSError(f"{folder} is not writable"))
-        with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
-            probe.connect(address)
-            raise CannotListenError(None, address, OSError("Address already in use"))
 
 
 def _load_processors(name: str, factory: OrchestratorFactory) -> None:
@@ -256,11 +172,7 @@ def _load_processors(name: str, factory: OrchestratorFactory) -> None:
         register = getattr(importlib.import_module(module_name), function_name)
         register(factory)
     except Exception as error:
-        raise refusal(f"--processors {name}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+        raise refusal(f"--processors {name}: {one_line(error)}") from error
 
 
 def _log_observer(options: Options) -> BufferedLogObserver | None:

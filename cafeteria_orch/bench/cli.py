@@ -17,7 +17,8 @@ from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLo
 from twisted.internet.task import deferLater
 
 from cafeteria_orch import __version__
-from cafeteria_orch.common.commands import DEFAULT_CONNECT, endpoint, number, run
+from cafeteria_orch.common.arguments import DEFAULT_CONNECT, endpoint, number
+from cafeteria_orch.common.commands import run
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 from cafeteria_orch.wire.tables import TABLES
 

@@ -12,6 +12,7 @@ from twisted.logger import LogLevel
 from twisted.python import usage
 
 from cafeteria_orch import __version__
+from cafeteria_orch.common.arguments import number
 from cafeteria_orch.edge.proxy import parse_networks
 from cafeteria_orch.observe.log_files import DEFAULT_LOG_BYTES, DEFAULT_LOG_FILES
 from cafeteria_orch.observe.logs import Render, as_json, as_text
@@ -21,20 +22,6 @@ from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Frami
 from .service import DEFAULT_DRAIN_TIMEOUT
 
 ENVIRONMENT_PREFIX = "CAFEORCH_"
-
-
-def _number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        # Not "outside of": a NaN is that neither.
-        if value is None or not least <= value <= most:
-            raise ValueError(f"{text!r} is not a number from {least} to {most}")
-        return value
-
-    return parse
 
 
 def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -75,31 +62,31 @@ def _framing(text: str) -> Framing | None:
     return FRAMINGS.get(text)
 
 
-_seconds = _number(float, 0.001, 10**6)
+_seconds = number(float, 0.001, 10**6)
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
-    "port": _number(int, 0, 65535),
+    "port": number(int, 0, 65535),
     "interface": str,
-    "backlog": _number(int, 1, 65535),
+    "backlog": number(int, 1, 65535),
     "store": _or_none(_path),
     "tls-cert": _or_none(_path),
     "tls-key": _or_none(_path),
     "tls-client-ca": _or_none(_path),
     "proxy-from": parse_networks,
-    "max-frame-bytes": _number(int, 1, 2**31 - 1),
+    "max-frame-bytes": number(int, 1, 2**31 - 1),
     "framing": _framing,
-    "max-connections": _number(int, 1, 10**6),
-    "max-connections-per-host": _or_none(_number(int, 1, 10**6)),
-    "max-in-flight-bytes": _number(int, 1, 2**40),
+    "max-connections": number(int, 1, 10**6),
+    "max-connections-per-host": _or_none(number(int, 1, 10**6)),
+    "max-in-flight-bytes": number(int, 1, 2**40),
     "idle-timeout": _or_none(_seconds),
     "frame-timeout": _seconds,
     "processing-timeout": _or_none(_seconds),
-    "drain-timeout": _number(float, 0, 86400),
+    "drain-timeout": number(float, 0, 86400),
     "metrics": _or_none(str),
     "log-level": _log_level,
     "log-format": _log_format,
-    "log-bytes": _or_none(_number(int, 4096, 2**40)),
-    "log-files": _number(int, 1, 1000),
+    "log-bytes": _or_none(number(int, 4096, 2**40)),
+    "log-files": number(int, 1, 1000),
 }
 _REPEATED = ("listen", "processors")
 _FLAGS = ("proxy-protocol",)
@@ -255,6 +242,11 @@ class Options(usage.Options):
 def refusal(message: str) -> SystemExit:
     """What ends ``twistd`` with one line and a non-zero status."""
     return SystemExit(f"cafeorch: {message}")
+
+
+def one_line(error: Exception) -> str:
+    """Return what an error says, for a refusal."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _environment_name(option: str) -> str:

@@ -16,7 +16,8 @@ from twisted.internet.defer import CancelledError
 from twisted.internet.endpoints import clientFromString
 
 from cafeteria_orch import __version__
-from cafeteria_orch.common.commands import DEFAULT_CONNECT, endpoint, number, run
+from cafeteria_orch.common.arguments import DEFAULT_CONNECT, endpoint, number
+from cafeteria_orch.common.commands import run
 from cafeteria_orch.wire.errors import ProtocolError
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, INT32
 from cafeteria_orch.wire.tables import Table

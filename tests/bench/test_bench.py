@@ -255,7 +255,7 @@ class Arguments(SynchronousTestCase):
             (["--rows", "1", "--bytes", "2000"], "--bytes: not allowed with"),
             (["--rows", "0"], "--rows"),
             (["--bytes", "1048577"], "--bytes"),
-            (["--bytes", "1023"], "1023 is not from 1024"),
+            (["--bytes", "1023"], "'1023' is not a number from 1024"),
             (["--table", "shoes"], "'shoes'"),
             (["--clients", "0"], "--clients"),
             (["--window", "0"], "--window"),

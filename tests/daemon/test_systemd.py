@@ -14,8 +14,38 @@ from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.daemon.systemd import SystemdNotifier
-from tests.support.builders import SUCCESS, texts
-from tests.support.processes import HELLO, PATIENCE, ROOT, Client, ProcessTestCase
+from tests.support.builders import ECHO, SUCCESS, frame, texts
+from tests.support.processes import (
+    DAEMON,
+    FOREGROUND,
+    HELLO,
+    PATIENCE,
+    ROOT,
+    TWIST,
+    Client,
+    ProcessTestCase,
+    Server,
+)
+
+CLOCK = f"""
+import time
+from twisted.internet.base import ReactorBase
+from cafeteria_orch import responses
+
+steps = [0]
+# Where the reactors' class reads the wall clock.
+ReactorBase.seconds = staticmethod(lambda: time.time() - sum(steps))
+
+def set_back(message, client):
+    steps.append(3600)
+    responses.send_success(client)
+
+def register(factory):
+    if factory.reactor.getDelayedCalls():
+        raise RuntimeError("a call was delayed by the wall clock")
+    factory.register_processor({ECHO}, set_back)
+"""
+"""An opcode that sets the clock of the server back by an hour."""
 
 MAIN_PID = f"MAINPID={os.getpid()}"
 
@@ -115,20 +145,44 @@ class NotifierTests(SynchronousTestCase):
 
 
 class ServerTests(ProcessTestCase):
-    """A real server under a service manager's hand."""
+    """A real server that a service manager runs."""
 
-    def test_told_by_the_server(self) -> None:
-        """It is ready when it serves, alive from then on, and says when it stops."""
+    def start_watched(self, *arguments: str) -> tuple[Server, Manager]:
+        """Start a server with a watchdog, which it feeds ten times a second."""
         address = f"@cafeorch-server-{os.getpid()}"
         manager = Manager(f"\0{address[1:]}")
         self.addCleanup(manager.close)
         server = self.launch(
-            *("--port", "0", "--store", "none"),
+            *("--port=0", "--store=none", *arguments),
             environment={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "200000"},
         )
-        self.assertEqual(manager.next(), ["READY=1", f"MAINPID={server.pid}"])
-        self.assertEqual([manager.next() for _ in range(3)], [["WATCHDOG=1"]] * 3)
         server.wait_until_served()
+        self.assertEqual(manager.next(), ["READY=1", f"MAINPID={server.pid}"])
+        return server, manager
+
+    def test_a_clock_that_is_set_back(self) -> None:
+        """The watchdog is fed, and the drain ends in time, however the server is started."""
+        (self.folder / "clock.py").write_text(CLOCK)
+        for starter in (FOREGROUND, DAEMON, TWIST):
+            with self.subTest(starter.command):
+                self.starter = starter
+                server, manager = self.start_watched("--processors=clock:register")
+                client = self.client(server)
+                client.send(frame(bytes([ECHO])))
+                self.assertEqual(client.read(5), SUCCESS)
+                while not manager.is_silent():
+                    pass
+                self.assertEqual([manager.next() for _ in range(5)], [["WATCHDOG=1"]] * 5)
+                client.send(b"half a frame")
+                server.signal(signal.SIGTERM)
+                server.wait_until_gone()
+                manager.close()
+                server.log_file.unlink()
+
+    def test_told_by_the_server(self) -> None:
+        """It is ready when it serves, alive from then on, and says when it stops."""
+        server, manager = self.start_watched()
+        self.assertEqual([manager.next() for _ in range(3)], [["WATCHDOG=1"]] * 3)
         server.signal(signal.SIGTERM)
         while (state := manager.next()) == ["WATCHDOG=1"]:
             pass

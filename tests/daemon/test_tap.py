@@ -24,6 +24,7 @@ from twisted.trial.unittest import SkipTest, TestCase
 
 from cafeteria_orch import tap
 from cafeteria_orch.daemon.descriptors import DescriptorReporter
+from cafeteria_orch.daemon.endpoints import BindProbe, check_endpoints
 from cafeteria_orch.daemon.service import OrchestratorService
 from cafeteria_orch.edge.proxy import parse_networks
 from cafeteria_orch.edge.tls import ServerTLS
@@ -168,9 +169,9 @@ class Listening(TapTestCase):
     def test_tls_port_in_use(self) -> None:
         """So is the port of a TLS endpoint."""
         with taken_port() as port:
-            probe: Any = tap._BindProbe()
+            probe: Any = BindProbe()
             endpoint = SSL4ServerEndpoint(probe, port, object(), interface="127.0.0.1")
-            error = self.assertRaises(SystemExit, tap._probe, [endpoint])
+            error = self.assertRaises(SystemExit, check_endpoints, [endpoint], "--listen")
         self.assertIn(f"127.0.0.1:{port}", str(error.code))
 
     def test_port_is_let_go(self) -> None:

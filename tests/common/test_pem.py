@@ -18,9 +18,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 from cryptography.x509.oid import NameOID
+from OpenSSL.SSL import Error
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.common.pem import PEMError, read_identity, read_trust_root
+from cafeteria_orch.common.pem import PEMError, openssl_reason, read_identity, read_trust_root
 from tests.support.certificates import Files, authority, issue, pem
 
 SECP160R1 = b"""-----BEGIN EC PRIVATE KEY-----
@@ -165,3 +166,9 @@ class MistakeTests(PEMTestCase):
         certificate = builder.sign(key, SHA256()).public_bytes(Encoding.PEM)
         path = self.write("weak.pem", certificate + key_file(key))
         self.assert_mistake(lambda: read_identity(path, None), "--tls-cert ", "key too small")
+
+    def test_an_error_of_openssl_always_has_a_reason(self) -> None:
+        """The last entry of OpenSSL's queue is the reason; an empty queue has a text too."""
+        entries = [("lib", "function", "first"), ("lib", "function", "last")]
+        self.assertEqual(openssl_reason(Error(entries)), "last")
+        self.assertEqual(openssl_reason(Error()), "Error")

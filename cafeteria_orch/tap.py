@@ -141,7 +141,7 @@ def _monitor(
 
     _probe([_endpoint(_BindProbe(), "metrics", description)], "--metrics")
     endpoint = _endpoint(reactor, "metrics", description)
-    completeness = None if sink is None else Completeness(reactor, options["store"])
+    completeness = None if sink is None else Completeness(reactor, options["store"], wall_time)
     try:
         return Monitor(
             reactor, factory, endpoint, __version__, sink=sink, completeness=completeness

@@ -151,7 +151,7 @@ def _monitor(
     from .observe.http import Monitor  # noqa: PLC0415
 
     endpoint = metrics_endpoint(reactor, description)
-    completeness = None if sink is None else Completeness(reactor, options["store"])
+    completeness = None if sink is None else Completeness(reactor, options["store"], wall_time)
     try:
         return Monitor(
             reactor, factory, endpoint, __version__, sink=sink, completeness=completeness

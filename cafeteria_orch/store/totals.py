@@ -1,4 +1,4 @@
-"""Which tables are complete in the store: asked in a thread, for the status page."""
+"""Which tables are complete in the store: a thread asks it, for the status page."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from contextlib import closing
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from cafeteria_orch.common.clock import WallTime
 from cafeteria_orch.wire.tables import TABLES
 
 INTERVAL = 30.0
-"""How long, in seconds, an answer of the store is good enough."""
+"""How old, in seconds, an answer may be before the store is asked again."""
 
 PATIENCE = 2.0
 """How long, in seconds, the store may take for it; a reader keeps its WAL from being cut back."""
 
-# So many steps of SQLite's machine lie between two looks at the time.
+# How many steps SQLite's virtual machine takes between two looks at the time.
 _STEPS = 20_000
 
 # A sender is a client, or a session of one that has not said who it is.
@@ -46,10 +47,10 @@ GROUP BY opcode
 class TableTotals(NamedTuple):
     """What the store has of a table.
 
-    :ivar batches: that it holds.
-    :ivar rows: that are in those.
-    :ivar senders: that sent some: clients, or connections of those who do not say who they are.
-    :ivar complete: those of them that have said that no more come, and sent none since.
+    :ivar batches: how many batches.
+    :ivar rows: how many rows they have.
+    :ivar senders: how many clients sent them, or connections of clients without a CLIENT_HELLO.
+    :ivar complete: how many of those have ended the table, and sent nothing of it since.
     """
 
     batches: int
@@ -61,8 +62,8 @@ class TableTotals(NamedTuple):
 class Answer(NamedTuple):
     """What the store said.
 
-    :ivar asked_at: when, in seconds since the epoch.
-    :ivar tables: by name; ``None`` if it took too long, or could not be read.
+    :ivar asked_at: when it was asked, in seconds since the epoch.
+    :ivar tables: the totals by table; ``None`` if it took too long, or could not be read.
     """
 
     asked_at: float
@@ -70,36 +71,43 @@ class Answer(NamedTuple):
 
 
 class Completeness:
-    """Asks a store now and then, if somebody wants to know.
+    """Asks a store now and then, while somebody wants to know.
 
-    :param reactor: for time, and to come back from the thread.
-    :param path: of the store.
-    :ivar latest: its last answer.
+    :param reactor: measures the time, and takes the answer from the thread.
+    :param path: the store's file.
+    :param wall_time: says what time it is; the reactor's own clock by default.
+    :ivar latest: the store's last answer.
     """
 
-    def __init__(self, reactor: Any, path: str) -> None:
+    def __init__(self, reactor: Any, path: str, wall_time: WallTime | None = None) -> None:
         self._reactor = reactor
         self._path = path
+        self._wall_time: WallTime = wall_time or reactor.seconds
+        self._asked_at = 0.0
         self._is_asking = False
         self.latest: Answer | None = None
 
     def refresh(self) -> None:
-        """Ask, if the last answer is old and none is under way; not waited for."""
+        """Ask, unless the last answer is new or the next one on its way; does not wait."""
         now = self._reactor.seconds()
-        is_old = self.latest is None or now - self.latest.asked_at >= INTERVAL
+        is_old = self.latest is None or now - self._asked_at >= INTERVAL
         if is_old and not self._is_asking:
             self._is_asking = True
+            self._asked_at = now
             # A daemon: a disk that hangs must not keep the process from ending.
             threading.Thread(
-                target=self._ask, args=(now,), name="cafeorch-completeness", daemon=True
+                target=self._ask,
+                args=(self._wall_time(), now),
+                name="cafeorch-completeness",
+                daemon=True,
             ).start()
 
-    def _ask(self, now: float) -> None:
+    def _ask(self, asked_at: float, began: float) -> None:
         tables = None
         try:
-            tables = read_totals(self._path, lambda: self._reactor.seconds() - now > PATIENCE)
+            tables = read_totals(self._path, lambda: self._reactor.seconds() - began > PATIENCE)
         finally:
-            self._reactor.callFromThread(self._answered, Answer(now, tables))
+            self._reactor.callFromThread(self._answered, Answer(asked_at, tables))
 
     def _answered(self, answer: Answer) -> None:
         self._is_asking = False
@@ -109,7 +117,7 @@ class Completeness:
 def read_totals(path: str, is_too_late: Callable[[], bool]) -> dict[str, TableTotals] | None:
     """Read what a store has of each table.
 
-    :param is_too_late: asked now and then; ends it.
+    :param is_too_late: is asked now and then, and ends the reading.
     :return: ``None`` if it was ended, or the store cannot be read.
     """
     cases = " ".join(f"WHEN {table.opcode} THEN '{table.name}'" for table in TABLES)

@@ -96,14 +96,41 @@ def holding(store: Path, *statements: str) -> Iterator[None]:
         yield
 
 
-class ServerProcess:
-    """``twistd -n cafeorch`` on a store."""
+@contextmanager
+def delaying_syncs(process: int, seconds: float) -> Iterator[None]:
+    """Have each sync of a process take long, as on a disk that hangs."""
+    delay = f"inject=fdatasync,fsync:delay_enter={seconds * 1e6:.0f}"
+    command = ["strace", "-f", "-p", str(process), "-e", "trace=fdatasync,fsync", "-e", delay]
+    try:
+        tracer = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    except FileNotFoundError:
+        raise SkipTest("there is no strace") from None
+    with tracer:
+        assert tracer.stderr is not None
+        line = tracer.stderr.readline()
+        try:
+            if b"attached" not in line:
+                raise SkipTest(f"strace does not work here: {line!r}")
+            yield
+        finally:
+            tracer.terminate()
 
-    def __init__(self, test: SynchronousTestCase, store: Path) -> None:
+
+class ServerProcess:
+    """``twistd -n cafeorch`` on a store.
+
+    :param wait: whether to wait until it listens.
+    """
+
+    def __init__(
+        self, test: SynchronousTestCase, store: Path, *options: str, wait: bool = True
+    ) -> None:
         self.store = store
         folder = make_folder(test)
         self._log = folder / "log"
         command = [*TWISTD, "-n", "--pidfile=", "cafeorch", "--port=0", f"--store={store}"]
+        command += options
+        self._options = options
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -114,7 +141,8 @@ class ServerProcess:
                 stderr=log,
             )
         test.addCleanup(self.kill)
-        wait_until(self._listens, "the server listens")
+        if wait:
+            wait_until(self.listens, "the server listens")
 
     @property
     def is_running(self) -> bool:
@@ -123,6 +151,13 @@ class ServerProcess:
     def log(self) -> str:
         """What it has written."""
         return self._log.read_text()
+
+    def readiness(self, port: int) -> tuple[int, str]:
+        """The status and the text of ``/readyz``, at the port that ``--metrics`` was given."""
+        with socket.create_connection(("127.0.0.1", port), DEADLINE) as monitor:
+            monitor.sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
+            head, _, text = b"".join(iter(lambda: monitor.recv(4096), b"")).partition(b"\r\n\r\n")
+        return int(head.split()[1]), text.decode()
 
     def complaints(self) -> list[str]:
         """The lines of its log that are more than information."""
@@ -158,12 +193,15 @@ class ServerProcess:
         assert self.ask("SELECT count(*) FROM users") == [(sum(row[1] for row in batches),)]
         return [number for number, _, _ in batches]
 
-    def _listens(self) -> bool:
+    def listens(self) -> bool:
+        """Whether it can be connected to, as far as its log says."""
         assert self.is_running, self.log()
-        address = re.search(r"address: 127\.0\.0\.1:(\d+)$", self.log(), re.MULTILINE)
-        if address is None:
+        ports = re.findall(r"address: 127\.0\.0\.1:(\d+)$", self.log(), re.MULTILINE)
+        # What shows the metrics listens too.
+        own = [port for port in ports if f":{port}:" not in "".join(self._options)]
+        if not own:
             return False
-        self._port = int(address[1])
+        self._port = int(own[0])
         return True
 
 

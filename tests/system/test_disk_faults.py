@@ -7,18 +7,28 @@ import random
 import resource
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from twisted.logger import capturedLogs, formatEvent
+from twisted.logger import LogEvent, capturedLogs, formatEvent
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.store.sink import OUTAGE_INTERVAL
+from cafeteria_orch.store import writer as writer_module
+from cafeteria_orch.store.sink import MAX_COMMIT_SECONDS, OUTAGE_INTERVAL
 from cafeteria_orch.wire.tables import STORES
 from tests.support.builders import SUCCESS, USER_ROW, batch_frame, connect
-from tests.support.disks import ServerProcess, fill_disk, holding, make_folder, mount_small_disk
-from tests.support.stores import TRY_AGAIN, SinkTestCase
+from tests.support.disks import (
+    ServerProcess,
+    delaying_syncs,
+    fill_disk,
+    holding,
+    make_folder,
+    mount_small_disk,
+    wait_until,
+)
+from tests.support.faults import unused_port
+from tests.support.stores import TRY_AGAIN, PassingTime, SinkTestCase
 
 LARGE = [USER_ROW] * 4000
 """Rows that need room wherever they come to rest."""
@@ -119,6 +129,49 @@ class LockedTests(DiskTestCase):
             time.sleep(0.2)
         self.assertEqual(self.client.receive(), b"\x01")
         self.assertEqual(self.server.complaints(), [])
+
+
+class ReadinessTests(DiskTestCase):
+    """What a load balancer asks: it sends nothing while the answer is no."""
+
+    def start(self, folder: Path | None = None) -> None:
+        self.store = make_folder(self) / "store.sqlite3"
+        self.port = unused_port()
+        metrics = f"--metrics=tcp:{self.port}:interface=127.0.0.1"
+        self.server = ServerProcess(self, self.store, metrics)
+        self.client = self.server.connect(self)
+        self.client.store(batch_number=1)
+
+    def is_ready(self) -> bool:
+        status, self.reason = self.server.readiness(self.port)
+        return status == 200
+
+    def test_ready_again_without_a_request(self) -> None:
+        """After one refused batch the server is ready again when the lock is gone."""
+        self.start()
+        with holding(self.store, "BEGIN IMMEDIATE"):
+            self.client.be_put_off(batch_number=2)
+            self.assertFalse(self.is_ready())
+            self.assertIn("locked", self.reason)
+        wait_until(self.is_ready, "it is ready")
+        self.assertEqual(self.server.stored(), [1])
+
+    def test_sync_that_hangs(self) -> None:
+        """While a sync hangs the server is not ready, says no FAIL, and goes on afterwards."""
+        self.start()
+        hang = MAX_COMMIT_SECONDS + 3
+        with delaying_syncs(self.server.process.pid, hang):
+            self.client.send(batch_frame(batch_number=2))
+            wait_until(lambda: not self.is_ready(), "it is not ready")
+            self.assertIn("has not answered", self.reason)
+            self.assertEqual(self.client.receive(), b"\x01")
+        wait_until(self.is_ready, "it is ready")
+        self.assertEqual(self.server.stored(), [1, 2])
+        self.client.close()
+        self.server.stop()
+        began, ended = self.server.complaints()
+        self.assertIn("store | result: fail | error: the store has not answered for 5 s", began)
+        self.assertIn("store | result: success | refused: 0", ended)
 
 
 class MovedTests(DiskTestCase):
@@ -285,7 +338,11 @@ class CorruptTests(DiskTestCase):
 class ReadOnlyTests(SinkTestCase):
     """The store may not be written, and how the log tells of it."""
 
+    reactor_class = PassingTime
+    reactor: PassingTime
+
     def setUp(self) -> None:
+        self.patch(writer_module, "RETRY_INTERVAL", 0.01)
         super().setUp()
         self.start()
         self.sent = 0
@@ -296,50 +353,55 @@ class ReadOnlyTests(SinkTestCase):
         protocol.dataReceived(batch_frame(batch_number=self.sent))
         return self.pump_answers(transport)[0]
 
+    def begin(self) -> None:
+        self.connection.execute("PRAGMA query_only = ON")
+        self.assertEqual(self.send(), TRY_AGAIN)
+
+    def end(self) -> None:
+        self.connection.execute("PRAGMA query_only = OFF")
+        self.reactor.pump_until(lambda: self.sink.refusal is None)
+
+    def outage_lines(self, events: Sequence[LogEvent]) -> list[str]:
+        lines = map(formatEvent, events)
+        return [line for line in lines if line.startswith("action: store")]
+
     def test_read_only(self) -> None:
         """A store that became read-only puts batches off, and takes them when it may."""
         self.assertEqual(self.send(), SUCCESS)
-        self.connection.execute("PRAGMA query_only = ON")
-        self.assertEqual([self.send(), self.send()], [TRY_AGAIN] * 2)
-        self.connection.execute("PRAGMA query_only = OFF")
+        self.begin()
+        self.assertEqual(self.send(), TRY_AGAIN)
+        self.end()
         self.assertEqual(self.send(), SUCCESS)
         self.assertEqual(self.batch_numbers(), [1, 4])
         self.assert_accounts(committed=2, failed=2)
 
     def test_log(self) -> None:
         """One line at the start, one at the end, and the count once in a while between."""
-        failed = "action: store | result: fail"
-        error = "attempt to write a readonly database"
         with capturedLogs() as events:
-            self.send()
-            self.connection.execute("PRAGMA query_only = ON")
-            for wait in (0, 1, OUTAGE_INTERVAL, 1, 1, OUTAGE_INTERVAL - 1):
-                self.reactor.advance(wait)
-                self.send()
-            self.connection.execute("PRAGMA query_only = OFF")
-            self.reactor.advance(1)
-            self.send()
-            self.send()
-        lines = [formatEvent(event) for event in events]
-        self.assertEqual(
-            [line for line in lines if line.startswith("action: store")],
-            [
-                f"{failed} | error: the store takes nothing now: {error}",
-                f"{failed} | refused: 3 | seconds: 61.0",
-                f"{failed} | refused: 6 | seconds: 122.0",
-                "action: store | result: success | refused: 6 | seconds: 123.0",
-            ],
-        )
+            self.begin()
+            for wait in (0, 1, OUTAGE_INTERVAL, 1, 1, OUTAGE_INTERVAL):
+                self.reactor.offset += wait
+                self.assertEqual(self.send(), TRY_AGAIN)
+            self.end()
+        failed, ended = (rf"action: store \| result: {how} \| " for how in ("fail", "success"))
+        patterns = [
+            rf"{failed}error: the store takes nothing now: attempt to write a readonly database",
+            rf"{failed}refused: [34] \| seconds: 61\.\d",
+            rf"{failed}refused: [67] \| seconds: 123\.\d",
+            rf"{ended}refused: 7 \| seconds: 123\.\d",
+        ]
+        lines = self.outage_lines(events)
+        self.assertEqual(len(lines), len(patterns), lines)
+        for line, pattern in zip(lines, patterns):
+            self.assertRegex(line, f"^{pattern}$")
 
     def test_next_outage(self) -> None:
         """Each outage has its own lines and its own count."""
         with capturedLogs() as events:
             for _ in range(2):
-                self.connection.execute("PRAGMA query_only = ON")
-                self.send()
-                self.connection.execute("PRAGMA query_only = OFF")
-                self.send()
-        lines = [formatEvent(event) for event in events]
-        self.assertEqual(len([line for line in lines if "store | result: fail" in line]), 2)
-        ends = [line for line in lines if "store | result: success" in line]
-        self.assertEqual(ends, ["action: store | result: success | refused: 1 | seconds: 0.0"] * 2)
+                self.begin()
+                self.end()
+        lines = self.outage_lines(events)
+        self.assertEqual(["result: fail" in line for line in lines], [True, False] * 2)
+        for line in lines[1::2]:
+            self.assertIn("refused: 1 |", line)

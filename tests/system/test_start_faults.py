@@ -23,6 +23,7 @@ from tests.support.disks import (
     holding,
     make_folder,
     mount_small_disk,
+    wait_until,
 )
 from tests.support.version_1 import make_version_1
 
@@ -157,9 +158,71 @@ class FileTests(StartTestCase):
         server.connect(self).store(batch_number=1)
         self.assertEqual(server.stored(), [1])
 
+    def test_file_of_zeros(self) -> None:
+        """So does what a power failure leaves of a store that was being made."""
+        self.store.write_bytes(bytes(4096))
+        server = ServerProcess(self, self.store)
+        server.connect(self).store(batch_number=1)
+        self.assertEqual(server.stored(), [1])
+
+    def test_symbolic_link_to_nowhere(self) -> None:
+        """A link whose target is not there yet stays, and the data go to its target."""
+        target = self.folder / "disk" / "data.sqlite3"
+        target.parent.mkdir()
+        self.store.symlink_to(target)
+        server = ServerProcess(self, self.store)
+        server.connect(self).store(batch_number=1)
+        self.assertTrue(self.store.is_symlink())
+        server.store = target
+        self.assertEqual(server.stored(), [1])
+        self.assertEqual([*self.folder.glob("*.sqlite3*")], [self.store])
+
+    def test_path_that_is_not_utf_8(self) -> None:
+        """A path that SQLite cannot have."""
+        self.store = self.folder / "caf\udce9.sqlite3"
+        status, output = self.run_server("-n")
+        self.assertEqual((status, output.count("\n")), (1, 1), output)
+        self.assertRegex(output, r"^cafeorch: the store .*caf\\udce9.* is not UTF-8")
+
+
+class SecondServerTests(StartTestCase):
+    """One store has one server."""
+
+    def test_second_server(self) -> None:
+        """It is refused while the first runs, whatever it was started for; a kill frees it."""
+        first = ServerProcess(self, self.store)
+        client = first.connect(self)
+        client.store(batch_number=1)
+        self.assert_refused("belongs to another server")
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            self.run_server("-n", port=taken.getsockname()[1])
+        client.store(batch_number=2)
+        first.kill()
+        second = ServerProcess(self, self.store)
+        second.connect(self).store(batch_number=3)
+        self.assertEqual(second.stored(), [1, 2, 3])
+
+    def test_many_at_once(self) -> None:
+        """Of servers that are started at the same time for a new store one gets it."""
+        servers = [ServerProcess(self, self.store, wait=False) for _ in range(4)]
+        for server in servers:
+            self.addCleanup(server.kill)
+        wait_until(
+            lambda: sum(server.is_running for server in servers) <= 1, "the others have ended"
+        )
+        lost = [server for server in servers if not server.is_running]
+        for server in lost:
+            self.assertIn("belongs to another server", server.log())
+        (winner,) = [server for server in servers if server not in lost]
+        wait_until(winner.listens, "the first listens")
+        winner.connect(self).store(batch_number=1)
+        winner.kill()
+        again = ServerProcess(self, self.store)
+        self.assertEqual(again.stored(), [1])
+
 
 class LockedTests(StartTestCase):
-    """Somebody else has the store."""
+    """Another program has the store."""
 
     def test_locked(self) -> None:
         """A store that another process writes into, and does not stop to."""

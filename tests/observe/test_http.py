@@ -7,6 +7,8 @@ import hashlib
 import json
 import re
 import signal
+import socket
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -19,8 +21,8 @@ from twisted.logger import Logger, LogLevel, capturedLogs, globalLogPublisher
 from cafeteria_orch import __version__
 from cafeteria_orch.daemon.service import OrchestratorService
 from cafeteria_orch.observe.http import MAX_CONNECTIONS, REQUEST_TIMEOUT, Monitor, Response
-from tests.support.builders import TCPTransport, batch_frame, lose, texts
-from tests.support.http import get
+from tests.support.builders import SUCCESS, TCPTransport, batch_frame, lose, texts
+from tests.support.http import get, metrics_address
 from tests.support.processes import ProcessTestCase, wait_until
 from tests.support.services import RecordingEndpoint, RecordingSink, ServiceTestCase, raising
 
@@ -436,3 +438,27 @@ class RealServer(ProcessTestCase):
         server.wait_until_gone()
         self.assertIn("Server Shut Down.", server.log)
         self.assertNotIn("GET /", server.log)
+
+    def test_pipelined_scrapes_take_neither_memory_nor_turns(self) -> None:
+        """Fifty scrapers that ask for 90,000 responses, and read none, keep nobody waiting."""
+        server = self.start("--store", "none", "--metrics", "tcp:0:interface=127.0.0.1")
+        host, _, port = metrics_address(server).partition(":")
+        before = resident_bytes(server.pid)
+        client = self.client(server)
+        for _ in range(MAX_CONNECTIONS):
+            scraper = socket.create_connection((host, int(port)), timeout=10)
+            self.addCleanup(scraper.close)
+            scraper.sendall(METRICS * (64 * 1024 // len(METRICS)))
+        for _ in range(20):
+            client.send(batch_frame(rows=[]))
+            self.assertEqual(client.read(5), SUCCESS)
+        self.assertLess(resident_bytes(server.pid) - before, 64 * 1024 * 1024)
+        server.signal(signal.SIGTERM)
+        server.wait_until_gone()
+
+
+def resident_bytes(pid: int) -> int:
+    """The memory that a process has at most taken."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (kibibytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+    return int(kibibytes) * 1024

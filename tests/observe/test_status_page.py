@@ -112,7 +112,7 @@ def connection(number: int) -> dict[str, Any]:
         "batches": 10**7,
         "rows": 10**10,
         "bytes": 10**12,
-        "in_hand": 8,
+        "in_progress": 8,
         "connected_at": 1.7e9,
     }
 
@@ -122,7 +122,7 @@ def table(name: str) -> dict[str, Any]:
     return {
         "table": name,
         "received": 10**8,
-        "in_hand": 8,
+        "in_progress": 8,
         "failed": 3 * 10**7,
         "rows": 10**11,
     } | dict.fromkeys(outcomes, 10**7)
@@ -302,7 +302,7 @@ class AnyPage(SynchronousTestCase):
     def test_idle(self) -> None:
         """A server that nobody is connected to, and that has no store."""
         text = self.seen["idle"]["text"]
-        self.assertIn("Nobody is connected.", text)
+        self.assertIn("No connections.", text)
         self.assertIn("None since the start.", text)
         self.assertNotIn("Completeness", text)
 
@@ -314,12 +314,12 @@ class AnyPage(SynchronousTestCase):
 
     def test_slow_store(self) -> None:
         """It says when the store could not be asked which tables are complete."""
-        self.assertIn("ask its view ingest_status", self.seen["slow"]["text"])
+        self.assertIn("query its view ingest_status", self.seen["slow"]["text"])
 
     def test_gone(self) -> None:
         """A server that answers no more is not shown as if it did."""
         text = self.seen["gone"]["text"]
-        self.assertRegex(text, r"The server has not answered for 1\d s\. What is shown is from \d")
+        self.assertRegex(text, r"The server has not answered for 1\d s\. The figures are from \d")
         self.assertIn("no answer", text)
         self.assertNotIn("not answered", self.seen["phone"]["text"])
 

@@ -39,7 +39,6 @@ class RestartTests(TestCase):
     """Everything that the service has opened is opened once more."""
 
     timeout = 20
-    skip = "the sink cannot be started again yet"
 
     async def test_a_restart_stores_batches_again(self) -> None:
         """Each life listens on its port, acknowledges what is on disk, and closes the store."""

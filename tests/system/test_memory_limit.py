@@ -8,6 +8,8 @@ import resource
 import socket
 import threading
 import time
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from unittest import SkipTest
 
@@ -57,6 +59,13 @@ class MemoryLimitTests(ProcessTestCase):
                 client.send(full_batch(number))
             self.assertEqual(client.read(5 * (count + 1)), SUCCESS * (count + 1))
 
+    def assert_answered(self, server: Server, clients: Sequence[socket.socket]) -> None:
+        """Every frame is acknowledged, but for those that came too slowly on a busy machine."""
+        answers = Counter(client.recv(5) for client in clients)
+        too_slow = server.log.count("a frame came too slowly while others waited for memory")
+        self.assertEqual(answers, Counter({SUCCESS: len(clients) - too_slow, b"": too_slow}))
+        self.assertLess(too_slow, len(clients) // 10)
+
     def test_headers_cost_nothing(self) -> None:
         """900 clients that declare the longest frame and send nothing of it cost a few MiB."""
         server = self.start("--store", "none")
@@ -90,7 +99,7 @@ class MemoryLimitTests(ProcessTestCase):
         for thread in threads:
             thread.start()
         # So that all have sent what they can.
-        time.sleep(1)
+        time.sleep(0.7)
         # What is beyond the limit is a chunk of each.
         grown = memory_of(server.pid) - before
         print(f"300 half frames: {grown / MIB:.1f} MiB, the limit is {limit // MIB} MiB")
@@ -102,8 +111,7 @@ class MemoryLimitTests(ProcessTestCase):
         rest = full_batch()[len(part) :]
         for thread, client in zip(threads, clients):
             threading.Thread(target=_finish, args=(thread, client, rest), daemon=True).start()
-        answers = [client.recv(5) for client in clients]
-        self.assertEqual(answers, [SUCCESS] * 300)
+        self.assert_answered(server, clients)
         self.assert_served(server, 3)
         self.assertNotIn("error", server.log)
 
@@ -132,7 +140,7 @@ class MemoryLimitTests(ProcessTestCase):
         for thread in threads:
             thread.start()
         # So that all have sent what they can.
-        time.sleep(1)
+        time.sleep(0.7)
         grown = memory_of(server.pid) - before
         print(f"300 clients of any shape: {grown / MIB:.1f} MiB, the limit is {limit // MIB} MiB")
         self.assertLess(grown, limit + 318 * 65536 + 16 * MIB)
@@ -141,9 +149,9 @@ class MemoryLimitTests(ProcessTestCase):
                 target=_finish, args=(thread, client, data[len(most) :]), daemon=True
             ).start()
         for client in half_frames:
-            client.sendall(data[len(most) :])
-        answers = [client.recv(5) for client in (*half_frames, *clients)]
-        self.assertEqual(answers, [SUCCESS] * 318)
+            with contextlib.suppress(OSError):
+                client.sendall(data[len(most) :])
+        self.assert_answered(server, [*half_frames, *clients])
 
     @slow
     def test_stalled_frames_do_not_keep_an_honest_one_waiting(self) -> None:
@@ -225,4 +233,4 @@ def _send(client: socket.socket, data: bytes) -> None:
 
 def _finish(before: threading.Thread, client: socket.socket, data: bytes) -> None:
     before.join()
-    client.sendall(data)
+    _send(client, data)

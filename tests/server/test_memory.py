@@ -260,7 +260,6 @@ class SharingTests(MemoryCase):
             protocol.dataReceived(self.rest())
             self.assertTrue(transport.value())
 
-
     def test_what_a_paused_transport_still_delivers_is_processed(self) -> None:
         """TLS delivers what it has decrypted, though it is paused; memory was short before."""
         message = frame(bytes([SHARED]) + bytes(LONGEST - 1))

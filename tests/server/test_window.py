@@ -10,7 +10,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
-from cafeteria_orch.server.window import MAX_IN_PROGRESS as WINDOW, Window
+from cafeteria_orch.server.window import MAX_IN_PROGRESS as WINDOW
+from cafeteria_orch.server.window import Window
 from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
 from cafeteria_orch.wire.messages import Finished, RawMessage, encode
 from tests.support.builders import ECHO, Pending, connect, echo, frame, lose, opcode_first

@@ -321,7 +321,9 @@ class Connection(RuleBasedStateMachine):
         data = self.stream[self.sent : end]
         self.sent = end
         whole = [message for at, message in self.unread if at <= end]
-        self.whole_until = max((at for at, _ in self.unread if at <= end), default=self.whole_until)
+        self.whole_until = max(
+            (at for at, _ in self.unread if at <= end), default=self.whole_until
+        )
         self.unread = [(at, message) for at, message in self.unread if at > end]
         if not self.model.closed:
             self.model.queue.extend(whole)

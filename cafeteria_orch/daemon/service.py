@@ -20,7 +20,7 @@ from twisted.python.failure import Failure
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.store.sink import Sink
-from cafeteria_orch.wire.codec import CODEC
+from cafeteria_orch.wire.messages import CODEC
 
 from .descriptors import DescriptorReporter
 from .signals import SignalHandlers

@@ -9,8 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
-from cafeteria_orch.wire.codec import encode_row
-from cafeteria_orch.wire.messages import BATCH_HEADER
+from cafeteria_orch.wire.messages import BATCH_HEADER, encode_row
 from cafeteria_orch.wire.opcodes import BatchStatus
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import MENU_ITEMS, TABLES, Table

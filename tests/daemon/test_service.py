@@ -16,7 +16,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.daemon.service import DEFAULT_DRAIN_TIMEOUT, OrchestratorService
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.wire.codec import CODEC
+from cafeteria_orch.wire.messages import CODEC
 from tests.support.builders import batch_frame, connect, numbered, texts
 from tests.support.services import (
     Reactor,

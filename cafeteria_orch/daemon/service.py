@@ -21,7 +21,7 @@ from cafeteria_orch.common.listening import address_of, listen
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.store.sink import Sink
-from cafeteria_orch.wire.codec import CODEC
+from cafeteria_orch.wire.messages import CODEC
 
 from .descriptors import DescriptorReporter
 from .signals import SignalHandlers

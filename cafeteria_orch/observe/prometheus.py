@@ -13,7 +13,7 @@ from typing import Any
 
 from cafeteria_orch.server.counters import Histogram, Outcome
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.wire.codec import CODEC
+from cafeteria_orch.wire.messages import CODEC
 from twisted import __version__ as twisted_version
 
 from .status import Status

@@ -11,8 +11,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from cafeteria_orch.wire.codec import encode_row
-from cafeteria_orch.wire.messages import BATCH_HEADER
+from cafeteria_orch.wire.messages import BATCH_HEADER, encode_row
 from cafeteria_orch.wire.opcodes import BatchStatus
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import MENU_ITEMS, TABLES, Table

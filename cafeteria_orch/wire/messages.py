@@ -6,19 +6,50 @@ pure: bytes in, values out, or the other way round.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from struct import Struct
 from struct import error as struct_error
 from typing import Any, ClassVar, Union
 from uuid import UUID
 
-from .codec import decode_rows, encode_rows
 from .errors import ProtocolError, UnknownOpcode
 from .opcodes import BatchStatus, Opcode
 from .rows import Row
 from .tables import END_OF_TABLE, TABLES, Table
+
+# The pure codec is the specification of the compiled one, which is there if it could be built.
+if os.environ.get("CAFEORCH_PURE", "0") in {"", "0"} and find_spec("cafeteria_orch.wire._rows"):
+    from ._rows import decode_rows, encode_row, encode_rows
+
+    CODEC = "compiled"
+else:
+    from .rows import decode_rows, encode_row, encode_rows
+
+    CODEC = "pure"
+
+__all__ = [
+    "BATCH_HEADER",
+    "CODEC",
+    "DECODERS",
+    "BatchRecvFail",
+    "BatchRecvSuccess",
+    "ClientHello",
+    "Decoder",
+    "Finished",
+    "Message",
+    "RawMessage",
+    "TableBatch",
+    "decode",
+    "decode_rows",
+    "encode",
+    "encode_row",
+    "encode_rows",
+    "end_of_table",
+]
 
 Decoder = Callable[[bytes], Any]
 """From the body of a message to its value; raises :class:`ValueError` if it is malformed."""
@@ -124,9 +155,12 @@ class ClientHello:
 
     @classmethod
     def decode_body(cls, body: bytes) -> ClientHello:
-        """:raises ProtocolError: if the body is not the 16 bytes of a UUID."""
+        """:raises ProtocolError: if the body is not the 16 bytes of a UUID, or those of nil."""
         if len(body) != 16:
             raise ProtocolError("a CLIENT_HELLO body holds 16 bytes")
+        if not any(body):
+            # Senders that never set theirs would be taken for one and the same.
+            raise ProtocolError("a CLIENT_HELLO with the nil UUID")
         return cls(UUID(bytes=body))
 
     def encode_body(self) -> bytes:

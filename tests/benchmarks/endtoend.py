@@ -12,7 +12,7 @@ from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cafeteria_orch.wire import codec as row_codec
+from cafeteria_orch.wire import messages as row_codec
 from cafeteria_orch.wire.messages import TableBatch
 
 from . import workload

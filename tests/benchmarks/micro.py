@@ -27,7 +27,7 @@ from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.frames import FrameReceiver
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store.sqlite import Database
-from cafeteria_orch.wire import codec as row_codec
+from cafeteria_orch.wire import messages as row_codec
 from cafeteria_orch.wire import rows
 from cafeteria_orch.wire.framing import INT32
 from cafeteria_orch.wire.messages import BATCH_HEADER, TableBatch, decode

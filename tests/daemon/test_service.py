@@ -15,7 +15,7 @@ from cafeteria_orch.daemon.service import DEFAULT_DRAIN_TIMEOUT, OrchestratorSer
 from cafeteria_orch.daemon.signals import SignalHandlers
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.wire.codec import CODEC
+from cafeteria_orch.wire.messages import CODEC
 from tests.support.builders import batch_frame, connect, numbered, texts
 from tests.support.logs import MemoryLog
 from tests.support.services import (

@@ -265,7 +265,7 @@ class Sums(SinkTestCase):
         clients = []
         for number in range(6):
             client = connect(self.factory)
-            client[0].dataReceived(frame(encode(ClientHello(UUID(int=number % 3)))))
+            client[0].dataReceived(frame(encode(ClientHello(UUID(int=number % 3 + 1)))))
             clients.append(client)
         for turn in range(40):
             # All that was sent in the first half is sent again in the second.

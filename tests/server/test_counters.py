@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -9,13 +10,13 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server import responses
-from cafeteria_orch.server.counters import UNKNOWN, Histogram, Outcome, label_of
+from cafeteria_orch.server.counters import UNKNOWN, Histogram, Outcome, label_of, outcome_of
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
 from cafeteria_orch.server.timeouts import Timeouts
 from cafeteria_orch.wire.errors import BatchRejected, ProtocolError, TryAgainLater
 from cafeteria_orch.wire.messages import Finished, encode, end_of_table
-from cafeteria_orch.wire.opcodes import Opcode
+from cafeteria_orch.wire.opcodes import FailReason, Opcode
 from cafeteria_orch.wire.tables import STORES, USERS
 from tests.support.builders import (
     ECHO,
@@ -38,6 +39,13 @@ def raises(error: Exception) -> Any:
         raise error
 
     return processor
+
+
+class Undecided:
+    """What a processor may return, and nobody can tell whether it is true."""
+
+    def __bool__(self) -> bool:
+        raise ValueError
 
 
 class CountingTestCase(SynchronousTestCase):
@@ -114,6 +122,24 @@ class Messages(CountingTestCase):
         self.send(frame(b"\x29"))
         self.check(41, processed=1)
 
+    def test_the_outcome_of_each_answer(self) -> None:
+        """Of any answer that there can be: a FAIL of any reason or none, and all others."""
+        for opcode, reason in product(range(256), (None, 0, 1, 2, 3, 255)):
+            body = b"" if reason is None else bytes([reason])
+            outcome = outcome_of(bytes([opcode]) + body)
+            if opcode != Opcode.BATCH_RECV_FAIL:
+                self.assertIs(outcome, Outcome.PROCESSED)
+        by_reason: dict[int, Outcome] = {
+            FailReason.TRY_AGAIN: Outcome.TRY_AGAIN,
+            FailReason.MALFORMED: Outcome.MALFORMED,
+        }
+        for value in range(256):
+            expected = by_reason.get(value, Outcome.REJECTED)
+            self.assertIs(outcome_of(bytes([Opcode.BATCH_RECV_FAIL, value])), expected)
+        for other in (b"\x02", b"\x02\x01\x01", b"\x02\x03\0"):
+            self.assertIs(outcome_of(other), Outcome.REJECTED)
+        self.assertIs(outcome_of(b""), Outcome.PROCESSED)
+
     def test_fail_without_a_reason(self) -> None:
         """A FAIL that gives no reason, or one of a processor's own, is a rejection."""
 
@@ -183,14 +209,13 @@ class Messages(CountingTestCase):
         self.factory.register_processor(41, pending)
         protocol, _ = connect(self.factory)
         protocol.dataReceived(frame(b"\x29"))
-        self.patch(protocol, "proceed", raises(KeyError()))
-        pending.finish()
+        pending.finish(keep=Undecided())
         self.check(41, processed=1)
         self.patch(self.factory, "must_answer", raises(KeyError()))
         self.factory.register_processor(42, lambda *_: True)
         self.send(frame(b"\x2a"))
         self.check(42, rejected=1)
-        self.flushLoggedErrors(KeyError, TypeError)
+        self.flushLoggedErrors(KeyError, TypeError, ValueError)
 
     def test_control_messages(self) -> None:
         """What is no batch is counted beside them, by name."""

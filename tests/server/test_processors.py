@@ -15,6 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from cafeteria_orch.server import responses
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
+from cafeteria_orch.server.timeouts import Timeouts
 from cafeteria_orch.wire.errors import BatchRejected, TryAgainLater
 from cafeteria_orch.wire.messages import RawMessage
 from tests.support.builders import (
@@ -22,6 +23,7 @@ from tests.support.builders import (
     FAIL,
     PATIENT,
     SUCCESS,
+    Pending,
     TCPTransport,
     batch_frame,
     connect,
@@ -47,6 +49,84 @@ def exchange(processor: Callable[..., Any]) -> TCPTransport:
     protocol, transport = connect(factory)
     protocol.dataReceived(frame(bytes([ECHO])))
     return transport
+
+
+class Undecided:
+    """What a processor may return, and nobody can tell whether it is true."""
+
+    def __bool__(self) -> bool:
+        raise Boom
+
+
+class Faults(SynchronousTestCase):
+    """What fails after a processor has returned is a fault of our own: FAIL, and a close."""
+
+    def test_it_costs_no_answer_and_is_logged_once(self) -> None:
+        """At once or later; what came before in the same chunk is answered, and after it dropped."""
+        for is_later in (False, True):
+            for answers in (True, False):
+                with self.subTest(is_later=is_later, answers=answers):
+                    self.check(is_later=is_later, answers=answers)
+
+    def check(self, *, is_later: bool, answers: bool) -> None:
+        factory = OrchestratorFactory(Clock())
+        deferred: Deferred[object] = Deferred()
+
+        def processor(_: object, client: Exchange) -> object:
+            if answers:
+                responses.send_success(client)
+            return deferred if is_later else Undecided()
+
+        factory.register_processor(ECHO, processor)
+        protocol, transport = connect(factory)
+        protocol.dataReceived(batch_frame() + frame(bytes([ECHO])) + batch_frame())
+        if is_later:
+            deferred.callback(Undecided())
+        self.assertEqual(len(self.flushLoggedErrors(Boom)), 1)
+        own = SUCCESS if answers else FAIL + b"\x02"
+        self.assertEqual(transport.value(), SUCCESS + own)
+        self.assertTrue(transport.half_closed)
+        lose(protocol)
+        self.assertEqual(factory.connections, set())
+
+    def test_a_message_that_cannot_be_named_in_the_log(self) -> None:
+        """Its processor raises, and so does what the log says of the message."""
+
+        class Nameless:
+            @property
+            def batch_number(self) -> int:
+                raise Boom
+
+        factory = OrchestratorFactory(Clock())
+        factory.register_processor(ECHO, lambda *_: 1 // 0, decoder=lambda _: Nameless())
+        protocol, transport = connect(factory)
+        protocol.dataReceived(batch_frame() + frame(bytes([ECHO])))
+        self.assertEqual(len(self.flushLoggedErrors(Boom)), 1)
+        self.assertEqual(transport.value(), SUCCESS + FAIL + b"\x02")
+        self.assertTrue(transport.half_closed)
+
+
+class TimesOut(SynchronousTestCase):
+    """A processor may have a patience of its own: ``times_out=False``."""
+
+    def test_the_processing_timeout_does_not_hold_for_it(self) -> None:
+        """Another one that is in progress beside it is answered in its place all the same."""
+        for others in (0, 1):
+            clock = Clock()
+            factory = OrchestratorFactory(clock, timeouts=Timeouts(None, None, 60))
+            patient, other = Pending(), Pending()
+            factory.register_processor(ECHO, patient, pipelined=True, times_out=False)
+            factory.register_processor(ECHO + 1, other, pipelined=True)
+            protocol, transport = connect(factory)
+            protocol.dataReceived(frame(bytes([ECHO + 1])) * others + frame(bytes([ECHO])))
+            with capturedLogs() as events:
+                clock.pump([10] * 100)
+            self.assertEqual(transport.value(), (FAIL + b"\x01") * others)
+            self.assertEqual(len(texts(events, LogLevel.warn)), others)
+            self.assertEqual(factory.counters.limit_hits["processing_timeout"], others)
+            patient.finish()
+            self.assertEqual(transport.value(), (FAIL + b"\x01") * others + frame(bytes([ECHO])))
+            self.assertEqual(clock.getDelayedCalls(), [])
 
 
 class Deferreds(SynchronousTestCase):

@@ -5,55 +5,25 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from uuid import UUID
 
-from twisted.logger import LogLevel, capturedLogs
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server import responses
-from cafeteria_orch.server.responses import Exchange, Session
+from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.wire.errors import BatchRejected, ProtocolError, TryAgainLater
 from cafeteria_orch.wire.opcodes import FailReason, Opcode
-from tests.support.builders import (
-    ECHO,
-    PEER,
-    batch,
-    texts,
-)
+from tests.support.builders import PEER, batch, connect, exchange, frame, texts
 
 SECRET = "2003-06-13"  # What a row holds, and no line above debug may.
 FORM = (
     "action: message_processing | result: fail | batch_number: {batch_number}"
     " | amount: {amount} | error: {error}"
 )
-
-
-class FakeReactor:
-    """A reactor that only keeps what other threads ask of it."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-
-    def callFromThread(self, function: Callable[..., Any], *args: Any) -> None:
-        self.calls.append((function, args))
-
-
-class FakeConnection:
-    """A connection that only keeps the answers."""
-
-    def __init__(self) -> None:
-        self.session = Session(PEER, 0.0)
-        self.thread = threading.get_ident()
-        self.reactor: Any = FakeReactor()
-        self.log_debug = True
-        self.sent: list[bytes] = []
-
-    def answered(self, exchange: Exchange) -> None:
-        self.sent.append(exchange.payload)
-
-    def processor_name(self, opcode: int) -> str:
-        return f"processor of {opcode}"
 
 
 def raised(error: Exception) -> Exception:
@@ -69,46 +39,66 @@ def raised(error: Exception) -> Exception:
     raise AssertionError
 
 
-class Sending(SynchronousTestCase):
-    """What goes out, byte for byte."""
+class ThreadedClock(Clock):
+    """A clock that keeps what other threads ask of the reactor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Callable[[], object]] = []
+
+    def callFromThread(self, function: Callable[..., object], *args: Any) -> None:
+        self.asked.append(partial(function, *args))
+
+
+class ResponsesCase(SynchronousTestCase):
+    """A connection, and messages of it that wait for an answer."""
 
     def setUp(self) -> None:
-        self.connection = FakeConnection()
-        self.client = Exchange(self.connection, Opcode.NEW_USERS)
+        self.clock = ThreadedClock()
+        self.factory = OrchestratorFactory(self.clock, log_level=LogLevel.debug)
+        self.protocol, self.transport = connect(self.factory)
+        self.client = exchange(self.protocol, Opcode.NEW_USERS)
+
+    def assert_sent(self, *payloads: bytes) -> None:
+        self.assertEqual(self.transport.value(), b"".join(map(frame, payloads)))
+
+
+class Sending(ResponsesCase):
+    """What goes out, byte for byte."""
 
     def test_success(self) -> None:
         """A success is its opcode alone."""
         responses.send_success(self.client)
-        self.assertEqual(self.connection.sent, [b"\x01"])
+        self.assert_sent(b"\x01")
 
     def test_failure_says_why(self) -> None:
         """A failure carries its reason in one byte."""
         for reason in FailReason:
-            connection = FakeConnection()
-            responses.send_failure(Exchange(connection, ECHO), reason)
-            self.assertEqual(connection.sent, [bytes([2, reason])])
+            self.setUp()
+            responses.send_failure(self.client, reason)
+            self.assert_sent(bytes([2, reason]))
 
     def test_failure_is_a_rejection_by_default(self) -> None:
         """A failure without a reason given is reason 2."""
         responses.send_failure(self.client)
-        self.assertEqual(self.connection.sent, [b"\x02\x02"])
+        self.assert_sent(b"\x02\x02")
 
     def test_failure_without_a_reason(self) -> None:
         """The reason ``None`` sends the empty body of the seed."""
         responses.send_failure(self.client, None)
-        self.assertEqual(self.connection.sent, [b"\x02"])
+        self.assert_sent(b"\x02")
 
     def test_response_of_ones_own(self) -> None:
         """``send`` takes any opcode and body."""
         responses.send(self.client, 200, b"body")
-        self.assertEqual(self.connection.sent, [b"\xc8body"])
+        self.assert_sent(b"\xc8body")
 
     def test_opcode_is_one_byte(self) -> None:
         """An opcode that is not one byte is refused, and the slot stays free."""
         for opcode in (-1, 256):
             self.assertRaises(ValueError, responses.send, self.client, opcode)
         responses.send_success(self.client)
-        self.assertEqual(self.connection.sent, [b"\x01"])
+        self.assert_sent(b"\x01")
 
     def test_handle_knows_its_client(self) -> None:
         """A handle gives the ip, the ids and the opcode, as the session has them now."""
@@ -116,7 +106,7 @@ class Sending(SynchronousTestCase):
             (self.client.ip, self.client.client_id, self.client.agency_id, self.client.opcode),
             (PEER, None, None, 8),
         )
-        session = self.connection.session
+        session = self.protocol.session
         session.client_id, session.agency_id = UUID(int=5), 9
         self.assertEqual((self.client.client_id, self.client.agency_id), (UUID(int=5), 9))
         self.assertIs(self.client.session, session)
@@ -124,19 +114,19 @@ class Sending(SynchronousTestCase):
     def test_from_the_reactors_thread(self) -> None:
         """An answer given in the reactor's thread leaves at once, without the reactor."""
         responses.send_success(self.client)
-        self.assertEqual(self.connection.sent, [b"\x01"])
-        self.assertEqual(self.connection.reactor.calls, [])
+        self.assert_sent(b"\x01")
+        self.assertEqual(self.clock.asked, [])
 
     def test_from_another_thread(self) -> None:
         """An answer given in another thread goes through ``callFromThread``."""
         thread = threading.Thread(target=responses.send_success, args=(self.client,))
         thread.start()
         thread.join()
-        self.assertEqual(self.connection.sent, [])
+        self.assert_sent()
         self.assertFalse(self.client.settled)
-        ((function, args),) = self.connection.reactor.calls
-        function(*args)
-        self.assertEqual(self.connection.sent, [b"\x01"])
+        (asked,) = self.clock.asked
+        asked()
+        self.assert_sent(b"\x01")
         self.assertTrue(self.client.settled)
 
     def test_second_answer_from_another_thread(self) -> None:
@@ -146,27 +136,27 @@ class Sending(SynchronousTestCase):
         thread.join()
         responses.send_success(self.client)
         with capturedLogs() as events:
-            for function, args in self.connection.reactor.calls:
-                function(*args)
-        self.assertEqual(self.connection.sent, [b"\x01"])
+            for asked in self.clock.asked:
+                asked()
+        self.assert_sent(b"\x01")
         (warning,) = texts(events, LogLevel.warn)
-        self.assertIn("processor of 8", warning)
+        self.assertIn("opcode: 8 | error: not sent, the default handling", warning)
 
 
-class ProcessingErrors(SynchronousTestCase):
+class ProcessingErrors(ResponsesCase):
     """``handle_processing_error``: a FAIL for the client, lines for the log."""
 
-    def handle(self, error: Exception, message: object) -> tuple[list[bytes], Sequence[Any]]:
-        connection = FakeConnection()
-        client = Exchange(connection, Opcode.NEW_USERS)
+    def handle(self, error: Exception, message: object) -> Sequence[LogEvent]:
+        """The events of an error on a connection of its own."""
+        self.setUp()
         with capturedLogs() as events:
-            self.assertIs(responses.handle_processing_error(message, client, error), True)
+            self.assertIs(responses.handle_processing_error(message, self.client, error), True)
         self.flushLoggedErrors(type(error))
-        return connection.sent, events
+        return events
 
     def test_line_in_the_seeds_form(self) -> None:
         """The error line is the seed's, with the batch's number and amount."""
-        _, events = self.handle(raised(BatchRejected("a store is closed")), batch(batch_number=7))
+        events = self.handle(raised(BatchRejected("a store is closed")), batch(batch_number=7))
         self.assertEqual(
             texts(events, LogLevel.error),
             [FORM.format(batch_number=7, amount=1, error="a store is closed")],
@@ -174,7 +164,7 @@ class ProcessingErrors(SynchronousTestCase):
 
     def test_message_that_is_no_batch(self) -> None:
         """What a decoder of one's own made has neither a number nor an amount."""
-        _, events = self.handle(raised(TryAgainLater("full")), {"a": 1})
+        events = self.handle(raised(TryAgainLater("full")), {"a": 1})
         self.assertEqual(
             texts(events, LogLevel.error),
             [FORM.format(batch_number="-", amount="-", error="full")],
@@ -188,19 +178,19 @@ class ProcessingErrors(SynchronousTestCase):
             (ProtocolError("what"), 3),
             (KeyError("x"), 2),
         ):
-            sent, _ = self.handle(raised(error), batch())
-            self.assertEqual(sent, [bytes([2, reason])])
+            self.handle(raised(error), batch())
+            self.assert_sent(bytes([2, reason]))
 
     def test_foreign_error_with_a_reason_of_its_own(self) -> None:
         """The ``reason`` of an error that is not of this package means something else."""
         error = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
-        sent, events = self.handle(raised(error), batch())
-        self.assertEqual(sent, [b"\x02\x02"])
+        events = self.handle(raised(error), batch())
+        self.assert_sent(b"\x02\x02")
         self.assertEqual(len(texts(events, LogLevel.error)), 1)
 
     def test_no_data_above_debug(self) -> None:
         """Neither the text of a foreign error nor a row is in what is above debug."""
-        _, events = self.handle(raised(ValueError(f"bad birthdate {SECRET}")), batch())
+        events = self.handle(raised(ValueError(f"bad birthdate {SECRET}")), batch())
         above = [event for event in events if event["log_level"] > LogLevel.debug]
         (line,) = texts(events, LogLevel.error)
         self.assertRegex(line, r"\| error: ValueError at test_responses\.py:\d+$")
@@ -209,7 +199,7 @@ class ProcessingErrors(SynchronousTestCase):
 
     def test_traceback_at_debug(self) -> None:
         """The traceback is there, with the error's text, at debug alone."""
-        _, events = self.handle(raised(ValueError(SECRET)), batch())
+        events = self.handle(raised(ValueError(SECRET)), batch())
         (event,) = [event for event in events if "log_failure" in event]
         self.assertIs(event["log_level"], LogLevel.debug)
         traceback = event["log_failure"].getTraceback()
@@ -218,13 +208,11 @@ class ProcessingErrors(SynchronousTestCase):
 
     def test_answered_before(self) -> None:
         """A message that has its answer gets no FAIL on top, and no warning of a second one."""
-        connection = FakeConnection()
-        client = Exchange(connection, Opcode.NEW_USERS)
-        responses.send_success(client)
+        responses.send_success(self.client)
         with capturedLogs() as events:
-            responses.handle_processing_error(batch(), client, BatchRejected("too late"))
+            responses.handle_processing_error(batch(), self.client, BatchRejected("too late"))
         self.flushLoggedErrors(BatchRejected)
-        self.assertEqual(connection.sent, [b"\x01"])
+        self.assert_sent(b"\x01")
         self.assertEqual(len(texts(events, LogLevel.error)), 1)
         self.assertEqual(texts(events, LogLevel.warn), [])
 

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IPushProducer
 from twisted.internet.task import Clock
@@ -15,7 +21,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.server import responses
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.server.timeouts import Deadline, Timeouts
+from cafeteria_orch.server.reading import Awaited, Pause, Reading
+from cafeteria_orch.server.timeouts import Countdown, Timeouts
 from cafeteria_orch.wire.opcodes import Opcode
 from tests.support.builders import (
     ECHO,
@@ -32,59 +39,191 @@ from tests.support.builders import (
     texts,
 )
 
-ACTIONS = st.one_of(
-    st.tuples(st.just("start"), st.one_of(st.none(), st.integers(0, 9))),
-    st.tuples(st.sampled_from(("suspend", "resume", "cancel")), st.none()),
-    st.tuples(st.just("advance"), st.integers(0, 9)),
-)
+
+class IteratedClock(Clock):
+    """A clock whose reactor reads between what is due now and what that delays by 0 seconds."""
+
+    def iterate(self) -> None:
+        due = [call for call in self.calls if call.getTime() <= self.seconds()]
+        for call in due:
+            self.calls.remove(call)
+            call.called = 1
+            call.func(*call.args, **call.kw)
+
+    def pass_second(self) -> None:
+        self.rightNow += 1
+        self.iterate()
 
 
-class DeadlineTests(SynchronousTestCase):
-    """The timer itself."""
+class CountdownMachine(RuleBasedStateMachine):
+    """A countdown and a model that counts seconds down; progress may come at any time.
 
-    @given(st.lists(ACTIONS, max_size=30))
-    def test_like_a_plain_one(self, actions: list[tuple[str, int | None]]) -> None:
-        """It is reached exactly when a timer would be that is counted down second by second."""
-        clock = Clock()
-        reached: list[float] = []
-        deadline = Deadline(clock, lambda: reached.append(clock.seconds()))
-        expected: list[float] = []
-        left: int | None = None
-        running = False
-        for action, value in [*actions, ("advance", 10)]:
-            if action != "advance":
-                getattr(deadline, action)(*([value] if action == "start" else []))
-            if action == "start":
-                left, running = value, value is not None
-            elif action == "suspend":
-                running = False
-            elif action == "resume":
-                running = left is not None
-            elif action == "cancel":
-                left, running = None, False
-            else:
-                # What is set to no time at all is reached when time is looked at.
-                for second in range((value or 0) + 1):
-                    if second:
-                        clock.advance(1)
-                        left = left - 1 if running and left else left
-                    else:
-                        clock.advance(0)
-                    if running and left == 0:
-                        expected.append(clock.seconds())
-                        left, running = None, False
-            self.assertEqual(deadline.is_set, running)
-        self.assertEqual(reached, expected)
+    When the time is up in the model, it expires at the first iteration without progress since the
+    one before.
+    """
 
-    def test_one_call(self) -> None:
-        """However often it is set, one call at most is on the reactor."""
-        clock = Clock()
-        deadline = Deadline(clock, lambda: None)
-        for seconds in (5, 9, 2, 7, 3):
-            deadline.start(seconds)
-            self.assertEqual(len(clock.getDelayedCalls()), 1)
-        deadline.cancel()
-        self.assertEqual(clock.getDelayedCalls(), [])
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = IteratedClock()
+        self.progress = 0
+        self.expired = 0
+        self.countdown = Countdown(self.clock, lambda: self.progress, self.expire)
+        self.left: int | None = None
+        self.is_running = False
+        self.seen: int | None = None
+        self.expected = 0
+
+    def expire(self) -> None:
+        self.expired += 1
+
+    @rule(seconds=st.integers(0, 2))
+    def start(self, seconds: int) -> None:
+        self.countdown.start(seconds)
+        self.left, self.is_running, self.seen = seconds, True, None
+
+    @rule()
+    def suspend(self) -> None:
+        self.countdown.suspend()
+        self.is_running = False
+
+    @rule()
+    def resume(self) -> None:
+        self.countdown.resume()
+        if self.left is not None and not self.is_running:
+            self.is_running, self.seen = True, None
+
+    @rule()
+    def cancel(self) -> None:
+        self.countdown.cancel()
+        self.left, self.is_running = None, False
+
+    @rule()
+    def make_progress(self) -> None:
+        self.progress += 1
+
+    def model_iterates(self) -> None:
+        if self.is_running and self.left == 0:
+            if self.seen == self.progress:
+                self.expected += 1
+                self.left, self.is_running = None, False
+            self.seen = self.progress
+
+    @rule()
+    def iterate(self) -> None:
+        self.clock.iterate()
+        self.model_iterates()
+
+    @rule(seconds=st.integers(1, 2))
+    def pass_time(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self.clock.pass_second()
+            if self.is_running and self.left:
+                self.left -= 1
+            self.model_iterates()
+
+    @invariant()
+    def as_the_model_says(self) -> None:
+        assert self.expired == self.expected
+        assert len(self.clock.getDelayedCalls()) == self.is_running
+
+
+class CountdownTests(SynchronousTestCase):
+    """The timer of a client by itself."""
+
+    def test_it_expires_as_a_model_says(self) -> None:
+        """Started, suspended, resumed and cancelled in any order, with progress at any time."""
+        run_state_machine_as_test(
+            CountdownMachine, settings=settings(max_examples=200, stateful_step_count=30)
+        )
+
+
+class ReadingTests(SynchronousTestCase):
+    """What a client is waited for, and which of its times runs."""
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.expired: list[Awaited] = []
+        self.reading = Reading(self.clock, Timeouts(9, 5, None), lambda: 0, self.expired.append)
+
+    def wait(
+        self, *, is_idle: bool = True, has_begun: bool = False, has_sent: bool = False
+    ) -> None:
+        self.reading.wait_for_client(is_idle, has_begun, has_sent)
+
+    def assert_expires_in(self, seconds: int, awaited: Awaited) -> None:
+        self.clock.pump([1] * (seconds - 1))
+        self.assertEqual(self.expired, [])
+        self.clock.advance(1)
+        self.assertEqual(self.expired, [awaited])
+
+    def test_a_client_is_waited_for_to_begin_a_frame_then_to_end_it(self) -> None:
+        """Each has its own time, however often that is asked."""
+        for has_begun, seconds, awaited in ((False, 9, Awaited.FRAME), (True, 5, Awaited.REST)):
+            self.setUp()
+            self.wait()
+            self.clock.advance(2)
+            self.wait(has_begun=has_begun)
+            self.wait(has_begun=has_begun)
+            self.assert_expires_in(seconds if has_begun else seconds - 2, awaited)
+
+    def test_a_message_starts_the_time_again(self) -> None:
+        """Whether it is still in progress or not, or came while the connection was paused."""
+        for is_paused in (False, True):
+            self.setUp()
+            self.wait(has_begun=True)
+            self.clock.advance(4)
+            if is_paused:
+                self.reading.pause(Pause.BUSY)
+            self.wait(has_begun=True, has_sent=True)
+            self.clock.advance(4)
+            self.reading.resume(Pause.BUSY)
+            self.wait(has_begun=True)
+            self.assert_expires_in(5 if is_paused else 1, Awaited.REST)
+
+    def test_the_time_stands_still_while_a_connection_is_paused(self) -> None:
+        """Or a message is in progress, and no frame has begun."""
+        for reason in (Pause.SINK, Pause.TURN, Pause.MEMORY, Pause.BUSY, None):
+            self.setUp()
+            self.wait()
+            self.clock.advance(4)
+            if reason is not None:
+                self.reading.pause(reason)
+            self.wait(is_idle=reason is not None)
+            self.clock.advance(1000)
+            if reason is not None:
+                self.reading.resume(reason)
+            self.wait()
+            self.assert_expires_in(5, Awaited.FRAME)
+
+    def test_a_client_that_does_not_read_is_waited_for_whatever_else_pauses(self) -> None:
+        """When it reads again it has its other times from the start."""
+        for other in (*Pause, None):
+            self.setUp()
+            self.wait(has_begun=True)
+            self.clock.advance(4)
+            for reason in {Pause.OUTPUT, other or Pause.OUTPUT}:
+                self.reading.pause(reason)
+            self.wait(has_begun=True)
+            self.clock.advance(4)
+            self.wait(has_begun=True)
+            if other is not None:
+                self.assert_expires_in(1, Awaited.ANSWERS)
+                continue
+            self.reading.resume(Pause.OUTPUT)
+            self.wait(has_begun=True)
+            self.assert_expires_in(5, Awaited.REST)
+
+    def test_no_timer_without_a_timeout_or_after_a_stop(self) -> None:
+        """Nothing is left on the reactor."""
+        patient = Reading(self.clock, Timeouts(None, None, None), lambda: 0, self.expired.append)
+        for has_begun in (False, True):
+            patient.wait_for_client(True, has_begun, False)
+        patient.pause(Pause.OUTPUT)
+        patient.wait_for_client(True, False, False)
+        for _ in range(2):
+            self.wait()
+            self.reading.stop()
+        self.assertEqual(self.clock.getDelayedCalls(), [])
 
 
 class TimeoutTests(SynchronousTestCase):
@@ -236,7 +375,7 @@ class FrameTimeoutTests(TimeoutTests):
 
     def test_answers_are_read_while_held(self) -> None:
         """One that has read them is not cut off for what the server holds it for."""
-        for hold in (self.factory.pauseProducing, self.hold_in_hand):
+        for hold in (self.factory.pauseProducing, self.hold_by_a_message):
             self.protocol, self.transport = connect(self.factory)
             hold()
             for _ in range(3):
@@ -247,7 +386,7 @@ class FrameTimeoutTests(TimeoutTests):
             self.assert_open()
             self.factory.resumeProducing()
 
-    def hold_in_hand(self) -> None:
+    def hold_by_a_message(self) -> None:
         self.receive(frame(bytes([self.PENDING])))
 
     def test_answers_are_not_read_while_held(self) -> None:
@@ -257,12 +396,31 @@ class FrameTimeoutTests(TimeoutTests):
         self.pass_time(30)
         self.assertTrue(self.transport.aborted)
 
+    def test_what_came_while_the_process_was_stopped_is_read_before_it_is_judged(self) -> None:
+        """Much may have come: the reactor reads as long as there is more, then judges."""
+        clock = IteratedClock()
+        factory = OrchestratorFactory(clock, timeouts=self.timeouts)
+        data = batch_frame()
+        for missing in (0, 1):
+            protocol, transport = connect(factory)
+            protocol.dataReceived(data[:1])
+            clock.rightNow += 35
+            # Of a long frame the reactor reads a part in each iteration.
+            for start in range(1, len(data) - missing, 9):
+                clock.iterate()
+                protocol.dataReceived(data[start : min(start + 9, len(data) - missing)])
+            for _ in range(3):
+                clock.iterate()
+            self.assertEqual(transport.value(), b"" if missing else SUCCESS)
+            self.assertEqual(transport.half_closed, bool(missing))
+
     def test_nothing_is_left_behind(self) -> None:
         """However a connection ends, no call of it stays on the reactor."""
-        for end in (lose, OrchestratorProtocol.abort, OrchestratorProtocol.drain):
+        for end in (None, OrchestratorProtocol.abort, OrchestratorProtocol.end):
             protocol, _ = connect(self.factory)
             protocol.dataReceived(numbered(2)[:4])
-            end(protocol)
+            if end is not None:
+                end(protocol)
             lose(protocol)
             self.assertEqual(self.clock.getDelayedCalls(), [])
 
@@ -318,7 +476,7 @@ class IdleTimeoutTests(TimeoutTests):
 class ProcessingTimeoutTests(TimeoutTests):
     """A processor that takes long, or never ends."""
 
-    def in_hand(self, *numbers: int, opcode: int) -> None:
+    def in_progress(self, *numbers: int, opcode: int) -> None:
         for number in numbers:
             self.receive(frame(bytes([opcode, number])))
 

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import Any, ClassVar
+from typing import Any
 from uuid import UUID
 
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.strategies import DataObject
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.logger import LogLevel, capturedLogs
-from twisted.protocols.basic import Int32StringReceiver
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.sender.client import OrchestratorClient
 from cafeteria_orch.server import responses
-from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.server.frames import FrameReceiver
 from cafeteria_orch.tap import Options, makeService
 from cafeteria_orch.wire.framing import FRAMINGS, INT32, OPCODE_FIRST, Framing
 from cafeteria_orch.wire.messages import (
@@ -32,10 +26,8 @@ from cafeteria_orch.wire.messages import (
     encode,
 )
 from cafeteria_orch.wire.tables import USERS
-from tests.server import test_framing, test_framing_cost, test_framing_flow
 from tests.support.builders import (
     ECHO,
-    FAIL,
     SUCCESS,
     USER_ROW,
     Pending,
@@ -48,8 +40,7 @@ from tests.support.builders import (
     opcode_first,
     texts,
 )
-from tests.support.framings import FramingCase, Recorder
-from tests.support.strategies import chunkings, cut, messages
+from tests.support.strategies import cut
 
 SUCCESS_FIRST = b"\x01\0\0\0\0"
 FAIL_FIRST = b"\x02\0\0\0\0"
@@ -61,251 +52,6 @@ FRAMES = {"int32": frame, "opcode-first": opcode_first}
 LIMIT = 1000
 SNIFFABLE = 2**24 - 1
 """The highest limit with which a first byte is enough."""
-
-
-class OpcodeFirstReceiver:
-    """The simplest receiver of this framing there is, to compare with."""
-
-    def __init__(self) -> None:
-        self.frames: list[bytes] = []
-        self._data = b""
-
-    def dataReceived(self, data: bytes) -> None:
-        self._data += data
-        while len(self._data) >= 5:
-            end = 5 + int.from_bytes(self._data[1:5], "little")
-            if len(self._data) < end:
-                return
-            self.frames.append(self._data[:1] + self._data[5:end])
-            self._data = self._data[end:]
-
-
-class OpcodeFirst(FramingCase):
-    """Makes a test of the one framing one of the other."""
-
-    framing = OPCODE_FIRST
-    frame = staticmethod(opcode_first)
-    # The opcode alone is the shortest payload, and any byte may be one behind the first frame.
-    few: ClassVar[list[bytes]] = [b"one", b"\x02", b"three", b"\0\0\0\1", b"5"]
-    reference = OpcodeFirstReceiver
-
-
-class OpcodeFirstFrameTests(OpcodeFirst, test_framing.FrameTests):
-    """What a frame is, there."""
-
-    def test_bytes(self) -> None:
-        """A frame is the opcode, a little-endian length of the body, and that many bytes."""
-        protocol = Recorder()
-        protocol.dataReceived(b"\x08\x02\x01\0\0" + b"x" * 258)
-        self.assertEqual(protocol.frames, [b"\x08" + b"x" * 258])
-        self.assertEqual(protocol.encodeFrame(b"\x08" + b"x" * 258)[:6], b"\x08\x02\x01\0\0x")
-
-    def test_empty_body(self) -> None:
-        """A body of no bytes is a frame of five, and whatever stands behind it is another."""
-        protocol = Recorder()
-        protocol.dataReceived(b"\x03\0\0\0\0" * 2)
-        self.assertEqual(protocol.frames, [b"\x03", b"\x03"])
-        self.assertEqual(protocol.encodeFrame(b"\x03"), b"\x03\0\0\0\0")
-
-    def test_limit_counts_the_opcode(self) -> None:
-        """The body and its opcode are as long as the limit says, and not a byte more."""
-        for size, frames, refused in ((9, [b"\x08" + bytes(9)], []), (10, [], [11])):
-            protocol = Recorder()
-            protocol.MAX_LENGTH = 10
-            protocol.dataReceived(b"\x08" + struct.pack("<i", size) + bytes(size))
-            self.assertEqual((protocol.frames, protocol.refused), (frames, refused))
-            self.assertEqual(protocol.transport.disconnecting, bool(refused))
-
-    def test_smallest_limits(self) -> None:
-        """A limit of one byte leaves room for an opcode."""
-        protocol = Recorder()
-        protocol.MAX_LENGTH = 1
-        protocol.dataReceived(b"\x03\0\0\0\0" + b"\x03\x01\0\0\0")
-        self.assertEqual((protocol.frames, protocol.refused), ([b"\x03"], [2]))
-
-    def test_negative_length(self) -> None:
-        """A negative length is refused as soon as it is there, as what it is."""
-        for length in (-1, -2, -(2**31)):
-            stream = self.frame(b"before") + b"\x08" + struct.pack("<i", length)
-            for chunks in ([stream + bytes(9)], cut(stream, range(len(stream)))):
-                protocol = Recorder()
-                protocol.feed(chunks)
-                self.assertEqual((protocol.frames, protocol.refused), ([b"before"], [length]))
-                self.assertTrue(protocol.transport.disconnecting)
-                protocol.dataReceived(self.stream)
-                self.assertEqual(protocol.frames, [b"before"])
-
-    def test_every_opcode(self) -> None:
-        """Any byte may be an opcode of a connection whose framing is known."""
-        protocol = Recorder()
-        payloads = [bytes([opcode]) + b"body" for opcode in range(256)]
-        protocol.dataReceived(b"".join(map(opcode_first, payloads)))
-        self.assertEqual(protocol.frames, payloads)
-
-
-class OpcodeFirstSplitTests(OpcodeFirst, test_framing.SplitTests):
-    """How the stream is cut into chunks makes no difference there."""
-
-
-class OpcodeFirstStopTests(OpcodeFirst, test_framing_flow.StopTests):
-    """Nothing is delivered after a stop there."""
-
-
-class OpcodeFirstPauseTests(OpcodeFirst, test_framing_flow.PauseTests):
-    """Nothing is lost or comes twice over a pause there."""
-
-
-class OpcodeFirstMissingTests(OpcodeFirst, test_framing.MissingTests):
-    """How much of a frame has not come there."""
-
-
-class OpcodeFirstDeliveredTests(OpcodeFirst, test_framing_flow.DeliveredTests):
-    """The hook at the end of a delivery there."""
-
-
-class OpcodeFirstBrokenHookTests(OpcodeFirst, test_framing_flow.BrokenHookTests):
-    """An exception costs no order there."""
-
-
-class OpcodeFirstSendTests(OpcodeFirst, test_framing.SendTests):
-    """The other direction there."""
-
-
-class OpcodeFirstCostTests(OpcodeFirst, test_framing_cost.CostTests):
-    """Each byte is copied a few times at most there."""
-
-
-class OpcodeFirstMachine(test_framing_cost.FrameReceiverMachine):
-    """The receiver and its model there."""
-
-    FRAMING = OPCODE_FIRST
-    FRAME = staticmethod(opcode_first)
-    ORDER = "little"
-
-
-class OpcodeFirstModelTests(test_framing_cost.ModelTests):
-    """Runs that machine."""
-
-    machine = OpcodeFirstMachine
-
-
-class FirstByteTests(SynchronousTestCase):
-    """Which framing a connection has, where it is left to its first byte."""
-
-    def recorder(self) -> Recorder:
-        """A receiver that does not know yet."""
-        protocol = Recorder()
-        protocol.framing = None
-        return protocol
-
-    def test_first_byte(self) -> None:
-        """0 is the one framing, and each of the 255 others is the second."""
-        for byte in range(256):
-            expected = OPCODE_FIRST if byte else INT32
-            for chunk in (bytes([byte]), bytes([byte]) + b"\0\0\0\0"):
-                protocol = self.recorder()
-                protocol.dataReceived(chunk)
-                self.assertIs(protocol.framing, expected, byte)
-
-    def test_any_chunks(self) -> None:
-        """Neither an empty chunk before it nor one that is the first byte alone misleads."""
-        for encoded in FRAMES.values():
-            stream = b"".join(map(encoded, [b"one", b"\x02", b"three"]))
-            for chunks in (
-                [b"", stream],
-                [b"", b"", stream[:1], b"", stream[1:]],
-                cut(stream, range(len(stream))),
-                *(cut(stream, [point]) for point in range(len(stream))),
-            ):
-                protocol = self.recorder()
-                protocol.feed(chunks)
-                self.assertEqual(protocol.frames, [b"one", b"\x02", b"three"])
-
-    def test_first_byte_while_paused(self) -> None:
-        """What comes while it is paused is told apart as well."""
-        for encoded in FRAMES.values():
-            protocol = self.recorder()
-            protocol.pauseProducing()
-            protocol.resumeProducing()
-            protocol.pauseProducing()
-            protocol.feed(cut(encoded(b"one") + encoded(b"two"), [1, 9]))
-            self.assertEqual(protocol.frames, [])
-            protocol.resumeProducing()
-            self.assertEqual(protocol.frames, [b"one", b"two"])
-
-    def test_first_byte_of_the_connection_alone(self) -> None:
-        """The first byte of a later frame says nothing."""
-        for byte in range(256):
-            protocol = self.recorder()
-            protocol.feed([opcode_first(b"one"), opcode_first(bytes([byte]) + b"two")])
-            self.assertEqual(protocol.frames, [b"one", bytes([byte]) + b"two"])
-        protocol = self.recorder()
-        protocol.MAX_LENGTH = SNIFFABLE
-        protocol.dataReceived(frame(b"one") + b"\x01\0\0\0\0")
-        self.assertEqual((protocol.frames, protocol.refused), ([b"one"], [2**24]))
-
-    def test_longest_length(self) -> None:
-        """The highest limit there may be is one whose length begins with 0."""
-        protocol = self.recorder()
-        protocol.MAX_LENGTH = SNIFFABLE
-        protocol.feed([b"\0", b"\xff\xff\xff", bytes(SNIFFABLE - 1), b"x"])
-        self.assertEqual([len(payload) for payload in protocol.frames], [SNIFFABLE])
-
-    def test_named(self) -> None:
-        """A framing that is named is that one, whatever comes first."""
-        for byte in range(256):
-            payload = bytes([byte]) + b"body"
-            protocol = Recorder()
-            protocol.framing = OPCODE_FIRST
-            protocol.dataReceived(opcode_first(payload))
-            self.assertEqual((protocol.framing, protocol.frames), (OPCODE_FIRST, [payload]))
-        for byte in (1, 8, 255):
-            protocol = Recorder()
-            protocol.framing = INT32
-            protocol.dataReceived(bytes([byte, 0, 0, 0]))
-            self.assertEqual((protocol.framing, protocol.refused), (INT32, [byte << 24]))
-
-    def test_each_connection_for_itself(self) -> None:
-        """What one connection has is not another's."""
-        first, second = self.recorder(), self.recorder()
-        first.dataReceived(opcode_first(b"one"))
-        second.dataReceived(frame(b"two"))
-        first.dataReceived(opcode_first(b"one"))
-        self.assertEqual((first.frames, second.frames), ([b"one", b"one"], [b"two"]))
-        self.assertIsNone(self.recorder().framing)
-
-    def test_stock_class(self) -> None:
-        """It is an ``Int32StringReceiver``, and without a word it speaks as one."""
-        self.assertTrue(issubclass(OrchestratorProtocol, Int32StringReceiver))
-        self.assertIs(FrameReceiver().framing, INT32)
-        self.assertEqual(FRAMINGS, {"int32": INT32, "opcode-first": OPCODE_FIRST})
-
-    def test_answers(self) -> None:
-        """An answer has its body in the one framing, and never one in the other."""
-        for framing, success, reason, other in (
-            (INT32, SUCCESS, FAIL + b"\x03", b"\0\0\0\5\x28body"),
-            (OPCODE_FIRST, SUCCESS_FIRST, FAIL_FIRST, b"\x28\0\0\0\0"),
-        ):
-            protocol = Recorder()
-            protocol.framing = framing
-            self.assertEqual(protocol.encodeAnswer(b"\x01"), success)
-            self.assertEqual(protocol.encodeAnswer(b"\x02\x03"), reason)
-            self.assertEqual(protocol.encodeAnswer(b"\x28body"), other)
-            # What is no answer keeps it.
-            self.assertEqual(protocol.encodeFrame(b"\x28body"), FRAMES[framing.name](b"\x28body"))
-
-    @given(st.data())
-    def test_same_messages(self, data: DataObject) -> None:
-        """Any messages in any chunks of either framing are the same payloads above it."""
-        payloads = [encode(message) for message in data.draw(st.lists(messages(), max_size=5))]
-        for encoded in FRAMES.values():
-            stream = b"".join(map(encoded, payloads))
-            # An opcode of 0, which nothing sends first, would be taken for a length.
-            if stream[:1] == b"\0" and encoded is opcode_first:
-                continue
-            protocol = self.recorder()
-            protocol.feed(data.draw(chunkings(stream)))
-            self.assertEqual(protocol.frames, payloads)
 
 
 class ConversationTests(SynchronousTestCase):
@@ -524,7 +270,7 @@ class LimitTests(SynchronousTestCase):
                 protocol = factory.buildProtocol(None)
                 assert protocol is not None
                 protocol.makeConnection(StringTransport())
-                self.assertEqual((protocol.framing, protocol.MAX_LENGTH), (framing, limit))
+                self.assertEqual((factory.framing, protocol.MAX_LENGTH), (framing, limit))
 
     def test_options_refuse(self) -> None:
         """The server does not start: one line says what to change."""
@@ -546,12 +292,3 @@ class LimitTests(SynchronousTestCase):
             service: Any = makeService(self.options(f"--max-frame-bytes={limit}", *arguments))
             factory = service._factory
             self.assertEqual((factory.framing, factory.max_frame_bytes), (expected, limit))
-
-
-class EncodingTests(SynchronousTestCase):
-    """What a frame cannot be made of."""
-
-    def test_payload_without_an_opcode(self) -> None:
-        """A payload of nothing would get a length below 0: it is refused instead."""
-        self.assertRaises(ValueError, OPCODE_FIRST.encode, b"")
-        self.assertEqual(INT32.encode(b""), bytes(4))

@@ -10,13 +10,10 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
-from cafeteria_orch.server.window import MAX_IN_PROGRESS as WINDOW
-from cafeteria_orch.server.window import Window
+from cafeteria_orch.server.window import MAX_IN_PROGRESS, Window
 from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
 from cafeteria_orch.wire.messages import Finished, RawMessage, encode
 from tests.support.builders import ECHO, Pending, connect, echo, frame, lose, opcode_first
-
-from .test_responses import FakeConnection
 
 OTHER = ECHO + 1
 QUICK = ECHO + 2
@@ -27,10 +24,11 @@ class WindowTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.window = Window()
+        self.protocol, _ = connect()
 
     def started(self, number: int = 1, *, shares: bool = True) -> list[Exchange]:
-        """So many messages that have come and are in hand."""
-        exchanges = [Exchange(FakeConnection(), ECHO) for _ in range(number)]
+        """Messages that have come and are in progress."""
+        exchanges = [Exchange(self.protocol, ECHO, 5) for _ in range(number)]
         for exchange in exchanges:
             self.window.add(exchange)
             self.window.start(exchange)
@@ -38,42 +36,42 @@ class WindowTests(SynchronousTestCase):
                 self.window.share()
         return exchanges
 
-    def test_size(self) -> None:
-        """There are eight places; with the eighth taken it is busy."""
-        self.assertEqual(WINDOW, 8)
-        self.started(WINDOW - 1)
-        self.assertFalse(self.window.busy)
-        self.started()
-        self.assertTrue(self.window.busy)
-
-    def test_alone(self) -> None:
-        """One that shares the window with none makes it busy until it is done."""
-        (exchange,) = self.started(shares=False)
-        self.assertTrue(self.window.busy)
-        self.window.done(exchange)
-        self.assertFalse(self.window.busy)
-
-    def test_done_beside_one_that_is_being_started(self) -> None:
-        """It stays busy with one that is being started, whatever else is done meanwhile."""
-        (first,) = self.started()
-        self.started(shares=False)
-        self.window.done(first)
-        self.assertTrue(self.window.busy)
-
-    def test_place(self) -> None:
+    def test_it_is_busy_with_its_eighth_place_taken(self) -> None:
         """A place is kept until that message and all before it are done."""
-        exchanges = self.started(WINDOW)
+        self.assertEqual(MAX_IN_PROGRESS, 8)
+        exchanges = self.started(MAX_IN_PROGRESS - 1)
+        self.assertFalse(self.window.is_busy)
+        exchanges += self.started()
         for exchange in exchanges[1:]:
-            self.window.done(exchange)
-        self.assertEqual(self.window.in_progress, {exchanges[0]})
-        self.assertTrue(self.window.busy)
+            self.assertTrue(self.window.is_busy)
+            self.assertTrue(self.window.done(exchange))
+        self.assertEqual((self.window.in_progress, self.window.bytes), (exchanges[:1], 5))
+        self.assertTrue(self.window.is_busy)
         self.window.done(exchanges[0])
-        self.assertFalse(self.window.busy)
-        self.started(WINDOW - 1)
-        self.assertFalse(self.window.busy)
+        self.assertFalse(self.window.is_busy)
+        self.started(MAX_IN_PROGRESS - 1)
+        self.assertFalse(self.window.is_busy)
 
-    def test_answers(self) -> None:
-        """An answer is taken out once, and after those of all messages before it."""
+    def test_a_message_that_is_alone_makes_it_busy_until_it_is_done(self) -> None:
+        """Whatever else is done while it is being started."""
+        (first,) = self.started()
+        (alone,) = self.started(shares=False)
+        self.assertTrue(self.window.is_busy)
+        self.window.done(first)
+        self.assertTrue(self.window.is_busy)
+        self.window.done(alone)
+        self.assertFalse(self.window.is_busy)
+
+    def test_a_message_is_done_once(self) -> None:
+        """A second time, or if it was never started, changes nothing."""
+        (first,) = self.started()
+        self.window.done(first)
+        for exchange in (first, Exchange(self.protocol, ECHO, size=5)):
+            self.assertFalse(self.window.done(exchange))
+        self.assertEqual((self.window.in_progress, self.window.bytes), ([], 0))
+
+    def test_an_answer_is_taken_once_and_after_all_before_it(self) -> None:
+        """One without a payload takes its place all the same."""
         first, second, third = self.started(3)
         for exchange, payload in ((second, b""), (third, b"3")):
             exchange.payload, exchange.settled = payload, True
@@ -81,20 +79,6 @@ class WindowTests(SynchronousTestCase):
         first.payload, first.settled = b"1", True
         self.assertEqual(self.window.answers(), [b"1", b"3"])
         self.assertEqual(self.window.answers(), [])
-
-    def test_turn(self) -> None:
-        """What waits makes it busy, and is called once, when nothing is in hand."""
-        self.assertIsNone(self.window.turn())
-        first, second = self.started(2)
-        self.window.wait(self.setUp)
-        self.assertTrue(self.window.busy)
-        self.window.done(first)
-        self.assertIsNone(self.window.turn())
-        self.window.done(second)
-        self.assertTrue(self.window.busy)
-        self.assertEqual(self.window.turn(), self.setUp)
-        self.assertFalse(self.window.busy)
-        self.assertIsNone(self.window.turn())
 
 
 class PipelinedCase(SynchronousTestCase):
@@ -178,7 +162,7 @@ class Taking(PipelinedCase):
         self.send(*[self.numbered(number, opcode=QUICK) for number in range(1, 20)])
         self.assertFalse(self.reads)
         self.assertEqual(self.protocol.in_progress, 1)
-        self.assertEqual(len(self.protocol._window._slots), WINDOW)
+        self.assertEqual(len(self.protocol._window._slots), MAX_IN_PROGRESS)
         self.finish_all()
         self.assertTrue(self.reads)
         quick = tuple(bytes([QUICK, number]) for number in range(1, 20))

@@ -117,6 +117,13 @@ def connect(
     return protocol, transport
 
 
+def exchange(protocol: OrchestratorProtocol, opcode: int) -> Exchange:
+    """A message that has come over a connection, and waits for its answer."""
+    made = Exchange(protocol, opcode)
+    protocol._window.add(made)
+    return made
+
+
 ECHO = 40
 """An opcode that the wire does not know, for processors of a test."""
 

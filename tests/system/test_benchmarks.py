@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.wire import codec as row_codec
+from cafeteria_orch.wire import messages as row_codec
 from cafeteria_orch.wire.framing import OPCODE_FIRST
 from cafeteria_orch.wire.messages import Finished, decode, encode
 from tests.benchmarks import __main__ as command

@@ -187,7 +187,7 @@ class Packaging(SynchronousTestCase):
 
     def codec(self, environment: Environment, **settings: str) -> str:
         """Which row codec is taken by what is installed there."""
-        code = "from cafeteria_orch.wire.codec import CODEC; print(CODEC)"
+        code = "from cafeteria_orch.wire.messages import CODEC; print(CODEC)"
         command = (environment.programs / "python", "-c", code)
         return run(*command, folder=self.workshop.elsewhere, settings=settings).stdout.strip()
 

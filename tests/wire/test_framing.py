@@ -290,6 +290,19 @@ class Int32CostTests(DecoderCase):
         stream = self.frame(b"x" * 12) * 2**14
         self.assert_linear(in_chunks(stream, len(stream)), 1)
 
+    def test_one_payload_an_iteration_while_more_comes(self) -> None:
+        """What is left behind a payload is not copied at each iteration, nor what is fed."""
+        stream = self.frame(b"x" * 12) * 2**12
+        decoder = self.decoder()
+        CountedBytes.copied = found = 0
+        decoder.feed(CountedBytes(stream))
+        for chunk in in_chunks(stream, 8):
+            decoder.feed(chunk)
+            found += len(next(decoder.payloads()))
+        self.assertEqual(found, 12 * 2**13)
+        # What was fed meanwhile is joined a few times.
+        self.assertLessEqual(CountedBytes.copied, (4 + 2 * self.least) * 2 * len(stream))
+
     def test_frames_of_all_sizes(self) -> None:
         """Frames from empty ones to 64 KiB in chunks of a size that fits none of them."""
         stream = b"".join(self.frame(bytes(size)) for size in range(self.least, 2**16, 997))

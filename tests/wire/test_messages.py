@@ -263,6 +263,13 @@ class MalformedTests(TestCase):
                 with self.subTest(opcode=opcode, length=length):
                     self.assertMalformed(bytes([opcode]) + b"s" * length, expected)
 
+    def test_the_nil_uuid_identifies_nobody(self) -> None:
+        """Strangers that say it would be duplicates of each other; any other UUID is taken."""
+        self.assertMalformed(b"\x1e" + bytes(16), "a CLIENT_HELLO with the nil UUID")
+        for number in (1, 2**127, 2**128 - 1):
+            hello = ClientHello(UUID(int=number))
+            self.assertEqual(decode(encode(hello)), hello)
+
     def test_short_header(self) -> None:
         """A batch of any table that ends inside its header."""
         expected = "the body is shorter than the header of a table batch"

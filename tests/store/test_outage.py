@@ -19,6 +19,7 @@ from cafeteria_orch.wire.messages import encode, end_of_table
 from cafeteria_orch.wire.tables import STORES
 from tests.support.builders import (
     SUCCESS,
+    USER_ROW,
     TCPTransport,
     batch_frame,
     connect,
@@ -143,6 +144,24 @@ class OperatorTests(OutageTestCase):
         self.assertEqual(self.send(), SUCCESS)
         index = "CREATE UNIQUE INDEX i ON users (user_id)"
         self.assert_refuses_users([index], ["DROP INDEX i"], "UNIQUE constraint failed")
+
+    def test_unique_index_on_batches(self) -> None:
+        """A batch that such an index keeps out is no duplicate: it is not acknowledged."""
+        self.assertEqual(self.send(batch_number=2), SUCCESS)
+        self.execute("CREATE UNIQUE INDEX i ON batch (opcode)")
+        self.assertEqual(self.send(batch_number=3), TRY_AGAIN)
+        self.assertIn("UNIQUE constraint failed", str(self.sink.refusal))
+        self.assertEqual(self.batch_numbers(), [2])
+
+    def test_rows_that_are_ignored(self) -> None:
+        """A trigger that leaves rows out does not get their batch acknowledged."""
+        self.execute(
+            "CREATE TRIGGER t BEFORE INSERT ON users WHEN NEW.user_id = '7'"
+            " BEGIN SELECT RAISE(IGNORE); END"
+        )
+        self.assertEqual(self.send(rows=[("8", *USER_ROW[1:]), USER_ROW]), TRY_AGAIN)
+        self.assertIn("1 of 2 rows", str(self.sink.refusal))
+        self.assertEqual(self.query("SELECT count(*) FROM users"), [0])
 
     def test_added_columns(self) -> None:
         """A column that may be empty, or that has a default, is none of our business."""

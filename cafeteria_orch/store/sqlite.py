@@ -200,7 +200,9 @@ class Database:
         """
         inserted = self._connection.execute(
             "INSERT INTO batch (session_id, client_id, opcode, batch_number, status, amount,"
-            " digest, received_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            " digest, received_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+            # By name: what an operator's index keeps out is no duplicate.
+            " ON CONFLICT (client_id, opcode, batch_number, digest) DO NOTHING",
             (
                 self._session_id(session),
                 _client_id(session),
@@ -243,9 +245,12 @@ class Database:
             # Powers of two: a few statements serve batches of every size.
             size = min(max_rows, 1 << (batch.amount - start).bit_length() - 1)
             rows: tuple[Row, ...] = batch.rows[start : start + size]
-            self._connection.execute(
+            inserted = self._connection.execute(
                 _insert_statement(batch.table, size), [batch_id, *chain.from_iterable(rows)]
             )
+            if inserted.rowcount != size:
+                # As a trigger of an operator's may do. What is acknowledged is stored wholly.
+                raise sqlite3.IntegrityError(f"{inserted.rowcount} of {size} rows went in")
             start += size
 
     def _session_id(self, session: Session) -> int:

@@ -16,10 +16,11 @@ from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store import sqlite as database_module
 from cafeteria_orch.store.schema import SCHEMA_VERSION, statements
 from cafeteria_orch.store.sqlite import Database, StoreError, check_store
+from cafeteria_orch.wire.tables import TRANSACTION_ITEMS
 from tests.support.builders import PEER, query, received
 from tests.support.disks import make_folder
+from tests.support.older_stores import make_older_store
 from tests.support.stores import Fault, FaultyConnection, connecting
-from tests.support.version_1 import make_version_1
 
 NOW = 1_700_000_000.25
 CLIENT = UUID(int=7)
@@ -32,7 +33,7 @@ TABLES = {
     "ingest_status": "session_id, client_id, agency_id, table_name, batches, rows,"
     " first_received_at, last_received_at, complete",
 }
-"""What was in it, by columns that both versions have."""
+"""What was in it, by columns that all versions have."""
 
 
 def contents(path: Path) -> dict[str, list[Any]]:
@@ -53,12 +54,14 @@ def columns(path: Path, table: str) -> list[Any]:
 
 
 class UpgradeTestCase(SynchronousTestCase):
-    """A store of version 1."""
+    """A store of an older version."""
+
+    older = 1
 
     def setUp(self) -> None:
         self.folder = make_folder(self)
         self.path = self.folder / "store.sqlite3"
-        make_version_1(self.path)
+        make_older_store(self.path, self.older)
         self.before = contents(self.path)
 
     def open(self, path: Path | None = None) -> Database:
@@ -77,11 +80,12 @@ class UpgradeTestCase(SynchronousTestCase):
             self.assertEqual(columns(path, table), columns(new, table), table)
         self.assertEqual(query(str(path), "PRAGMA integrity_check"), [("ok",)])
 
-    def assert_version_1(self, path: Path | None = None) -> None:
+    def assert_older(self, path: Path | None = None) -> None:
         """It is as the older program left it."""
         path = path or self.path
-        self.assertEqual(version(path), 1)
-        self.assertNotIn("common_name", [column[1] for column in columns(path, "session")])
+        self.assertEqual(version(path), self.older)
+        names = [column[1] for column in columns(path, "session")]
+        self.assertEqual("common_name" in names, self.older == 2)
         self.assertEqual(contents(path), self.before)
 
 
@@ -102,6 +106,20 @@ class Upgrade(UpgradeTestCase):
             self.assertIs(database.store_batch(received(batch_number=2), session, NOW), True)
         found = query(str(self.path), "SELECT common_name FROM ingest_status ORDER BY session_id")
         self.assertEqual(found, [(None,), (None,), ("agency-7",)])
+
+    def test_columns_keep_their_types(self) -> None:
+        """Its numbers stay numbers, and what comes later stands beside them as such."""
+        before = columns(self.path, "transaction_items")
+        database = self.open()
+        row = ("1", "2", "03", "10.50", "n/a", "2024-01-11")
+        items = received(table=TRANSACTION_ITEMS, rows=[row])
+        with database.transaction():
+            database.store_batch(items, Session(PEER, NOW), NOW)
+        self.assertEqual(columns(self.path, "transaction_items"), before)
+        found = query(
+            str(self.path), "SELECT quantity, unit_price, subtotal FROM transaction_items"
+        )
+        self.assertEqual(found, [(3, 10.5, "n/a")])
 
     def test_again(self) -> None:
         """The second time there is nothing to do."""
@@ -126,7 +144,7 @@ class Upgrade(UpgradeTestCase):
         self.assert_upgraded()
 
     def test_older_program_goes_on(self) -> None:
-        """A program of version 1 that has it open writes on into it."""
+        """An older program that has it open writes on into it."""
         with closing(sqlite3.connect(self.path)) as older:
             self.open()
             older.execute(
@@ -141,7 +159,9 @@ class Upgrade(UpgradeTestCase):
             reader.execute("BEGIN")
             reader.execute("SELECT * FROM ingest_status").fetchall()
             self.open()
-            self.assertEqual(len(reader.execute("SELECT * FROM session").fetchone()), 6)
+            self.assertEqual(
+                len(reader.execute("SELECT * FROM session").fetchone()), 5 + self.older
+            )
         self.assert_upgraded()
 
     def test_without_the_view(self) -> None:
@@ -150,6 +170,12 @@ class Upgrade(UpgradeTestCase):
             store.execute("DROP VIEW ingest_status")
         self.open()
         self.assert_upgraded()
+
+
+class UpgradeOfVersion2(Upgrade):
+    """The same of a store of version 2."""
+
+    older = 2
 
 
 class Interrupted(UpgradeTestCase):
@@ -182,13 +208,13 @@ class Interrupted(UpgradeTestCase):
         versions = []
         for copy in self.snapshots(self.open):
             versions.append(version(copy))
-            if versions[-1] == 1:
-                self.assert_version_1(copy)
+            if versions[-1] == self.older:
+                self.assert_older(copy)
             Database(str(copy)).close()
             self.assert_upgraded(copy)
         self.assertEqual(versions, sorted(versions))
-        self.assertEqual(set(versions), {1, SCHEMA_VERSION})
-        self.assertGreater(versions.count(1), len(list(statements(1))))
+        self.assertEqual(set(versions), {self.older, SCHEMA_VERSION})
+        self.assertGreater(versions.count(self.older), len(list(statements(self.older))))
 
     def test_killed_while_it_is_made(self) -> None:
         """The same of a new store: there is nothing in it, or all of it."""
@@ -200,7 +226,7 @@ class Interrupted(UpgradeTestCase):
 
     def test_fails(self) -> None:
         """Whatever statement fails, it is said in one line, and the store is as it was."""
-        for statement in (*statements(1), "COMMIT"):
+        for statement in (*statements(self.older), "COMMIT"):
 
             class Broken(FaultyConnection):
                 fault = Fault(statement)
@@ -210,9 +236,15 @@ class Interrupted(UpgradeTestCase):
             self.assertEqual(
                 str(caught.exception), f"the store {self.path} cannot be opened: disk I/O error"
             )
-            self.assert_version_1()
+            self.assert_older()
         self.open()
         self.assert_upgraded()
+
+
+class InterruptedOfVersion2(Interrupted):
+    """The same of a store of version 2."""
+
+    older = 2
 
 
 class Checking(UpgradeTestCase):
@@ -240,4 +272,4 @@ class Checking(UpgradeTestCase):
             for open_store in (check_store, Database):
                 with self.assertRaisesRegex(StoreError, "cannot be opened: database is locked"):
                     open_store(str(self.path))
-        self.assert_version_1()
+        self.assert_older()

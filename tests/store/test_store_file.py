@@ -61,7 +61,7 @@ class Schema(DatabaseTestCase):
 
     def test_tables(self) -> None:
         """Each table has these columns, of these types, and there are no others."""
-        tables = self.query("SELECT name FROM sqlite_schema WHERE type = 'table'")
+        tables = self.query("SELECT name FROM sqlite_master WHERE type = 'table'")
         self.assertEqual({name for (name,) in tables}, set(COLUMNS))
         for table, columns in COLUMNS.items():
             found = self.query(f'SELECT name, type, "notnull" FROM pragma_table_info({table!r})')

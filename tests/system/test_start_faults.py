@@ -25,7 +25,7 @@ from tests.support.disks import (
     mount_small_disk,
     wait_until,
 )
-from tests.support.version_1 import make_version_1
+from tests.support.older_stores import make_older_store
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -232,7 +232,7 @@ class LockedTests(StartTestCase):
 
     def test_locked_older_store(self) -> None:
         """The same of a store of an older program, which cannot be upgraded meanwhile."""
-        make_version_1(self.store)
+        make_older_store(self.store)
         with holding(self.store, "BEGIN IMMEDIATE"):
             self.assert_refused("database is locked")
 
@@ -292,7 +292,7 @@ class DiskTests(StartTestCase):
 
     def test_read_only_older_store(self) -> None:
         """There is a store of an older program there, which cannot be upgraded."""
-        make_version_1(self.store)
+        make_older_store(self.store)
         self.make_read_only()
         self.assert_refused("cannot be opened")
 

@@ -1,4 +1,4 @@
-"""A store as version 1 of the schema had it."""
+"""Stores as older versions of the schema had them."""
 
 from __future__ import annotations
 
@@ -98,8 +98,54 @@ COMMIT;
 """
 """A store of version 1 and what it had stored, as that program wrote it."""
 
+VERSION_2 = """
+BEGIN;
+ALTER TABLE session ADD COLUMN common_name TEXT;
+DROP VIEW ingest_status;
+CREATE VIEW ingest_status AS
+WITH part AS (
+    SELECT
+        session_id,
+        CASE batch.opcode WHEN 4 THEN 'menu_items' WHEN 5 THEN 'stores'
+        WHEN 6 THEN 'transaction_items' WHEN 7 THEN 'transactions' WHEN 8 THEN 'users' END
+        AS table_name,
+        count(*) AS batches,
+        sum(amount) AS rows,
+        min(received_at) AS first_received_at,
+        max(received_at) AS last_received_at,
+        max(id) AS last_batch_id
+    FROM batch
+    GROUP BY session_id, opcode
+)
+SELECT
+    session_id,
+    client_id,
+    coalesce(agency_id, (
+        SELECT max(agency_id) FROM session AS other WHERE other.client_id = session.client_id
+    )) AS agency_id,
+    common_name,
+    table_name,
+    batches,
+    rows,
+    first_received_at,
+    last_received_at,
+    EXISTS (
+        SELECT 1
+        FROM table_eof JOIN session AS other ON other.id = table_eof.session_id
+        WHERE table_eof.table_name = part.table_name
+        AND (other.id = session.id OR other.client_id = session.client_id)
+        AND table_eof.last_batch_id >= part.last_batch_id
+    ) AS complete
+FROM part JOIN session ON session.id = session_id;
+PRAGMA user_version = 2;
+COMMIT;
+"""
+"""What that of version 2 had beside it; the columns of the five tables were the same."""
 
-def make_version_1(path: Path) -> None:
-    """Make such a store."""
+
+def make_older_store(path: Path, version: int = 1) -> None:
+    """Make a store of version 1 or 2."""
     with closing(sqlite3.connect(path, isolation_level=None)) as store:
         store.executescript(VERSION_1)
+        if version == 2:
+            store.executescript(VERSION_2)

@@ -181,13 +181,16 @@ class Rates(StatusTestCase):
         self.assertEqual(len(points), MAX_POINTS)
         self.assertEqual(points[-1][0] - points[0][0], (MAX_POINTS - 1) * SAMPLE_INTERVAL)
 
-    def test_clock_set_back(self) -> None:
-        """Where the clock was set back there is no point, and no endless rate."""
-        self.clock.advance(SAMPLE_INTERVAL)
-        self.status._take_sample()
-        self.clock.rightNow -= 3
-        self.status._take_sample()
-        self.assertEqual(len(self.shown()["rates"]["points"]), 1)
+    def test_a_wall_clock_set_back_costs_no_point(self) -> None:
+        """Rates are measured by the reactor's clock, and the axis of time stays in order."""
+        self.clock.pump([SAMPLE_INTERVAL] * 3)
+        wall_time = self.factory.wall_time
+        self.factory.wall_time = lambda: wall_time() - 3600
+        self.clock.pump([SAMPLE_INTERVAL] * 3)
+        shown = self.shown()
+        times = [point[0] - shown["time"] for point in shown["rates"]["points"]]
+        self.assertEqual(times, [-25, -20, -15, -10, -5, 0])
+        self.assertEqual(shown["time"] - shown["started_at"], 30)
 
     def test_stopped(self) -> None:
         """After the end nothing is sampled any more."""

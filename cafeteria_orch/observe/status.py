@@ -169,7 +169,7 @@ class Status:
             "rows": connection.rows,
             "bytes": connection.received_bytes,
             "in_progress": connection.in_hand,
-            # The former name, for one release.
+            # Its name until 0.1.
             "in_hand": connection.in_hand,
             "connected_at": session.connected_at,
         }

@@ -88,8 +88,15 @@ class Monitor:
             problems=self._problems,
             completeness=completeness,
         )
-        self._exposition = Exposition(factory, self._status, version)
-        self._page = _page()
+        status, page = self._status, _page()
+        exposition = Exposition(factory, status, version)
+        self._pages: dict[bytes, Callable[[str], Response]] = {
+            b"/": lambda _: page,
+            b"/status.json": lambda _: Response(http.OK, "application/json", status.render()),
+            b"/metrics": lambda accept: Response(http.OK, *exposition.render(accept)),
+            b"/livez": lambda _: Response(http.OK, _TEXT, b"ok\n"),
+            b"/readyz": lambda _: self._readiness(),
+        }
         self._port: IListeningPort | None = None
 
     def listen(self) -> None:
@@ -123,19 +130,15 @@ class Monitor:
 
     def respond(self, path: bytes, accept: str) -> Response:
         """The response to the GET of a path."""
-        if path == b"/":
-            return self._page
-        if path == b"/status.json":
-            return Response(http.OK, "application/json", self._status.render())
-        if path == b"/metrics":
-            return Response(http.OK, *self._exposition.render(accept))
-        if path == b"/livez":
-            return Response(http.OK, _TEXT, b"ok\n")
-        if path == b"/readyz":
-            refusal = self._status.refusal
-            status = http.OK if refusal is None else http.SERVICE_UNAVAILABLE
-            return Response(status, _TEXT, f"{refusal or 'ok'}\n".encode())
-        return Response(http.NOT_FOUND, _TEXT, b"not found\n")
+        make_response = self._pages.get(path)
+        if make_response is None:
+            return Response(http.NOT_FOUND, _TEXT, b"not found\n")
+        return make_response(accept)
+
+    def _readiness(self) -> Response:
+        refusal = self._status.refusal
+        status = http.OK if refusal is None else http.SERVICE_UNAVAILABLE
+        return Response(status, _TEXT, f"{refusal or 'ok'}\n".encode())
 
     def _listening(self, port: IListeningPort) -> None:
         self._port = port
@@ -206,7 +209,7 @@ class _Request(http.Request):
         super().gotLength(0)
         if length != 0:
             self._has_body = True
-            cast("_Channel", self.channel).refuse_body()
+            self._own_channel.refuse_body()
 
     def handleContentChunk(self, data: bytes) -> None:
         """A body that comes all the same is dropped."""
@@ -214,13 +217,17 @@ class _Request(http.Request):
     def process(self) -> None:
         """The request is there."""
         if not self._has_body:
-            cast("_Channel", self.channel).factory.turns.coiterate(map(_Request._answer, [self]))
+            self._own_channel.factory.turns.coiterate(map(_Request._answer, [self]))
+
+    @property
+    def _own_channel(self) -> _Channel:
+        return cast("_Channel", self.channel)
 
     def _answer(self) -> None:
         # It is taken away when the connection is lost.
         if self.channel is None:
             return
-        site = cast("_Channel", self.channel).factory
+        site = self._own_channel.factory
         response = self._response(site)
         headers = {
             **_HEADERS,

@@ -15,10 +15,10 @@ FLUSH_LINES = 1000
 """The number of lines that are written before the interval is over."""
 
 MAX_WAITING_BYTES = 4 * 1024 * 1024
-"""The length of the lines that may wait, and of those that are being written."""
+"""The length of the lines that wait, and also of those that are being written."""
 
 FINAL_TIMEOUT = 1.0
-"""Seconds that a caller waits for its line where no other thread will be there to write it."""
+"""Seconds that a caller waits for its line while the writer does not run."""
 
 
 class LogWriter:
@@ -57,6 +57,7 @@ class LogWriter:
         """Let lines wait for each other from now on."""
         with self._lock:
             self._is_running = True
+            self._is_late = False
             self._start_thread()
         atexit.register(self.stop)
 

@@ -9,7 +9,7 @@ from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent
 from zope.interface import implementer
 
 MAX_PROBLEMS = 50
-"""How many warnings and errors are kept."""
+"""The number of warnings and errors that are kept."""
 
 _MAX_CHARACTERS = 300
 
@@ -18,7 +18,8 @@ _MAX_CHARACTERS = 300
 class RecentProblems:
     """Keeps the last warnings and errors, each as one line. Safe from any thread.
 
-    Of a failure the line above its traceback alone is kept: the rest may hold what a client sent.
+    Nothing of a failure is kept but the line above its traceback: the rest may show what a client
+    sent.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,6 @@ class RecentProblems:
             self._lines.append((event["log_time"], level.name, text))
 
     def latest(self) -> list[dict[str, Any]]:
-        """The last ones, the newest first: ``time`` (since the epoch), ``level``, ``text``."""
+        """The newest first, each with ``time`` (since the epoch), ``level`` and ``text``."""
         names = ("time", "level", "text")
         return [dict(zip(names, line)) for line in reversed(list(self._lines))]

@@ -29,7 +29,9 @@ MAX_CONNECTIONS = 200
 
 
 class _Sample(NamedTuple):
-    time: float
+    """What there was at a moment of the reactor's clock, which nobody sets back."""
+
+    seconds: float
     rows: int
     batches: int
     received_bytes: int
@@ -57,12 +59,13 @@ class Status:
         completeness: Completeness | None = None,
     ) -> None:
         self.sink = sink
+        self._reactor = reactor
         self._factory = factory
         self._problems = problems
         self._completeness = completeness
         self._version = version
         self._phase = "starting"
-        self._started_at: float = factory.wall_time()
+        self._started: float = reactor.seconds()
         self._samples: deque[_Sample] = deque(maxlen=MAX_POINTS + 1)
         self._sampling = LoopingCall(self._take_sample)
         self._sampling.clock = reactor
@@ -70,7 +73,8 @@ class Status:
     def start(self) -> None:
         """The server takes batches from now on; take samples."""
         self._phase = "ready"
-        self._started_at = self._factory.wall_time()
+        self._started = self._reactor.seconds()
+        self._samples.clear()
         self._sampling.start(SAMPLE_INTERVAL)
 
     def drain(self) -> None:
@@ -105,7 +109,7 @@ class Status:
         total = self._factory.counters.total()
         self._samples.append(
             _Sample(
-                self._factory.wall_time(),
+                self._reactor.seconds(),
                 total.accepted_rows,
                 total.accepted,
                 self._factory.received_bytes,
@@ -121,7 +125,7 @@ class Status:
         return {
             "version": self._version,
             "time": self._factory.wall_time(),
-            "started_at": self._started_at,
+            "started_at": self._wall_time(self._started),
             "state": self.state,
             "reason": self.refusal,
             "rates": self._rates(),
@@ -143,12 +147,15 @@ class Status:
         samples = list(self._samples)
         points = []
         for before, after in pairwise(samples):
-            seconds = after.time - before.time
-            # Where the clock was set back there is no rate.
-            if seconds > 0:
-                gains = [(now - then) / seconds for then, now in zip(before[1:], after[1:])]
-                points.append([after.time, *(round(gain, 2) for gain in gains)])
+            seconds = after.seconds - before.seconds
+            gains = [(now - then) / seconds for then, now in zip(before[1:], after[1:])]
+            time = self._wall_time(after.seconds)
+            points.append([time, *(round(gain, 2) for gain in gains)])
         return {"columns": ["time", "rows", "batches", "bytes"], "points": points}
+
+    def _wall_time(self, seconds: float) -> float:
+        """When it was, by today's wall clock: one that was set back moves all points alike."""
+        return float(self._factory.wall_time() - (self._reactor.seconds() - seconds))
 
     def _connection(self, connection: OrchestratorProtocol) -> dict[str, Any]:
         session = connection.session

@@ -24,12 +24,11 @@ from zope.interface import implementer
 from cafeteria_orch.observe.log_files import LogStream
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.server.frames import FrameReceiver
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire import messages as row_codec
 from cafeteria_orch.wire import rows
-from cafeteria_orch.wire.framing import INT32
+from cafeteria_orch.wire.framing import INT32, FrameDecoder
 from cafeteria_orch.wire.messages import BATCH_HEADER, TableBatch, decode
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import Table
@@ -85,7 +84,7 @@ def framing(effort: Effort) -> list[Figure]:
     ):
         chunks = [stream[i : i + _CHUNK] for i in range(0, len(stream), _CHUNK)]
         ours, stock = effort.interleave(
-            lambda chunks=chunks: _receive(FrameReceiver(), chunks),  # type: ignore[misc]
+            lambda chunks=chunks: _receive(DecodingReceiver(), chunks),  # type: ignore[misc]
             lambda chunks=chunks: _receive(Int32StringReceiver(), chunks),  # type: ignore[misc]
         )
         megabytes = len(stream) / 1e6
@@ -100,6 +99,19 @@ def framing(effort: Effort) -> list[Figure]:
             )
         )
     return figures
+
+
+class DecodingReceiver(Int32StringReceiver):
+    """The decoder, and nothing else of the server's receiver."""
+
+    def __init__(self) -> None:
+        self._decoder = FrameDecoder(2**30)
+
+    def dataReceived(self, data: bytes) -> None:
+        self._decoder.feed(data)
+        received = self.stringReceived
+        for payload in self._decoder.payloads():
+            received(payload)
 
 
 def _receive(receiver: Int32StringReceiver, chunks: Sequence[bytes]) -> float:
@@ -193,13 +205,23 @@ def dispatch(effort: Effort) -> list[Figure]:
 
     def ours() -> float:
         # At warn: where no observer is, Twisted would keep the events.
-        factory = OrchestratorFactory(Clock(), log_level=LogLevel.warn)
+        clock = Clock()
+        factory = OrchestratorFactory(clock, log_level=LogLevel.warn)
         protocol = factory.buildProtocol(None)
         assert protocol is not None
-        return _feed(protocol, chunks)
+        protocol.makeConnection(StringTransport())
+
+        def feed() -> None:
+            for chunk in chunks:
+                protocol.dataReceived(chunk)
+                while protocol.paused:
+                    # The connection waits for its next turn.
+                    clock.advance(0)
+
+        return elapsed(feed)
 
     def limit() -> float:
-        receiver = FrameReceiver()
+        receiver = DecodingReceiver()
         receiver.stringReceived = decode  # type: ignore[method-assign]
         return _feed(receiver, chunks)
 

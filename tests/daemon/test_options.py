@@ -40,6 +40,8 @@ DEFAULTS = {
     "metrics": None,
     "log-level": LogLevel.info,
     "log-format": as_text,
+    "log-bytes": 64 * 1024 * 1024,
+    "log-files": 10,
 }
 """All but the store, whose default depends on the working directory."""
 
@@ -74,6 +76,9 @@ SINGLE = (
     ("log-level", "error", LogLevel.error),
     ("log-format", "text", as_text),
     ("log-format", "json", as_json),
+    ("log-bytes", "4096", 4096),
+    ("log-bytes", "none", None),
+    ("log-files", "1", 1),
 )
 """Options that are given once: name, text, value."""
 
@@ -97,6 +102,8 @@ BAD = (
     ("frame-timeout", ("x", "0", "-1", "none")),
     ("processing-timeout", ("x", "0", "-1", "inf")),
     ("log-format", ("x", "JSON")),
+    ("log-bytes", ("x", "0", "4095", "64M")),
+    ("log-files", ("x", "0", "-1", "none", "1001")),
     ("framing", ("x", "INT32", "none", "opcode_first")),
     ("drain-timeout", ("x", "-1", "nan", "inf", "10s")),
     ("proxy-from", ("x", "none", "10.0.0.0/33", "10.0.0.1/8", "10.0.0.1,,::1")),

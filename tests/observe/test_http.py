@@ -31,7 +31,7 @@ METRICS = LIVEZ.replace(b"livez", b"metrics")
 
 
 class MonitorTestCase(ServiceTestCase):
-    """A service that is watched."""
+    """A service with an endpoint for operators."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -41,7 +41,7 @@ class MonitorTestCase(ServiceTestCase):
             self.reactor, self.factory, self.endpoint, __version__, sink=self.sink
         )
 
-    def watched(self, **options: Any) -> OrchestratorService:
+    def monitored(self, **options: Any) -> OrchestratorService:
         """A service that is not started."""
         endpoint = options.pop("endpoint", RecordingEndpoint())
         return self.service(endpoint, sink=self.sink, monitor=self.monitor, **options)
@@ -56,7 +56,9 @@ class MonitorTestCase(ServiceTestCase):
     def ask(self, path: str, method: str = "GET", head: str = "") -> tuple[int, str, bytes]:
         """What a request is answered with: status, headers, body."""
         protocol, transport = self.open()
-        protocol.dataReceived(f"{method} {path} HTTP/1.1\r\nHost: x\r\n{head}\r\n".encode())
+        protocol.dataReceived(
+            f"{method} {path} HTTP/1.1\r\nHost: x\r\n{head}\r\n".encode("latin-1")
+        )
         self.reactor.advance(0)
         headers, _, body = transport.value().partition(b"\r\n\r\n")
         lose(protocol)
@@ -64,15 +66,15 @@ class MonitorTestCase(ServiceTestCase):
 
 
 class Answers(MonitorTestCase):
-    """What a path is answered with."""
+    """The response to each path."""
 
-    def test_alive(self) -> None:
-        """Whoever answers is alive, whatever state it is in."""
+    def test_livez_is_200_in_every_state(self) -> None:
+        """A server that answers is alive, even if its store refuses batches."""
         self.sink.reason = "disk full"
         self.assertEqual(self.ask("/livez")[::2], (200, b"ok\n"))
 
-    def test_metrics(self) -> None:
-        """The metrics, in the format that is asked for."""
+    def test_metrics_come_in_the_format_that_is_asked_for(self) -> None:
+        """The default is the text format; OpenMetrics comes on demand."""
         status, headers, body = self.ask("/metrics")
         self.assertEqual(status, 200)
         self.assertIn("\r\nContent-Type: text/plain; version=", headers)
@@ -80,15 +82,15 @@ class Answers(MonitorTestCase):
         _, headers, _ = self.ask("/metrics", head="Accept: application/openmetrics-text\r\n")
         self.assertIn("application/openmetrics-text", headers)
 
-    def test_status(self) -> None:
-        """The figures of the page."""
+    def test_status_json_has_the_figures_of_the_page(self) -> None:
+        """It is JSON."""
         status, headers, body = self.ask("/status.json")
         self.assertEqual(status, 200)
         self.assertIn("\r\nContent-Type: application/json\r\n", headers)
         self.assertEqual(json.loads(body)["version"], __version__)
 
-    def test_page(self) -> None:
-        """The page is whole: a browser is to load nothing, and run just what stands in it."""
+    def test_a_browser_loads_nothing_beside_the_page(self) -> None:
+        """The page is whole, and its policy allows its own script and style alone."""
         status, headers, body = self.ask("/")
         self.assertEqual(status, 200)
         self.assertIn("\r\nContent-Type: text/html; charset=utf-8\r\n", headers)
@@ -106,23 +108,23 @@ class Answers(MonitorTestCase):
             digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
             self.assertIn(f"{kind}-src 'sha256-{digest}'", policy)
 
-    def test_nothing_else(self) -> None:
-        """There is nothing else, however it is asked for."""
+    def test_other_paths_are_not_found(self) -> None:
+        """Neither files nor variants of the known paths are served."""
         for path in ("/x", "/status.html", "/../etc/passwd", "//", "/metrics/", "/%2e%2e/", "*"):
             self.assertEqual(self.ask(path)[::2], (404, b"not found\n"), path)
 
-    def test_query(self) -> None:
-        """What stands behind a question mark is not looked at."""
+    def test_a_query_is_ignored(self) -> None:
+        """The part behind a question mark changes nothing."""
         self.assertEqual(self.ask("/livez?verbose")[0], 200)
 
-    def test_head(self) -> None:
-        """HEAD gives the headers alone."""
+    def test_head_has_headers_alone(self) -> None:
+        """The length is that of the GET."""
         status, headers, body = self.ask("/livez", "HEAD")
         self.assertEqual((status, body), (200, b""))
         self.assertIn("Content-Length: 3", headers)
 
-    def test_headers(self) -> None:
-        """Nothing is to be kept, guessed or told; nothing says what serves it."""
+    def test_headers_forbid_caching_and_name_no_server(self) -> None:
+        """Nothing is cached, guessed or passed on as a referrer."""
         for path in ("/", "/metrics", "/x"):
             _, headers, _ = self.ask(path)
             self.assertIn("\r\nCache-Control: no-store\r\n", headers)
@@ -131,8 +133,8 @@ class Answers(MonitorTestCase):
             self.assertIn("\r\nDate: Thu, 01 Jan 1970 00:00:00 GMT", headers)
             self.assertNotIn("Server:", headers)
 
-    def test_keep_alive(self) -> None:
-        """A connection serves one request after the other."""
+    def test_a_connection_serves_several_requests(self) -> None:
+        """Requests that come together are answered one after the other."""
         protocol, transport = self.open()
         protocol.dataReceived(LIVEZ * 3)
         self.reactor.advance(0)
@@ -140,17 +142,17 @@ class Answers(MonitorTestCase):
 
 
 class Hostile(MonitorTestCase):
-    """Who wants something else."""
+    """Requests that are wrong, and too many of them."""
 
-    def test_methods(self) -> None:
-        """Nothing but GET and HEAD."""
+    def test_other_methods_are_not_allowed(self) -> None:
+        """GET and HEAD are."""
         for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"):
             status, headers, _ = self.ask("/", method)
             self.assertEqual(status, 405)
             self.assertIn("\r\nAllow: GET, HEAD", headers)
 
-    def test_body(self) -> None:
-        """A body is not waited for, not kept, and costs the connection."""
+    def test_a_request_with_a_body_is_refused_before_the_body_comes(self) -> None:
+        """The body is not kept, and the connection is closed."""
         for head in (b"Content-Length: 999999999999", b"Transfer-Encoding: chunked"):
             for method in (b"GET", b"POST"):
                 protocol, transport = self.open()
@@ -161,8 +163,8 @@ class Hostile(MonitorTestCase):
                 protocol.dataReceived(b"5\r\nabcde\r\n0\r\n\r\n")
                 self.assertEqual(transport.value(), b"")
 
-    def test_whole_body(self) -> None:
-        """One that comes at once gets no second answer."""
+    def test_a_body_that_comes_at_once_gets_one_response(self) -> None:
+        """The refusal is the only one."""
         protocol, transport = self.open()
         protocol.dataReceived(b"GET / HTTP/1.1\r\nContent-Length: 2\r\n\r\nab")
         self.assertEqual(transport.value().count(b"HTTP/1.1"), 1)
@@ -227,21 +229,14 @@ class Hostile(MonitorTestCase):
         self.assertEqual(self.ask("/metrics")[0], 500)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
-    def test_any_accept(self) -> None:
-        """Bytes that are no text, and versions that nobody knows, get the metrics."""
-        for accept in (
-            b"\xff",
-            b"application/openmetrics-text; version=x",
-            b"text/plain;version=9",
-        ):
-            protocol, transport = self.open()
-            protocol.dataReceived(METRICS[:-2] + b"Accept: " + accept + b"\r\n\r\n")
-            self.reactor.advance(0)
-            self.assertIn(b"200 OK", transport.value())
-            self.assertIn(b"cafeorch_connections_open 0", transport.value())
+    def test_an_accept_that_is_no_text_gets_the_metrics(self) -> None:
+        """Bytes that are no UTF-8 are no reason for a traceback."""
+        self.assertIn(
+            b"\ncafeorch_connections_open 0", self.ask("/metrics", head="Accept: \xff\r\n")[2]
+        )
 
-    def test_nonsense(self) -> None:
-        """What is no HTTP is refused, and not logged."""
+    def test_what_is_not_http_is_refused_and_not_logged(self) -> None:
+        """The connection is closed."""
         with capturedLogs() as events:
             for data in (b"\0\0\0\1\1" * 3 + b"\r\n", b"GET\r\n", b"x" * 100_000 + b"\r\n"):
                 protocol, transport = self.open()
@@ -249,8 +244,8 @@ class Hostile(MonitorTestCase):
                 self.assertTrue(transport.disconnecting)
         self.assertEqual(events, [])
 
-    def test_silence(self) -> None:
-        """Who says nothing for long, before a request or inside of one, is cut off, unlogged."""
+    def test_a_silent_peer_is_cut_off_and_not_logged(self) -> None:
+        """The timeout counts before a request, inside one and after one."""
         for data in (b"", b"GET / HT", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"):
             protocol, transport = self.open()
             with capturedLogs() as events:
@@ -262,15 +257,15 @@ class Hostile(MonitorTestCase):
             self.assertTrue(transport.aborted)
             self.assertEqual(events, [])
 
-    def test_many(self) -> None:
-        """No number of connections keeps a scraper out: the oldest one goes."""
+    def test_a_connection_too_many_closes_the_oldest(self) -> None:
+        """No number of connections keeps a scraper out."""
         opened = [self.open()[1] for _ in range(MAX_CONNECTIONS + 2)]
         self.assertEqual(sum(transport.aborted for transport in opened), 2)
         self.assertTrue(opened[0].aborted and opened[1].aborted)
         self.assertEqual(self.ask("/livez")[0], 200)
 
-    def test_gone(self) -> None:
-        """Who is gone makes room, and leaves no timer behind."""
+    def test_a_closed_connection_makes_room_and_leaves_no_timer(self) -> None:
+        """Connections that were closed before do not count."""
         for _ in range(2 * MAX_CONNECTIONS):
             protocol, transport = self.open()
             lose(protocol)
@@ -281,8 +276,8 @@ class Hostile(MonitorTestCase):
         self.assertFalse(last.aborted)
         self.assertEqual(len(self.reactor.getDelayedCalls()), MAX_CONNECTIONS)
 
-    def test_not_logged(self) -> None:
-        """A scrape leaves no line in the log."""
+    def test_requests_are_not_logged(self) -> None:
+        """There is no access log."""
         with capturedLogs() as events:
             self.ask("/metrics")
             self.ask("/x", "POST")
@@ -290,14 +285,14 @@ class Hostile(MonitorTestCase):
 
 
 class Ready(MonitorTestCase):
-    """Whether the server takes batches."""
+    """``/readyz``: whether the server takes batches."""
 
     def check(self, status: int, text: str) -> None:
         self.assertEqual(self.ask("/readyz")[::2], (status, f"{text}\n".encode()))
 
-    def test_life(self) -> None:
-        """It does from its start to the beginning of its end."""
-        service = self.watched()
+    def test_readyz_from_the_start_to_the_drain(self) -> None:
+        """It is 503 while the server starts and while it drains."""
+        service = self.monitored()
         service.privilegedStartService()
         self.check(503, "starting")
         service.startService()
@@ -307,36 +302,36 @@ class Ready(MonitorTestCase):
         self.check(503, "draining")
         self.assertEqual(self.ask("/livez")[0], 200)
 
-    def test_refusing(self) -> None:
-        """It does not while the store refuses; the reason is one line."""
-        self.watched().startService()
+    def test_readyz_gives_the_reason_why_the_store_refuses(self) -> None:
+        """It is 503 exactly as long as the store refuses; the reason is one line."""
+        self.monitored().startService()
         self.sink.reason = "disk full\nor so"
         self.check(503, "disk full or so")
         self.sink.reason = None
         self.check(200, "ok")
 
-    def test_without_a_store(self) -> None:
-        """Without a store nothing can refuse."""
+    def test_without_a_store_nothing_refuses(self) -> None:
+        """A server without a store is ready."""
         self.monitor = Monitor(self.reactor, self.factory, self.endpoint, __version__)
-        self.watched().startService()
+        self.monitored().startService()
         self.check(200, "ok")
 
 
 class Life(MonitorTestCase):
-    """From when until when it answers."""
+    """When it begins to answer, and when it ends."""
 
-    def test_listens_once(self) -> None:
-        """It listens with the others, once, and the log says where."""
+    def test_it_listens_once_and_logs_where(self) -> None:
+        """It listens before privileges are shed, as the other endpoints do."""
         with capturedLogs() as events:
-            service = self.watched()
+            service = self.monitored()
             service.privilegedStartService()
             service.startService()
         self.assertEqual(self.endpoint.factories, [self.monitor.site])
         line = "action: serve_metrics | result: success | address: 127.0.0.1:4321"
         self.assertIn(line, texts(events, LogLevel.info))
 
-    def test_cannot_listen(self) -> None:
-        """An endpoint that cannot listen raises."""
+    def test_an_endpoint_that_cannot_listen_raises(self) -> None:
+        """The service does not start."""
         error = CannotListenError("127.0.0.1", 9100, OSError("taken"))
         self.monitor = Monitor(
             self.reactor,
@@ -344,13 +339,13 @@ class Life(MonitorTestCase):
             TCP4ServerEndpoint(RaisingMemoryReactor(listenException=error), 9100),
             __version__,
         )
-        self.assertRaises(CannotListenError, self.watched().privilegedStartService)
+        self.assertRaises(CannotListenError, self.monitored().privilegedStartService)
 
-    def test_until_the_end(self) -> None:
-        """It answers until the store is closed, and does not wait for who keeps it open."""
+    def test_it_answers_until_the_store_is_closed(self) -> None:
+        """Then it closes its connections without waiting for them."""
         closed: Deferred[None] = Deferred()
         self.sink = RecordingSink(lambda: closed)
-        service = self.watched()
+        service = self.monitored()
         service.startService()
         client = self.busy_client()
         _, scraper = self.open()
@@ -368,19 +363,19 @@ class Life(MonitorTestCase):
         self.assertEqual(self.endpoint.port.stops, 1)
         self.assertTrue(scraper.aborted)
 
-    def test_leaves_nothing_behind(self) -> None:
-        """Neither a timer nor an observer of the log is left."""
+    def test_a_stop_leaves_no_timer_and_no_observer(self) -> None:
+        """The reactor and the log are as they were before."""
         before = list(globalLogPublisher._observers)
-        service = self.watched()
+        service = self.monitored()
         service.startService()
         self.assertNotEqual(globalLogPublisher._observers, before)
         service.stopService()
         self.assertEqual(globalLogPublisher._observers, before)
         self.assertEqual(self.reactor.getDelayedCalls(), [])
 
-    def test_given_up(self) -> None:
-        """A drain that is given up is a limit that was hit, and closes the endpoint too."""
-        service = self.watched(drain_timeout=1.0)
+    def test_a_drain_that_is_given_up_closes_the_endpoint(self) -> None:
+        """It also counts as a limit that was hit."""
+        service = self.monitored(drain_timeout=1.0)
         service.startService()
         self.busy_client()
         service.stopService()
@@ -388,9 +383,9 @@ class Life(MonitorTestCase):
         self.assertEqual(self.factory.counters.limit_hits["drain_timeout"], 1)
         self.assertEqual(self.endpoint.port.stops, 1)
 
-    def test_problems(self) -> None:
-        """What is logged as a warning or worse, from start to end, is shown."""
-        service = self.watched()
+    def test_warnings_are_shown(self) -> None:
+        """The status page has what is logged as a warning or worse."""
+        service = self.monitored()
         service.startService()
         Logger("test").warn("something is odd")
         problems = json.loads(self.ask("/status.json")[2])["problems"]
@@ -416,8 +411,8 @@ def register(factory):
 class RealServer(ProcessTestCase):
     """A process, with real sockets."""
 
-    def test_scraped_while_it_stops(self) -> None:
-        """It is ready, then drains and still shows its numbers; what is in hand is finished."""
+    def test_a_draining_server_is_scraped_until_its_end(self) -> None:
+        """Its numbers are right while it finishes the message in progress."""
         (self.folder / "holding.py").write_text(HOLDING)
         options = ("--metrics", "tcp:0:interface=127.0.0.1", "--processors", "holding:register")
         server = self.start(*options)
@@ -426,13 +421,13 @@ class RealServer(ProcessTestCase):
         client.send(batch_frame())
         self.assertEqual(client.read(5), b"\0\0\0\1\1")
         client.send(b"\0\0\0\1\x28")
-        in_hand = 'cafeorch_batches_in_hand{table="opcode_40"} 1.0'
-        wait_until(lambda: in_hand in get(server, "/metrics")[1], "it is in hand")
+        in_progress = 'cafeorch_batches_in_progress{table="opcode_40"} 1.0'
+        wait_until(lambda: in_progress in get(server, "/metrics")[1], "it is in progress")
         server.signal(signal.SIGTERM)
         wait_until(lambda: get(server, "/readyz") == (503, "draining\n"), "it drains")
         text = get(server, "/metrics")[1]
         self.assertIn('batches_total{outcome="committed",table="users"} 1.0', text)
-        self.assertIn(in_hand, text)
+        self.assertIn(in_progress, text)
         (self.folder / "let_go").touch()
         self.assertEqual(client.read(5), b"\0\0\0\1\1")
         server.wait_until_gone()

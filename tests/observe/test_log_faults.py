@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+from contextlib import closing
 from pathlib import Path
 
 from tests.support.builders import SUCCESS, batch_frame
@@ -28,6 +29,15 @@ class LogFaultTestCase(ProcessTestCase):
         server = self.launch("--port", str(port), "--store=none", *arguments, twistd=twistd)
         server.port = port
         server.wait_until_served()
+        return server
+
+    def serve_and_send(
+        self, batches: int, *arguments: str, twistd: tuple[str, ...] = ()
+    ) -> Server:
+        """A server that has answered so many batches, and has no client any more."""
+        server = self.serve(*arguments, twistd=twistd)
+        with closing(Client(server.port)) as client:
+            self.send(client, batches)
         return server
 
     def send(self, client: Client, batches: int) -> None:
@@ -64,6 +74,7 @@ class FullDisk(LogFaultTestCase):
         filler.unlink()
         wait_until(lambda: LOST.search(log.read_text()), "it says what was lost")
         self.send(client, 1000)
+        client.close()
         self.end(server)
         text = log.read_text()
         self.check_lines(text)
@@ -79,6 +90,7 @@ class FullDisk(LogFaultTestCase):
         resource.prlimit(server.pid, resource.RLIMIT_FSIZE, limits)
         client = self.client(server)
         self.send(client, 3000)
+        client.close()
         self.end(server)
         text = server.text("my.log")
         self.check_lines(text)
@@ -95,27 +107,27 @@ class UnreadPipe(LogFaultTestCase):
         self.pipe = os.open(self.folder / "stdout", os.O_RDONLY | os.O_NONBLOCK)
         self.addCleanup(os.close, self.pipe)
 
-    def read(self) -> str:
-        """What has come through the pipe, which is read from now on."""
+    def read_until(self, text: bytes) -> bytes:
+        """Read what comes through the pipe, up to some text or to its end."""
+        os.set_blocking(self.pipe, True)
         data = bytearray()
-        while piece := os.read(self.pipe, 1 << 20):
+        while text not in data[-100_000:] and (piece := os.read(self.pipe, 1 << 16)):
             data += piece
-        return data.decode()
+        return bytes(data)
 
     def test_a_pipe_that_nobody_reads_stops_nothing(self) -> None:
         """The server goes on, and SIGTERM ends it as soon as with a pipe that is read."""
-        server = self.serve()
-        self.send(self.client(server), 10_000)
-        self.end(server, 4.0)
+        self.end(self.serve_and_send(10_000), 10.0)
 
     def test_a_pipe_that_is_read_again_has_all_lines_or_their_number(self) -> None:
         """What the buffer held comes, in order, and then how much was lost."""
         server = self.serve()
-        batches = 40_000
-        self.send(self.client(server), batches)
-        os.set_blocking(self.pipe, True)
+        client, batches = self.client(server), 40_000
+        self.send(client, batches)
+        data = self.read_until(b"lines were lost")
+        client.close()
         server.signal(signal.SIGTERM)
-        text = self.read()
+        text = (data + self.read_until(LAST_LINE.encode())).decode()
         self.check_lines(text)
         (lost,) = LOST.findall(text)
         self.assertEqual(len(re.findall(r"opcode: 8\b", text)) + int(lost), 2 * batches)
@@ -127,20 +139,18 @@ class Rotation(LogFaultTestCase):
 
     def test_the_number_and_the_size_of_log_files_are_bounded(self) -> None:
         """``--log-bytes`` and ``--log-files`` bound what the log takes on the disk."""
-        arguments = ("--log-bytes=50000", "--log-files=3")
-        server = self.serve(*arguments, twistd=("--logfile=my.log",))
-        self.send(self.client(server), 20_000)
-        self.end(server)
+        options = ("--log-bytes=50000", "--log-files=3")
+        self.end(self.serve_and_send(20_000, *options, twistd=("--logfile=my.log",)))
         files = sorted(path.name for path in self.folder.glob("my.log*"))
         self.assertEqual(files, ["my.log", "my.log.1", "my.log.2", "my.log.3"])
         for name in files:
-            self.check_lines(server.text(name))
-            self.assertLess(len(server.text(name)), 5_000_000)
+            text = (self.folder / name).read_text()
+            self.check_lines(text)
+            self.assertLess(len(text), 5_000_000)
 
     def test_the_default_keeps_a_long_log_in_one_file(self) -> None:
         """A log of some megabytes is not cut into pieces of one."""
-        server = self.serve(twistd=("--logfile=my.log",))
-        self.send(self.client(server), 15_000)
+        server = self.serve_and_send(15_000, twistd=("--logfile=my.log",))
         self.end(server)
         self.assertEqual([path.name for path in self.folder.glob("my.log*")], ["my.log"])
         self.assertGreater(len(server.text("my.log")), 3_000_000)
@@ -148,9 +158,9 @@ class Rotation(LogFaultTestCase):
     def test_sigusr1_ends_no_server(self) -> None:
         """Where there is no file to rotate, SIGUSR1 does nothing."""
         for twistd in ((), ("--syslog",)):
-            server = self.serve(twistd=twistd)
+            server = self.serve_and_send(1000, twistd=twistd)
             server.signal(signal.SIGUSR1)
-            self.send(self.client(server), 1000)
+            server.wait_until_served()
             self.end(server)
             Path(self.folder / "twistd.pid").unlink(missing_ok=True)
 

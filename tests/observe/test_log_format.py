@@ -49,14 +49,14 @@ class JsonTests(SynchronousTestCase):
             },
         )
 
-    def test_failure(self) -> None:
+    def test_a_traceback_stands_in_its_line(self) -> None:
         """A traceback stands in the line of its event."""
         self.log.failure("it broke", Failure(KeyError("eggs")))
         (line,) = self.lines()
         self.assertEqual((line["level"], line["message"]), ("critical", "it broke"))
         self.assertIn("KeyError", line["traceback"])
 
-    def test_older_logging(self) -> None:
+    def test_older_logging_has_a_line(self) -> None:
         """What Twisted's older functions log has a line too."""
         publisher = log.LogPublisher(publishPublisher=LogPublisher(self.observer))
         publisher.msg("Starting factory")
@@ -80,7 +80,7 @@ class JsonTests(SynchronousTestCase):
         self.assertEqual([line["message"] for line in lines], ["it is"] * 4)
         self.assertEqual({type(line["field"]) for line in lines}, {str})
 
-    def test_nothing_to_say(self) -> None:
+    def test_an_event_without_a_message_has_no_line(self) -> None:
         """An event without a message has no line."""
         self.observer({"log_time": 1.0, "log_level": LogLevel.info})
         self.assertEqual(self.file.text, "")
@@ -91,7 +91,7 @@ class JsonTests(SynchronousTestCase):
             st.one_of(st.text(), st.integers(), st.binary(), st.builds(object), st.none()),
         )
     )
-    def test_any_field(self, fields: dict[str, Any]) -> None:
+    def test_a_line_has_all_fields(self, fields: dict[str, Any]) -> None:
         """Whatever the fields are, a line is one object, and has them all."""
         self.file.calls.clear()
         self.log.info("it is", **fields)
@@ -99,7 +99,7 @@ class JsonTests(SynchronousTestCase):
         self.assertEqual((text.count("\n"), text[-1]), (1, "\n"))
         self.assertLessEqual(fields.keys(), json.loads(text).keys())
 
-    def test_lost_lines(self) -> None:
+    def test_lost_lines_are_an_object_too(self) -> None:
         """That lines were lost is said in JSON too."""
         line = json.loads(self.observer._describe_loss(3))
         self.assertEqual((line["lost"], line["level"]), (3, "error"))
@@ -108,7 +108,7 @@ class JsonTests(SynchronousTestCase):
 class ServerTests(ProcessTestCase):
     """A real server that logs so."""
 
-    def test_every_line(self) -> None:
+    def test_every_line_of_a_server_is_an_object(self) -> None:
         """Every line of its log is an object, from the first to the last."""
         server = self.launch("--port", "0", "--store", "none", "--log-format", "json")
         server.wait_until_logged('"address": "127.0.0.1:')

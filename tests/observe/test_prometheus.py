@@ -58,7 +58,7 @@ def scrape(exposition: Exposition) -> Scrape:
 
 
 def value(samples: Scrape, name: str, **labels: str) -> float:
-    """One of them; 0 where there is none."""
+    """One sample; 0 where there is none."""
     return samples.get((f"cafeorch_{name}", tuple(sorted(labels.items()))), 0.0)
 
 
@@ -80,10 +80,10 @@ class MetricsTestCase(SynchronousTestCase):
 
 
 class Values(MetricsTestCase):
-    """What the numbers are."""
+    """The numbers."""
 
-    def test_connections(self) -> None:
-        """Those that are open, all that were accepted, and what they sent."""
+    def test_connections_are_counted(self) -> None:
+        """Open ones, accepted ones, and the bytes that they sent."""
         connect(self.factory)
         protocol, _ = connect(self.factory)
         protocol.dataReceived(HELLO)
@@ -92,8 +92,8 @@ class Values(MetricsTestCase):
         self.assertEqual(self.value("connections_accepted_total"), 2)
         self.assertEqual(self.value("received_bytes_total"), len(HELLO))
 
-    def test_batches(self) -> None:
-        """By table and outcome, and the rows in them."""
+    def test_batches_are_counted_by_table_and_outcome(self) -> None:
+        """So are the rows in them."""
         protocol, _ = connect(self.factory)
         protocol.dataReceived(batch_frame() + frame(b"\x05"))
         self.assertEqual(self.value("batches_received_total", table="users"), 1)
@@ -101,8 +101,8 @@ class Values(MetricsTestCase):
         self.assertEqual(self.value("batches_total", table="stores", outcome="malformed"), 1)
         self.assertEqual(self.value("rows_total", table="users", outcome="processed"), 1)
 
-    def test_in_hand(self) -> None:
-        """Batches, and the bytes of all frames that are not done."""
+    def test_batches_in_progress_have_two_names(self) -> None:
+        """The former name stays for one release; the bytes of frames count too."""
         self.factory.register_processor(ECHO, Pending())
         protocol, _ = connect(self.factory)
         protocol.dataReceived(numbered(1))
@@ -110,22 +110,22 @@ class Values(MetricsTestCase):
             self.assertEqual(self.value(name, table="opcode_40"), 1)
         self.assertEqual(self.value("in_flight_bytes"), 2)
 
-    def test_control_messages(self) -> None:
-        """Messages that are no batches."""
+    def test_control_messages_are_counted(self) -> None:
+        """Messages that are no batches have outcomes too."""
         protocol, _ = connect(self.factory)
         protocol.dataReceived(HELLO)
         labels = {"message": "client_hello", "outcome": "processed"}
         self.assertEqual(self.value("control_messages_total", **labels), 1)
 
-    def test_limits(self) -> None:
-        """Every limit is there from the start, with what has hit it."""
+    def test_every_limit_is_there_from_the_start(self) -> None:
+        """A limit that was not hit is 0, and not missing."""
         self.factory.counters.limit_hit("frame_timeout")
         self.assertEqual(self.value("limit_hits_total", limit="frame_timeout"), 1)
         labels = (("limit", "max_connections"),)
         self.assertIn(("cafeorch_limit_hits_total", labels), scrape(self.exposition))
 
-    def test_histograms(self) -> None:
-        """A histogram's buckets, their sum and their number."""
+    def test_a_histogram_has_buckets_sum_and_count(self) -> None:
+        """Buckets are cumulative."""
         self.factory.counters.commit_seconds.observe(0.02)
         self.assertEqual(self.value("commit_duration_seconds_bucket", le="0.01"), 0)
         self.assertEqual(self.value("commit_duration_seconds_bucket", le="0.025"), 1)
@@ -133,8 +133,8 @@ class Values(MetricsTestCase):
         self.assertEqual(self.value("commit_duration_seconds_count"), 1)
         self.assertEqual(self.value("commit_duration_seconds_sum"), 0.02)
 
-    def test_state(self) -> None:
-        """Whether the store takes batches, its sizes, and whether the server is stopping."""
+    def test_store_up_follows_the_refusal_of_the_store(self) -> None:
+        """It is 0 exactly while the store refuses, whatever the server does."""
         self.assertEqual(self.value("store_up"), 1)
         self.assertEqual(self.value("store_bytes"), 4096)
         self.assertEqual(self.value("draining"), 0)
@@ -143,14 +143,14 @@ class Values(MetricsTestCase):
         self.assertEqual(self.value("store_up"), 0)
         self.assertEqual(self.value("draining"), 1)
 
-    def test_without_a_store(self) -> None:
-        """A server that stores nothing says nothing of a store."""
+    def test_without_a_store_there_are_no_metrics_of_it(self) -> None:
+        """A server that stores nothing shows neither ``store_`` nor ``commit_`` metrics."""
         exposition = Exposition(self.factory, make_status(self.factory), __version__)
         names = {name for name, _ in scrape(exposition)}
         self.assertFalse([name for name in names if "store" in name or "commit" in name])
 
-    def test_build(self) -> None:
-        """What runs, by version."""
+    def test_build_info_has_the_versions(self) -> None:
+        """The labels name what runs."""
         (labels,) = [
             dict(labels)
             for name, labels in scrape(self.exposition)
@@ -161,10 +161,10 @@ class Values(MetricsTestCase):
 
 
 class Format(MetricsTestCase):
-    """How they are shown."""
+    """The format."""
 
-    def test_open_metrics(self) -> None:
-        """Who asks for OpenMetrics gets it."""
+    def test_open_metrics_on_demand(self) -> None:
+        """It is whole, and has no ``_created`` series."""
         content_type, text = self.exposition.render("application/openmetrics-text; version=1.0.0")
         self.assertIn("application/openmetrics-text", content_type)
         self.assertTrue(text.endswith(b"# EOF\n"))
@@ -187,8 +187,8 @@ class Format(MetricsTestCase):
                 (default.partition(";")[0], "application/openmetrics-text"),
             )
 
-    def test_registry_of_its_own(self) -> None:
-        """The library's global registry knows nothing of it, and another server none of this."""
+    def test_each_server_has_a_registry_of_its_own(self) -> None:
+        """Nothing is registered in the library's global one."""
         connect(self.factory)
         factory = OrchestratorFactory(Clock())
         other = Exposition(factory, make_status(factory), __version__)
@@ -196,8 +196,8 @@ class Format(MetricsTestCase):
         names = {family.name for family in REGISTRY.collect()}
         self.assertFalse([name for name in names if name.startswith("cafeorch")])
 
-    def test_documented(self) -> None:
-        """Each metric is explained in docs/operations.md, and each that is there exists."""
+    def test_every_metric_is_documented(self) -> None:
+        """docs/operations.md explains each metric, and no other."""
         section = DOCUMENTATION.partition("\n## Metrics\n")[2].partition("\n## ")[0]
         documented = re.findall(r"^\| `(cafeorch_[a-z_]+)[`{]", section, re.MULTILINE)
         collector: RegisteredCollector = Collector(self.factory, self.status, __version__)
@@ -256,8 +256,8 @@ class Sums(SinkTestCase):
 
         self.reactor.pump_until(holds)
 
-    def test_every_scrape(self) -> None:
-        """All that was received is committed, duplicate, failed or in hand, by table, whatever goes on."""
+    def test_the_sums_are_right_at_every_scrape(self) -> None:
+        """What was received is committed, duplicate, failed or in progress, by table, at any moment."""
         rejected = failing_at(13, ValueError("a fault of the test"))
         self.patch(Database, "store_batch", rejected)
         self.start(FaultyConnection)
@@ -296,8 +296,8 @@ class Sums(SinkTestCase):
         self.assertGreater(self.scrapes, 80)
         self.flushLoggedErrors(BatchRejected, sqlite3.OperationalError)
 
-    def test_refusing_store(self) -> None:
-        """While the store refuses it is down, with the reason, and up with the next commit."""
+    def test_a_store_that_refuses_is_down_until_it_commits(self) -> None:
+        """The state has the reason."""
         self.start(FaultyConnection)
         assert isinstance(self.connection, FaultyConnection)
         self.status.start()
@@ -319,8 +319,8 @@ class Sums(SinkTestCase):
         self.assertEqual(value(samples, "store_up"), 1)
         self.assertEqual(value(samples, "commit_duration_seconds_count"), 1)
 
-    def test_commit_seconds(self) -> None:
-        """A commit is timed by the clock of the reactor, in the thread that writes."""
+    def test_commits_are_timed_by_the_reactor(self) -> None:
+        """The writer thread asks the reactor's clock."""
         with patch.object(self.reactor, "seconds", self.ticking()):
             self.start()
             protocol, transport = connect(self.factory)
@@ -333,8 +333,8 @@ class Sums(SinkTestCase):
         ticks = iter(range(10**6))
         return lambda: next(ticks) / 1000
 
-    def test_sizes(self) -> None:
-        """The store's file and its WAL, as they are on the disk."""
+    def test_sizes_are_those_on_the_disk(self) -> None:
+        """The store's file and its WAL are measured when a scraper asks."""
         self.assertEqual(self.sink.sizes(), (0, 0))
         self.start()
         samples = self.scrape()

@@ -57,8 +57,8 @@ class StatusTestCase(SynchronousTestCase):
 class Figures(StatusTestCase):
     """The server at this moment."""
 
-    def test_state(self) -> None:
-        """Its state, and the reason where it is not ready."""
+    def test_the_state_comes_with_its_reason(self) -> None:
+        """It is starting, ready or draining."""
         self.assertEqual(self.shown()["state"], "starting")
         self.status.start()
         self.addCleanup(self.status.stop)
@@ -66,8 +66,8 @@ class Figures(StatusTestCase):
         self.status.drain()
         self.assertEqual((self.shown()["state"], self.shown()["reason"]), ("draining",) * 2)
 
-    def test_connection(self) -> None:
-        """Who is connected, for how long, with what."""
+    def test_a_connection_shows_its_client_and_counts(self) -> None:
+        """Messages in progress have two names, for one release."""
         self.clock.advance(100)
         protocol, _ = connect(self.factory)
         protocol.session.common_name = "agency 7"
@@ -93,14 +93,14 @@ class Figures(StatusTestCase):
         )
         self.assertEqual(self.shown()["time"], 105.0)
 
-    def test_agency(self) -> None:
-        """The agency, where it has said which one it is and is still there."""
+    def test_a_connection_shows_its_agency(self) -> None:
+        """It is the one that FINISHED names."""
         protocol, _ = connect(self.factory)
         protocol.dataReceived(frame(encode(Finished(42))))
         self.assertEqual(self.shown()["connections"]["shown"][0]["agency"], 42)
 
-    def test_many_connections(self) -> None:
-        """All are counted; those that sent most are listed."""
+    def test_the_connections_that_sent_most_are_listed(self) -> None:
+        """All are counted."""
         for number in range(MAX_CONNECTIONS + 50):
             protocol, _ = connect(self.factory)
             protocol.received_bytes = number
@@ -111,8 +111,8 @@ class Figures(StatusTestCase):
             list(range(MAX_CONNECTIONS + 49, 49, -1)),
         )
 
-    def test_tables(self) -> None:
-        """The batches of each table, and of what stands for one, by what became of them."""
+    def test_tables_show_their_batches_by_outcome(self) -> None:
+        """Opcodes that nothing knows have a line of their own."""
         protocol, _ = connect(self.factory)
         protocol.dataReceived(batch_frame() + frame(b"\xc8"))
         tables = {table["table"]: table for table in self.shown()["tables"]}
@@ -121,20 +121,20 @@ class Figures(StatusTestCase):
         self.assertEqual((users["received"], users["processed"], users["rows"]), (1, 1, 1))
         self.assertEqual((tables["unknown"]["malformed"], tables["unknown"]["failed"]), (1, 1))
 
-    def test_store(self) -> None:
-        """The store's sizes; none without one."""
+    def test_the_sizes_of_the_store_are_shown(self) -> None:
+        """There are none without a store."""
         self.assertIsNone(self.shown()["store"])
         self.sink = RecordingSink()
         self.make_status()
         self.assertEqual(self.shown()["store"], {"file": 4096, "wal": 0})
 
-    def test_limits(self) -> None:
-        """The limits that were hit."""
+    def test_limits_that_were_hit_are_shown(self) -> None:
+        """The others are not."""
         self.assertEqual(self.shown()["limits"], {})
         self.factory.counters.limit_hit("max_connections")
         self.assertEqual(self.shown()["limits"], {"max_connections": 1})
 
-    def test_nothing_of_a_row(self) -> None:
+    def test_nothing_of_a_row_is_shown(self) -> None:
         """No cell and no key of a row is shown, whatever became of the batch."""
         globalLogPublisher.addObserver(self.problems)
         self.addCleanup(globalLogPublisher.removeObserver, self.problems)
@@ -163,8 +163,8 @@ class Rates(StatusTestCase):
         self.status.start()
         self.addCleanup(self.status.stop)
 
-    def test_rates(self) -> None:
-        """What came in a second, on the average between two samples."""
+    def test_a_rate_is_the_average_between_two_samples(self) -> None:
+        """Rows, batches and bytes are per second."""
         protocol, _ = connect(self.factory)
         protocol.dataReceived(batch_frame(rows=[USER_ROW] * 10))
         self.clock.advance(SAMPLE_INTERVAL)
@@ -181,16 +181,19 @@ class Rates(StatusTestCase):
         self.assertEqual(len(points), MAX_POINTS)
         self.assertEqual(points[-1][0] - points[0][0], (MAX_POINTS - 1) * SAMPLE_INTERVAL)
 
-    def test_clock_set_back(self) -> None:
-        """Where the clock was set back there is no point, and no endless rate."""
-        self.clock.advance(SAMPLE_INTERVAL)
-        self.status._take_sample()
-        self.clock.rightNow -= 3
-        self.status._take_sample()
-        self.assertEqual(len(self.shown()["rates"]["points"]), 1)
+    def test_a_wall_clock_set_back_costs_no_point(self) -> None:
+        """Rates are measured by the reactor's clock, and the axis of time stays in order."""
+        self.clock.pump([SAMPLE_INTERVAL] * 3)
+        wall_time = self.factory.wall_time
+        self.factory.wall_time = lambda: wall_time() - 3600
+        self.clock.pump([SAMPLE_INTERVAL] * 3)
+        shown = self.shown()
+        times = [point[0] - shown["time"] for point in shown["rates"]["points"]]
+        self.assertEqual(times, [-25, -20, -15, -10, -5, 0])
+        self.assertEqual(shown["time"] - shown["started_at"], 30)
 
-    def test_stopped(self) -> None:
-        """After the end nothing is sampled any more."""
+    def test_a_stop_leaves_no_timer(self) -> None:
+        """A second stop does nothing."""
         self.status.stop()
         self.status.stop()
         self.assertEqual(self.clock.getDelayedCalls(), [])
@@ -206,8 +209,8 @@ class Problems(SynchronousTestCase):
     def texts(self) -> list[str]:
         return [problem["text"] for problem in self.problems.latest()]
 
-    def test_levels(self) -> None:
-        """From warnings on, the newest first, with level and time."""
+    def test_warnings_and_errors_are_kept_the_newest_first(self) -> None:
+        """Each has its level and time; what is less important is left out."""
         for level in (LogLevel.debug, LogLevel.info, LogLevel.warn, LogLevel.error):
             self.emitter.emit(level, "{what} happened", what=level.name)
         self.assertEqual(self.texts(), ["error happened", "warn happened"])
@@ -215,15 +218,15 @@ class Problems(SynchronousTestCase):
         self.assertEqual(first["level"], "error")
         self.assertGreater(first["time"], 1.7e9)
 
-    def test_failure(self) -> None:
-        """Of a failure what was said of it, or its kind; never its text and traceback."""
+    def test_the_text_of_a_failure_is_not_kept(self) -> None:
+        """The line above the traceback is, or else the kind of the error."""
         failure = Failure(ValueError(SECRET))
         self.emitter.failure("it broke", failure)
         self.emitter.emit(LogLevel.critical, None, log_failure=failure)
         self.assertEqual(self.texts(), ["ValueError", "it broke"])
 
-    def test_one_short_line(self) -> None:
-        """Each is one line of no great length, without control characters."""
+    def test_a_problem_is_one_short_line(self) -> None:
+        """Control characters are left out."""
         self.emitter.warn("{text}", text="first\x1b[31m\u202e line\nsecond line")
         self.emitter.warn("{text}", text="x" * 10_000)
         long, first = self.texts()

@@ -65,7 +65,7 @@ def table_of(document: str, name: str) -> list[str]:
 class RealPage(ProcessTestCase):
     """The page of a server that serves."""
 
-    def test_page(self) -> None:
+    def test_the_page_of_a_server_at_work(self) -> None:
         """It shows who is connected, what came of it, and what went wrong; its policy lets it."""
         if CHROMIUM is None:
             raise SkipTest("there is no chromium to show the page")
@@ -270,24 +270,24 @@ class AnyPage(SynchronousTestCase):
             self._shared.update(json.loads(html.unescape(body)))
         return self._shared
 
-    def test_no_overflow(self) -> None:
+    def test_no_width_scrolls_sideways(self) -> None:
         """No width of a window makes the page scroll sideways, however long its numbers are."""
         for view, _, width, _ in VIEWS:
             self.assertLessEqual(self.seen[view]["width"], width, view)
 
-    def test_hostile_texts(self) -> None:
+    def test_texts_of_clients_are_never_markup(self) -> None:
         """Texts of clients are shown as they are, and are never markup."""
         self.assertEqual(self.seen["hit"], 0)
         for view in ("desktop", "phone", "refusing"):
             self.assertIn(HOSTILE, self.seen[view]["text"])
             self.assertEqual(re.findall("<img|<i>", self.seen[view]["markup"]), [])
 
-    def test_schemes(self) -> None:
+    def test_the_page_is_dark_where_the_browser_is(self) -> None:
         """It is dark where the browser is."""
         self.assertEqual(self.seen["desktop"]["background"], "rgb(245, 246, 248)")
         self.assertEqual(self.seen["dark"]["background"], "rgb(17, 21, 27)")
 
-    def test_busy(self) -> None:
+    def test_a_busy_server(self) -> None:
         """A thousand connections: some are shown, all counted; the lines are drawn."""
         text = self.seen["desktop"]["text"]
         self.assertIn("The 200 of 1000 that sent most", text)
@@ -299,31 +299,31 @@ class AnyPage(SynchronousTestCase):
         self.assertIn("10 min ago", text)
         self.assertRegex(text, r"batches failed\s+60M")
 
-    def test_idle(self) -> None:
+    def test_a_server_without_connections_and_store(self) -> None:
         """A server that nobody is connected to, and that has no store."""
         text = self.seen["idle"]["text"]
         self.assertIn("No connections.", text)
         self.assertIn("None since the start.", text)
         self.assertNotIn("Completeness", text)
 
-    def test_states(self) -> None:
+    def test_the_banner_says_why_the_server_is_not_ready(self) -> None:
         """It says when the server stops, when its store refuses, and why."""
         self.assertIn("draining: it is stopping", self.seen["draining"]["text"])
         self.assertIn("takes no new connections", self.seen["draining"]["text"])
         self.assertIn("the store refuses batches", self.seen["refusing"]["text"])
 
-    def test_slow_store(self) -> None:
+    def test_a_store_that_does_not_answer_in_time(self) -> None:
         """It says when the store could not be asked which tables are complete."""
         self.assertIn("query its view ingest_status", self.seen["slow"]["text"])
 
-    def test_gone(self) -> None:
+    def test_a_server_that_is_gone_is_shown_as_gone(self) -> None:
         """A server that answers no more is not shown as if it did."""
         text = self.seen["gone"]["text"]
         self.assertRegex(text, r"The server has not answered for 1\d s\. The figures are from \d")
         self.assertIn("no answer", text)
         self.assertNotIn("not answered", self.seen["phone"]["text"])
 
-    def test_accessible(self) -> None:
+    def test_tables_and_charts_can_be_read_aloud(self) -> None:
         """Each table has a caption and heads with scopes, each line a name, each part a heading."""
         markup = self.seen["desktop"]["markup"]
         self.assertEqual(markup.count("<table"), markup.count("<caption>"))

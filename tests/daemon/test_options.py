@@ -288,19 +288,17 @@ class Mistakes(OptionsTestCase):
             self.assertIn("--listen", refusal)
             self.assertIn(f"--{name}", refusal)
 
-    def test_nothing_without_another(self) -> None:
-        """Three options are nothing without another one, which is named."""
+    def test_an_option_that_needs_another(self) -> None:
+        """Three options need another one, which is named."""
         for name, text, needed in (
             ("tls-key", "key.pem", "tls-cert"),
             ("tls-client-ca", "ca.pem", "tls-cert"),
             ("proxy-from", "10.0.0.0/8", "proxy-protocol"),
             ("proxy-from", "127.0.0.0/8,::1", "proxy-protocol"),
         ):
-            self.assertIn(
-                f"--{name} is nothing without --{needed}", self.refusal(f"--{name}={text}")
-            )
+            self.assertIn(f"--{name} needs --{needed}", self.refusal(f"--{name}={text}"))
             refusal = self.refusal(**{variable(name): text})
-            self.assertIn(f"{variable(name)} is nothing without {variable(needed)}", refusal)
+            self.assertIn(f"{variable(name)} needs {variable(needed)}", refusal)
 
     def test_bad_flag_in_the_environment(self) -> None:
         """A variable that is neither yes nor no is refused; on the command line a flag has no value."""

@@ -1,4 +1,4 @@
-"""``twistd cafeorch``: the one place where the parts are put together."""
+"""``twistd cafeorch``: the only place that wires the rooms together."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ more rows, and the 99th percentile of the acknowledgements is half as long.
 
 
 def makeService(options: Options) -> IService:
-    """Put the server together, having made sure that it can start.
+    """Put the server together, and make sure that it can start.
 
-    Whatever is wrong is found here: a daemonising ``twistd`` has not forked yet, and can
-    still say so.
+    A mistake must be found here: a daemonising ``twistd`` has not forked yet, and can still
+    report it.
 
     :raises SystemExit: with one line that names the mistake.
     """
-    # Importing it installs it, and which one it is is for twistd to say.
+    # The import installs a reactor, and twistd decides which one.
     from twisted.internet import reactor  # noqa: PLC0415
 
     measure_monotonic_time(reactor)
@@ -147,7 +147,7 @@ def _monitor(
     description = options["metrics"]
     if description is None:
         return None
-    # With it comes all of Twisted's HTTP.
+    # It imports all of Twisted's HTTP.
     from .observe.http import Monitor  # noqa: PLC0415
 
     endpoint = metrics_endpoint(reactor, description)

@@ -14,12 +14,12 @@ from twisted.python.failure import Failure
 from .clock import measure_monotonic_time
 
 Command = Callable[[Any, argparse.Namespace], Coroutine[Any, Any, int]]
-"""From the reactor and the options to the exit status. What is awaited when the user
-interrupts it is cancelled."""
+"""Takes the reactor and the options, and returns the exit status. When the user interrupts the
+command, what it awaits is cancelled."""
 
 
 def run(command: Command, options: argparse.Namespace) -> NoReturn:
-    """Run a command in the reactor until it ends; a signal cancels it, and waits for its end.
+    """Run a command in the reactor until it ends; a signal cancels it and waits for its end.
 
     :raises SystemExit: with its status.
     """

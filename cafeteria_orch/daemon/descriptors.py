@@ -13,10 +13,10 @@ from cafeteria_orch.common.rate_limit import RateLimitedLog
 _OTHERS = 64
 """Descriptors for all but connections: listening, the store, the log, processors."""
 
-# How Twisted says that it could not accept a connection, and how it coped.
+# What Twisted logs when it cannot accept a connection, and how it recovers.
 _REFUSED = "EMFILE recovery: Closed socket from {address}"
 _FAILED = "Could not accept new connection ({acceptError})"
-_COPING = frozenset(
+_RECOVERY = frozenset(
     {
         "EMFILE encountered; releasing reserved file descriptor.",
         "Re-reserving EMFILE recovery file descriptor.",
@@ -47,7 +47,7 @@ def allow_connections(connections: int, each: int = 1) -> int:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     except (OSError, ValueError):
-        # A sandbox may forbid what the limits allow.
+        # A sandbox may forbid what the hard limit allows.
         allowed = soft
     if allowed == needed:
         return connections
@@ -89,5 +89,5 @@ class DescriptorReporter:
                 " file descriptors: raise LimitNOFILE (systemd) or ulimit -n, or lower"
                 " --max-connections",
             )
-        elif said not in _COPING:
+        elif said not in _RECOVERY:
             self.observer(event)

@@ -44,7 +44,7 @@ def _log_format(text: str) -> Render:
 
 
 def _path(text: str) -> str:
-    # A daemon goes elsewhere, and --rundir too.
+    # A daemon changes its working directory, and so does --rundir.
     return str(Path(text).absolute())
 
 
@@ -91,7 +91,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
 _REPEATED = ("listen", "processors")
 _FLAGS = ("proxy-protocol",)
 _NEEDED = {"tls-key": "tls-cert", "tls-client-ca": "tls-cert", "proxy-from": "proxy-protocol"}
-"""What an option is nothing without."""
+"""Options, and the one that each of them needs."""
 _TCP_OPTIONS = {"port", "interface", "backlog"}
 
 
@@ -109,50 +109,65 @@ class Options(usage.Options):
     optParameters = [  # noqa: RUF012 (Twisted's way of saying it)
         ["port", "p", "8080", "TCP port; 0 picks one, and the log says which"],
         ["interface", "i", "127.0.0.1", "address to bind; 0.0.0.0 or :: for all"],
-        ["backlog", "b", "128", "pending connections"],
-        ["tls-cert", None, "none", "certificate and chain, PEM: TLS alone is spoken; or none"],
-        ["tls-key", None, "none", "its private key, PEM; none: it is in the certificate's file"],
+        ["backlog", "b", "128", "connections that wait to be accepted"],
+        [
+            "tls-cert",
+            None,
+            "none",
+            "certificate and its chain, PEM, for TLS alone; or none",
+        ],
+        ["tls-key", None, "none", "its private key, PEM; none: it is in the file of --tls-cert"],
         [
             "tls-client-ca",
             None,
             "none",
-            "CAs, PEM: clients have to show a certificate of theirs; or none",
+            "CAs, PEM: each client must have a certificate of one of them; or none",
         ],
         [
             "proxy-from",
             None,
             "127.0.0.0/8,::1",
-            "load balancers, CIDR,...: who else connects, but by a local socket, is refused",
+            "networks of the load balancers (CIDR,...): others may use local sockets only",
         ],
         ["store", "s", "cafeorch.sqlite3", "the embedded store's file, or none"],
-        ["max-frame-bytes", None, str(DEFAULT_MAX_FRAME_BYTES), "longest frame, in bytes"],
+        ["max-frame-bytes", None, str(DEFAULT_MAX_FRAME_BYTES), "limit of a frame, in bytes"],
         [
             "framing",
             None,
             "auto",
             "auto (told by a connection's first byte), int32 or opcode-first",
         ],
-        ["max-connections", None, "1000", "connections at once; more are closed as they come"],
-        ["max-connections-per-host", None, "none", "the same of one address, or none"],
+        [
+            "max-connections",
+            None,
+            "1000",
+            "limit of connections; further ones are closed",
+        ],
+        ["max-connections-per-host", None, "none", "the same for one address, or none"],
         [
             "max-in-flight-bytes",
             None,
             str(DEFAULT_MAX_IN_FLIGHT_BYTES),
-            "of all frames that have begun and are not processed",
+            "memory budget: bytes of all frames that are not processed yet",
         ],
         ["idle-timeout", None, "none", "seconds that a client may send nothing, or none"],
-        ["frame-timeout", None, "30", "seconds that a frame may take from its first byte on"],
+        [
+            "frame-timeout",
+            None,
+            "30",
+            "seconds from the first byte of a frame to its last",
+        ],
         [
             "processing-timeout",
             None,
             "60",
-            "seconds until a message in hand is answered with FAIL, try again later; or none",
+            "seconds until a message in progress is answered with FAIL, try again later; or none",
         ],
         [
             "drain-timeout",
             None,
             f"{DEFAULT_DRAIN_TIMEOUT:g}",
-            "seconds that a stop may take to finish the batches in hand",
+            "seconds that a stop may take to finish the messages in progress",
         ],
         [
             "metrics",
@@ -182,11 +197,11 @@ class Options(usage.Options):
     opt_l = opt_listen
 
     def opt_processors(self, name: str) -> None:
-        """module:function, called at start; looked for in . first; may be repeated"""
+        """module:function, called at start; found in . first; may be repeated"""
         self._collected.setdefault("processors", []).append(name)
 
     def opt_proxy_protocol(self) -> None:
-        """A load balancer says who its client is: PROXY protocol, version 1 or 2, before TLS"""
+        """A load balancer names its client: PROXY protocol, version 1 or 2, before TLS"""
         self._collected["proxy-protocol"] = True
 
     def opt_version(self) -> None:
@@ -195,12 +210,12 @@ class Options(usage.Options):
         sys.exit(0)
 
     def parseArgs(self, *arguments: str) -> None:
-        """Refuse what is no option."""
+        """Refuse arguments that are not options."""
         if arguments:
-            raise usage.UsageError(f"{arguments[0]!r} is no option, and nothing else is taken")
+            raise usage.UsageError(f"{arguments[0]!r} is not an option")
 
     def parseOptions(self, options: list[str] | None = None) -> None:
-        """Read the command line, then the environment for what it does not say.
+        """Read the command line, then the environment for options that it lacks.
 
         :raises SystemExit: with one line that names the mistake.
         """
@@ -222,8 +237,7 @@ class Options(usage.Options):
         for options_of, label in ((given, "--{}".format), (environment, _environment_name)):
             for name, needed in _NEEDED.items():
                 if options_of.get(name) and not self[needed]:
-                    what = f"{label(name)} is nothing without {label(needed)}"
-                    raise refusal(f"{what}: give that too, or leave this out")
+                    raise refusal(f"{label(name)} needs {label(needed)}: give both or neither")
 
     def _read(self, options: list[str] | None, label: Callable[[str], str]) -> dict[str, Any]:
         self.update(dict.fromkeys(_PARSERS))
@@ -240,7 +254,7 @@ class Options(usage.Options):
 
 
 def refusal(message: str) -> SystemExit:
-    """What ends ``twistd`` with one line and a non-zero status."""
+    """Make what ends ``twistd`` with one line and a non-zero status."""
     return SystemExit(f"cafeorch: {message}")
 
 

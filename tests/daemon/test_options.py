@@ -1,4 +1,4 @@
-"""The options of ``twistd cafeorch``: from the command line, from the environment, wrong."""
+"""The options of ``twistd cafeorch``: the command line, the environment, mistakes."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ BAD = (
     ("proxy-from", ("x", "none", "10.0.0.0/33", "10.0.0.1/8", "10.0.0.1,,::1")),
     ("log-level", ("x", "INFO", "warning", "debug info")),
 )
-"""Values that are refused, by option."""
+"""Bad values, by option."""
 
 
 def variable(name: str) -> str:
@@ -139,42 +139,36 @@ class Values(OptionsTestCase):
     """Where a value comes from."""
 
     def check(self, options: Options, **changes: Any) -> None:
-        """Options are the defaults but for these changes."""
+        """Options are the defaults, except for these changes."""
         changes = {name.replace("_", "-"): value for name, value in changes.items()}
         expected = DEFAULTS | {"store": str(Path.cwd() / "cafeorch.sqlite3")} | changes
         self.assertEqual({name: options[name] for name in expected}, expected)
 
     def test_defaults(self) -> None:
-        """Without options, and with variables that are empty, the defaults hold, as values."""
+        """Without options, and with empty or unknown variables, the defaults hold, as values."""
         self.check(self.parse())
         empty = {variable(name): "" for name in (*DEFAULTS, "store")}
-        self.check(self.parse(**empty))
+        self.check(self.parse(**empty, CAFEORCH_COLOUR="red", PORT="9000"))
 
-    def test_command_line(self) -> None:
-        """Each option can be given on the command line, with or without an equals sign."""
+    def test_single_values(self) -> None:
+        """An option comes from the command line, in each form of it, or from the environment."""
         for name, text, value in SINGLE:
             self.check(self.parse(f"--{name}", text), **{name: value})
             self.check(self.parse(f"--{name}={text}"), **{name: value})
-
-    def test_environment(self) -> None:
-        """Each option can come from the environment."""
-        for name, text, value in SINGLE:
             self.check(self.parse(**{variable(name): text}), **{name: value})
+            if name in SHORT:
+                self.check(self.parse(f"-{SHORT[name]}", text), **{name: value})
 
-    def test_command_line_wins(self) -> None:
-        """An option that is in both has the command line's value; others are untouched."""
+    def test_the_command_line_wins(self) -> None:
+        """An option in both has the command line's value, default or not; others are untouched."""
+        environment = {variable(other): good for other, good, _ in SINGLE}
         for name, text, value in SINGLE:
-            environment = {variable(other): good for other, good, _ in SINGLE}
-            given = self.parse(f"--{name}={text}", **environment)
             expected = {other: last for other, _, last in SINGLE} | {name: value}
-            self.check(given, **expected)
-
-    def test_command_line_wins_with_a_default(self) -> None:
-        """Even if what it says is the default."""
+            self.check(self.parse(f"--{name}={text}", **environment), **expected)
         self.check(self.parse("--port=8080", CAFEORCH_PORT="9000"))
 
     def test_certificates(self) -> None:
-        """Files are found from where ``twistd`` was started."""
+        """Their files are found from where ``twistd`` was started."""
         files = {name: str(Path.cwd() / f"{name}.pem") for name in PATHS}
         self.check(self.parse(*(f"--{name}={name}.pem" for name in PATHS)), **files)
         self.check(self.parse(**{variable(name): f"{name}.pem" for name in PATHS}), **files)
@@ -191,7 +185,7 @@ class Values(OptionsTestCase):
                 self.check(self.parse(f"--{name}", **{variable(name): word}), **{name: True})
 
     def test_balancers(self) -> None:
-        """Where the load balancers are, wherever it is said that there are any."""
+        """Their networks may come from elsewhere than the option that needs them."""
         networks = parse_networks("10.0.0.0/8,192.0.2.7,2001:db8::/32")
         changes = {"proxy-from": networks, "proxy-protocol": True}
         text = "10.0.0.0/8, 192.0.2.7,2001:db8::/32"
@@ -199,40 +193,28 @@ class Values(OptionsTestCase):
         self.check(self.parse("--proxy-protocol", CAFEORCH_PROXY_FROM=text), **changes)
         self.check(self.parse("--proxy-from", text, CAFEORCH_PROXY_PROTOCOL="1"), **changes)
 
-    def test_short_forms(self) -> None:
-        """Five options have a short form."""
-        for name, text, value in SINGLE:
-            if name in SHORT:
-                self.check(self.parse(f"-{SHORT[name]}", text), **{name: value})
+    def test_repeated_values(self) -> None:
+        """All values count, in their order; those of the command line replace all others.
+
+        In the environment white space of any kind separates them.
+        """
         self.check(self.parse("-l", "tcp:1"), listen=["tcp:1"])
-
-    def test_repeated(self) -> None:
-        """An option that may be repeated keeps all of its values, in their order."""
         for name in REPEATED:
-            options = self.parse(f"--{name}", "a:b", f"--{name}=c:d")
-            self.check(options, **{name: ["a:b", "c:d"]})
-
-    def test_repeated_from_the_environment(self) -> None:
-        """There its values are separated by white space of any kind."""
-        for name in REPEATED:
-            options = self.parse(**{variable(name): " a:b  c:d\n\te:f "})
-            self.check(options, **{name: ["a:b", "c:d", "e:f"]})
-
-    def test_repeated_command_line_wins(self) -> None:
-        """The command line's values take the place of all of the environment's."""
-        for name in REPEATED:
-            options = self.parse(f"--{name}", "c:d", **{variable(name): "a:b e:f"})
-            self.check(options, **{name: ["c:d"]})
+            given = ("--" + name, "a:b", f"--{name}=c:d")
+            self.check(self.parse(*given), **{name: ["a:b", "c:d"]})
+            environment = {variable(name): " a:b  c:d\n\te:f "}
+            self.check(self.parse(**environment), **{name: ["a:b", "c:d", "e:f"]})
+            self.check(self.parse(*given, **environment), **{name: ["a:b", "c:d"]})
 
     def test_one_place_to_listen(self) -> None:
-        """What the command line says of where to listen wins over the environment's other way."""
+        """Where to listen, by the command line, wins over the environment's other way."""
         options = self.parse("--listen", "unix:/run/x", CAFEORCH_PORT="9000")
         self.assertEqual(options["listen"], ["unix:/run/x"])
         options = self.parse("--port", "9000", CAFEORCH_LISTEN="unix:/run/x")
         self.check(options, port=9000)
 
-    def test_store_is_absolute(self) -> None:
-        """A store is found from where ``twistd`` was started: its ``--rundir`` moves nothing."""
+    def test_the_store_is_absolute(self) -> None:
+        """It is found from where ``twistd`` was started: ``--rundir`` does not move it."""
         folder = Path(self.mktemp())
         folder.mkdir()
         options = self.parse("--store", "sub/tables.db")
@@ -241,89 +223,68 @@ class Values(OptionsTestCase):
         os.chdir(folder)
         self.assertEqual(options["store"], expected)
 
-    def test_foreign_variables(self) -> None:
-        """A variable that is no option's is left alone."""
-        self.check(self.parse(CAFEORCH_COLOUR="red", PORT="9000"))
-
 
 class Mistakes(OptionsTestCase):
-    """What is wrong ends in one line that names it, and a status of 1."""
+    """A mistake ends in one line that names it, and in status 1."""
 
     def test_bad_values(self) -> None:
-        """A bad value on the command line is refused by the option's name."""
+        """The line names the option, or the variable, and shows the value."""
         for name, texts in BAD:
             for text in texts:
                 refusal = self.refusal(f"--{name}={text}")
                 self.assertIn(f"--{name}", refusal)
                 self.assertIn(repr(text), refusal)
-
-    def test_bad_values_from_the_environment(self) -> None:
-        """A bad value in the environment is refused by the variable's name."""
-        for name, texts in BAD:
-            for text in texts:
                 refusal = self.refusal(**{variable(name): text})
                 self.assertIn(variable(name), refusal)
                 self.assertNotIn("--", refusal)
                 self.assertIn(repr(text), refusal)
 
-    def test_limits_are_named(self) -> None:
-        """A number out of range is told the range, a word that is none the words."""
+    def test_what_would_be_right(self) -> None:
+        """The line shows the range of a number, or the words of a choice."""
         self.assertIn("from 0 to 65535", self.refusal("--port=65536"))
         self.assertIn("debug, info, warn, error", self.refusal("--log-level=loud"))
         self.assertIn("auto, int32, opcode-first", self.refusal("--framing=both"))
 
-    def test_missing_value(self) -> None:
-        """An option without its value."""
+    def test_not_an_option(self) -> None:
+        """An option without its value, an unknown one, and a word that is none."""
         for name in (*DEFAULTS, "store"):
             if name not in FLAGS:
                 self.assertIn(name, self.refusal(f"--{name}"))
-
-    def test_unknown_option(self) -> None:
-        """An option that there is not."""
-        self.assertIn("--prot", self.refusal("--prot=1"))
-        self.assertIn("-x", self.refusal("-x"))
-
-    def test_positional_argument(self) -> None:
-        """Nothing is taken but options."""
-        self.assertIn("'9000'", self.refusal("9000"))
+        for argument in ("--prot=1", "-x", "9000"):
+            self.assertIn(argument.partition("=")[0], self.refusal(argument))
         self.assertIn("'9000'", self.refusal("--store", "none", "9000"))
 
     def test_listen_excludes_the_others(self) -> None:
-        """``--listen`` takes the place of three options: it stands with none of them."""
+        """``--listen`` stands with none of the three options that it replaces."""
         for name, text in (("port", "1"), ("interface", "::1"), ("backlog", "1")):
             refusal = self.refusal("--listen=tcp:1", f"--{name}={text}")
             self.assertIn("--listen", refusal)
             self.assertIn(f"--{name}", refusal)
+            refusal = self.refusal(CAFEORCH_LISTEN="tcp:1", **{variable(name): text})
+            self.assertIn("CAFEORCH_LISTEN", refusal)
+            self.assertIn(variable(name), refusal)
 
-    def test_nothing_without_another(self) -> None:
-        """Three options are nothing without another one, which is named."""
+    def test_an_option_that_needs_another(self) -> None:
+        """Three options need another one, which is named."""
         for name, text, needed in (
             ("tls-key", "key.pem", "tls-cert"),
             ("tls-client-ca", "ca.pem", "tls-cert"),
             ("proxy-from", "10.0.0.0/8", "proxy-protocol"),
             ("proxy-from", "127.0.0.0/8,::1", "proxy-protocol"),
         ):
-            self.assertIn(
-                f"--{name} is nothing without --{needed}", self.refusal(f"--{name}={text}")
-            )
+            self.assertIn(f"--{name} needs --{needed}", self.refusal(f"--{name}={text}"))
             refusal = self.refusal(**{variable(name): text})
-            self.assertIn(f"{variable(name)} is nothing without {variable(needed)}", refusal)
+            self.assertIn(f"{variable(name)} needs {variable(needed)}", refusal)
 
-    def test_bad_flag_in_the_environment(self) -> None:
-        """A variable that is neither yes nor no is refused; on the command line a flag has no value."""
+    def test_bad_flags(self) -> None:
+        """A variable must be yes or no; on the command line a flag has no value."""
         refusal = self.refusal(CAFEORCH_PROXY_PROTOCOL="maybe")
         self.assertIn("CAFEORCH_PROXY_PROTOCOL: 'maybe' is not one of 1, yes, true, on", refusal)
         self.assertIn("--proxy-protocol", self.refusal("--proxy-protocol=yes"))
 
-    def test_environment_has_one_place_to_listen(self) -> None:
-        """The same holds among the variables, which are named."""
-        refusal = self.refusal(CAFEORCH_LISTEN="tcp:1", CAFEORCH_PORT="1")
-        self.assertIn("CAFEORCH_LISTEN", refusal)
-        self.assertIn("CAFEORCH_PORT", refusal)
-
 
 class Help(OptionsTestCase):
-    """What an operator reads."""
+    """What ``--help`` and ``--version`` print."""
 
     def printed(self, argument: str) -> str:
         """What is printed for an option that prints and ends with status 0."""
@@ -333,7 +294,7 @@ class Help(OptionsTestCase):
         return output.getvalue()
 
     def test_help(self) -> None:
-        """``--help`` has every option on a line of its own, with its default."""
+        """``--help`` lists every option with its default, and names the variables."""
         text = self.printed("--help")
         shown = {"store": "cafeorch.sqlite3", "log-level": "info", "drain-timeout": "10"}
         shown |= {"log-format": "text", "framing": "auto", "max-connections-per-host": "none"}
@@ -349,10 +310,7 @@ class Help(OptionsTestCase):
             self.assertRegex(text, rf"(?m)^ +{short}--{name}=")
             if name not in REPEATED:
                 self.assertIn(f"[default: {default}]", " ".join(text.split()))
-
-    def test_help_on_the_environment(self) -> None:
-        """``--help`` says how the variables are named."""
-        self.assertIn("CAFEORCH_LOG_LEVEL", self.printed("--help"))
+        self.assertIn("CAFEORCH_LOG_LEVEL", text)
 
     def test_version(self) -> None:
         """``--version`` is the package's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from twisted.application.service import Application
-from twisted.internet.defer import Deferred, fail
+from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.endpoints import TCP4ServerEndpoint
 from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import ServerFactory
@@ -47,23 +47,22 @@ class Starting(ServiceTestCase):
         self.started(plain)
         self.assertEqual((endpoint.factories, plain.factories), ([admission], [self.factory]))
 
-    def test_all_endpoints(self) -> None:
-        """It listens on each of its endpoints as soon as it may bind low ports."""
-        self.service(*self.endpoints(70, 71)).privilegedStartService()
-        self.assertEqual(self.listening(), [(70, self.factory), (71, self.factory)])
+    def test_the_privileged_start_listens(self) -> None:
+        """Each endpoint listens while low ports are allowed, and the start that follows adds none."""
+        service = self.service(*self.endpoints(70, 71))
+        service.privilegedStartService()
+        expected = [(70, self.factory), (71, self.factory)]
+        self.assertEqual(self.listening(), expected)
+        service.startService()
+        self.assertEqual(self.listening(), expected)
 
-    def test_once(self) -> None:
-        """A start after the privileged one, as ``twistd`` has it, listens no second time."""
-        self.started(*self.endpoints(70, 71))
-        self.assertEqual(len(self.listening()), 2)
-
-    def test_without_privileged_start(self) -> None:
-        """``twist`` makes no privileged start: the plain one listens."""
+    def test_the_start_listens_without_a_privileged_one(self) -> None:
+        """``twist`` makes no privileged start."""
         self.service(*self.endpoints(70)).startService()
         self.assertEqual(self.listening(), [(70, self.factory)])
 
-    def test_start_is_logged(self) -> None:
-        """The log says where it listens (port 0 is one that the system picks), and how fast."""
+    def test_the_log_says_where_it_listens(self) -> None:
+        """The system picks port 0, and the row codec decides how fast the server is."""
         with capturedLogs() as events:
             self.started(RecordingEndpoint())
         lines = [
@@ -72,26 +71,22 @@ class Starting(ServiceTestCase):
         ]
         self.assertEqual(sorted(texts(events, LogLevel.info)), sorted(lines))
 
-    def test_cannot_listen(self) -> None:
-        """An endpoint that cannot listen raises: not to be overlooked, and no ``SystemExit``."""
+    def test_an_endpoint_that_cannot_listen_raises(self) -> None:
+        """Nobody overlooks it, and it is no ``SystemExit``."""
         error = CannotListenError("127.0.0.1", 70, OSError("taken"))
         taken = TCP4ServerEndpoint(RaisingMemoryReactor(listenException=error), 70)
         service = self.service(RecordingEndpoint(), taken)
         self.assertRaises(CannotListenError, service.privilegedStartService)
         self.assertRaises(CannotListenError, self.service(taken).startService)
 
-    def test_sink_is_opened_late(self) -> None:
-        """The store is opened when privileges are shed, and before clients are served."""
+    def test_the_store_opens_between_the_starts(self) -> None:
+        """Privileges are shed by then, and no client is served yet; an error is raised as it is."""
         sink = RecordingSink()
         service = self.service(RecordingEndpoint(), sink=sink)
         service.privilegedStartService()
         self.assertEqual(sink.calls, [])
         service.startService()
         self.assertEqual(sink.calls, ["start"])
-
-    def test_sink_cannot_start(self) -> None:
-        """A store that cannot be opened raises as it is."""
-        sink = RecordingSink()
         self.patch(sink, "start", raising(ValueError("locked")))
         self.assertRaises(ValueError, self.service(sink=sink).startService)
 
@@ -121,23 +116,14 @@ class Logging(SynchronousTestCase):
 class Draining(ServiceTestCase):
     """One drain, whoever asks for it."""
 
-    def test_nobody_there(self) -> None:
-        """With nothing to wait for it is done at once, and leaves no timeout behind."""
+    def test_a_drain_without_connections(self) -> None:
+        """It is over at once, and leaves no timeout behind."""
         service = self.started(RecordingEndpoint())
         self.successResultOf(service.stopService())
         self.assertEqual(self.reactor.getDelayedCalls(), [])
 
-    def test_trigger(self) -> None:
-        """It is reached before the reactor's shutdown, which waits for it."""
-        self.started(RecordingEndpoint())
-        connect(self.factory)
-        (drained,) = self.reactor.shut_down()
-        self.assertNoResult(drained)
-        self.leave()
-        self.successResultOf(drained)
-
-    def test_each_has_a_deferred_of_its_own(self) -> None:
-        """Trigger, ``stopService`` and ``drain`` wait for one drain, each with a Deferred."""
+    def test_there_is_one_drain(self) -> None:
+        """The shutdown, ``stopService`` and ``drain`` wait for it, each with its Deferred."""
         sink, endpoint = RecordingSink(), RecordingEndpoint()
         service = self.started(endpoint, sink=sink)
         connect(self.factory)
@@ -148,21 +134,11 @@ class Draining(ServiceTestCase):
         self.leave()
         for deferred in waiting:
             self.successResultOf(deferred)
+        self.successResultOf(service.drain())
         self.assertEqual(sink.calls, ["start", "stop"])
         self.assertEqual(endpoint.port.stops, 1)
 
-    def test_again(self) -> None:
-        """Once it is done, it is done: asking again gives a Deferred that has fired."""
-        sink = RecordingSink()
-        service = self.started(sink=sink)
-        first = service.stopService()
-        second = service.drain()
-        self.assertIsNot(first, second)
-        self.successResultOf(first)
-        self.successResultOf(second)
-        self.assertEqual(sink.calls, ["start", "stop"])
-
-    def test_order(self) -> None:
+    def test_the_order_of_a_drain(self) -> None:
         """It stops listening, then ends the connections, closes the store, flushes the log."""
         no_port: Deferred[None] = Deferred()
         closed: Deferred[None] = Deferred()
@@ -188,13 +164,13 @@ class Draining(ServiceTestCase):
         self.successResultOf(drained)
         self.assertEqual(file.text.splitlines()[-1].partition("] ")[2], DRAINED)
 
-    def test_every_port(self) -> None:
-        """No endpoint listens on."""
-        endpoints = [RecordingEndpoint(), RecordingEndpoint()]
+    def test_every_port_closes_at_once(self) -> None:
+        """No endpoint listens on while another one closes."""
+        endpoints = [RecordingEndpoint(Deferred()), RecordingEndpoint()]
         self.started(*endpoints).stopService()
         self.assertEqual([endpoint.port.stops for endpoint in endpoints], [1, 1])
 
-    def test_connections(self) -> None:
+    def test_connections_end_after_their_messages(self) -> None:
         """Idle connections close now, busy ones when they have their answer; halves are lost."""
         service = self.started()
         _, idle = connect(self.factory)
@@ -309,8 +285,8 @@ class GivingUp(ServiceTestCase):
         self.assertEqual(texts(events, LogLevel.warn), [GIVEN_UP])
         self.assertNotIn("action: drain | result: success", texts(events, LogLevel.info))
 
-    def test_timeout_of_ones_own(self) -> None:
-        """``drain_timeout`` says how long it may take."""
+    def test_the_option_sets_the_timeout(self) -> None:
+        """``drain_timeout`` limits the drain."""
         service = self.started(drain_timeout=60.0)
         busy = self.busy_client()
         drained = service.stopService()
@@ -331,8 +307,8 @@ class GivingUp(ServiceTestCase):
         self.successResultOf(drained)
         self.assertTrue(busy.aborted)
 
-    def test_everyone_is_told(self) -> None:
-        """All who wait are told of a drain that was given up."""
+    def test_all_who_wait_are_told(self) -> None:
+        """A drain that was given up is over for each of them."""
         service = self.started()
         self.busy_client()
         waiting = [*self.reactor.shut_down(), service.stopService()]
@@ -361,29 +337,21 @@ class GivingUp(ServiceTestCase):
         self.pending.finish()
         self.assertEqual(busy.value(), b"")
 
-    def check_failure(self, service: OrchestratorService) -> None:
-        """A drain ends although something raised, which is logged."""
-        _, transport = connect(self.factory)
-        drained = service.stopService()
-        self.leave()
-        self.successResultOf(drained)
-        logged = [str(failure.value) for failure in self.flushLoggedErrors(ValueError)]
-        self.assertEqual(logged, ["disk gone"])
-        self.assertTrue(transport.half_closed or transport.aborted)
-
-    def test_sink_fails(self) -> None:
-        """A store that fails to close does not hang the drain."""
-        sink = RecordingSink(lambda: fail(ValueError("disk gone")))
-        self.check_failure(self.started(sink=sink))
-
-    def test_sink_raises(self) -> None:
-        """Nor does one that raises at once."""
-        sink = RecordingSink(raising(ValueError("disk gone")))
-        self.check_failure(self.started(sink=sink))
-
-    def test_port_fails(self) -> None:
-        """A port that fails to close does not hang the drain, and the store is closed."""
-        sink = RecordingSink()
-        endpoint = RecordingEndpoint(fail(ValueError("disk gone")))
-        self.check_failure(self.started(endpoint, sink=sink))
-        self.assertIn("stop", sink.calls)
+    def test_what_fails(self) -> None:
+        """A drain ends although a port or the store fails, which is logged; the store closes."""
+        error = ValueError("disk gone")
+        for port, stop in (
+            (fail(error), lambda: succeed(None)),
+            (None, lambda: fail(error)),
+            (None, raising(error)),
+        ):
+            sink = RecordingSink(stop)
+            service = self.started(RecordingEndpoint(port), sink=sink)
+            _, transport = connect(self.factory)
+            drained = service.stopService()
+            self.leave()
+            self.successResultOf(drained)
+            logged = [str(failure.value) for failure in self.flushLoggedErrors(ValueError)]
+            self.assertEqual(logged, ["disk gone"])
+            self.assertTrue(transport.half_closed or transport.aborted)
+            self.assertIn("stop", sink.calls)

@@ -158,21 +158,21 @@ class Listening(TapTestCase):
         self.assertRegex(addresses[1], r"^127\.0\.0\.1:[1-9]\d*$")
 
     def test_port_in_use(self) -> None:
-        """A port that is taken is found before anything starts, and named."""
+        """A port that is taken, of any option, is found before anything starts, and named."""
         with taken_port() as port:
-            self.assertIn(f"127.0.0.1:{port}", self.refusal("--port", str(port)))
-            refusal = self.refusal("--listen", f"tcp:{port}:interface=127.0.0.1")
-            self.assertIn(f"127.0.0.1:{port}", refusal)
-            second = ("--listen", f"tcp:{port}:interface=127.0.0.1")
-            self.refusal("--listen", "tcp:0:interface=127.0.0.1", *second)
-
-    def test_tls_port_in_use(self) -> None:
-        """So is the port of a TLS endpoint."""
-        with taken_port() as port:
+            address = f"127.0.0.1:{port}"
+            endpoint = f"--listen=tcp:{port}:interface=127.0.0.1"
+            for arguments in (
+                ("--port", str(port)),
+                (endpoint,),
+                ("--listen=tcp:0:interface=127.0.0.1", endpoint),
+                (f"--metrics=tcp:{port}:interface=127.0.0.1",),
+            ):
+                self.assertIn(address, self.refusal(*arguments, "--store=none"))
             probe: Any = BindProbe()
-            endpoint = SSL4ServerEndpoint(probe, port, object(), interface="127.0.0.1")
-            error = self.assertRaises(SystemExit, check_endpoints, [endpoint], "--listen")
-        self.assertIn(f"127.0.0.1:{port}", str(error.code))
+            tls = SSL4ServerEndpoint(probe, port, object(), interface="127.0.0.1")
+            error = self.assertRaises(SystemExit, check_endpoints, [tls], "--listen")
+            self.assertIn(address, str(error.code))
 
     def test_port_is_let_go(self) -> None:
         """Making the service takes the port to try it, and lets go of it."""
@@ -182,23 +182,20 @@ class Listening(TapTestCase):
         with socket.socket() as server:
             server.bind(("127.0.0.1", port))
 
-    def test_interface_that_is_none(self) -> None:
-        """An address that is not this machine's is refused."""
+    def test_foreign_interfaces(self) -> None:
+        """An address that is not this machine's, or no address at all, is refused."""
         self.assertIn("192.0.2.1", self.refusal("--interface=192.0.2.1"))
         self.assertIn("999.0.0.1", self.refusal("--interface=999.0.0.1"))
 
     def test_bad_endpoints(self) -> None:
-        """A description that is no endpoint's is refused, and named."""
+        """A description that names no endpoint is refused, and shown."""
         for description in ("tcp", "tcp:port", "nonsense:1", "nonsense", ":", "tcp:1:colour=red"):
             refusal = self.refusal(f"--listen={description}", "--store=none")
             self.assertIn(f"--listen {description}: ", refusal)
 
-    def test_unix_socket_that_cannot_be(self) -> None:
-        """A local socket in a folder that there is not is found before anything starts."""
+    async def test_unix_sockets(self) -> None:
+        """One in a folder that does not exist, and one that another server has, are refused."""
         self.assertIn("missing/cafe.socket", self.refusal("--listen=unix:missing/cafe.socket"))
-
-    async def test_unix_socket_in_use(self) -> None:
-        """So is one that another server listens on."""
         other = self.make("--listen=unix:cafe.socket", "--store=none")
         other.privilegedStartService()
         try:
@@ -284,56 +281,40 @@ class Store(TapTestCase):
         factory: Any = self.make("--store=none")._factory
         self.assertEqual(factory.processor_name(8), "the default handling")
 
-    def test_unwritable(self) -> None:
-        """A store that cannot be written is refused, by its path."""
+    def test_a_file_that_cannot_be_the_store(self) -> None:
+        """It is refused by its path, or by what is wrong, and stays as it is."""
         (self.folder / "text").write_text("this is no database, " * 100)
-        for path in ("missing/tables.db", ".", "text"):
-            refusal = self.refusal("--store", path)
-            self.assertIn(str(self.folder / path), refusal)
-
-    def test_foreign_database(self) -> None:
-        """A database of something else is refused, and stays as it is."""
-        with sqlite3.connect("foreign.db") as database:
-            database.execute("CREATE TABLE customers (id)")
-        database.close()
-        before = Path("foreign.db").read_bytes()
-        self.assertIn("--store", self.refusal("--store=foreign.db"))
-        self.assertEqual(Path("foreign.db").read_bytes(), before)
-
-    def test_newer_schema(self) -> None:
-        """A store of a newer program is refused."""
-        with sqlite3.connect("newer.db") as database:
-            database.execute("PRAGMA user_version = 99")
-        database.close()
-        self.assertIn("99", self.refusal("--store=newer.db"))
+        for name, statement in (
+            ("foreign.db", "CREATE TABLE customers (id)"),
+            ("newer.db", "PRAGMA user_version = 99"),
+        ):
+            with sqlite3.connect(name) as database:
+                database.execute(statement)
+            database.close()
+        for name, part in (
+            ("missing/tables.db", "missing/tables.db"),
+            (".", str(self.folder)),
+            ("text", "text"),
+            ("foreign.db", "--store"),
+            ("newer.db", "99"),
+        ):
+            path = self.folder / name
+            before = path.read_bytes() if path.is_file() else None
+            self.assertIn(part, self.refusal("--store", name))
+            self.assertEqual(path.read_bytes() if path.is_file() else None, before)
 
 
 class Processors(TapTestCase):
     """``--processors``: functions that are called with the factory."""
 
-    def order(self) -> list[str]:
-        """What the functions of the module have been called."""
-        order: list[str] = sys.modules["cafe_processors"].ORDER
-        return order
-
     def test_working_directory(self) -> None:
-        """A module that lies in the working directory is found."""
-        self.make("--processors=cafe_processors:promotions")
-        self.assertEqual(self.order(), ["promotions"])
-
-    def test_working_directory_first(self) -> None:
-        """It is found there before anywhere else."""
+        """A module there is found before one elsewhere; several functions are called in order."""
         elsewhere = self.folder / "elsewhere"
         elsewhere.mkdir()
         (elsewhere / "cafe_processors.py").write_text("")
         sys.path.insert(0, str(elsewhere))
-        self.make("--processors=cafe_processors:promotions")
-        self.assertEqual(self.order(), ["promotions"])
-
-    def test_in_order(self) -> None:
-        """Several are called in their order."""
         self.make("--processors=cafe_processors:users", "--processors=cafe_processors:promotions")
-        self.assertEqual(self.order(), ["users", "promotions"])
+        self.assertEqual(sys.modules["cafe_processors"].ORDER, ["users", "promotions"])
 
     def test_after_the_store(self) -> None:
         """The store has registered its own by then: ``replace=True`` takes their place."""
@@ -342,45 +323,29 @@ class Processors(TapTestCase):
         self.assertIn("Sink", factory.processor_name(7))
 
     def test_opcode_that_is_taken(self) -> None:
-        """Without ``replace=True`` the opcode, its processor and the way out are named."""
+        """The line names opcode and processor, and says what to do; so for two of one's own."""
         refusal = self.refusal("--processors=cafe_processors:too_late")
         for part in ("--processors cafe_processors:too_late", "opcode 8", "replace=True"):
             self.assertIn(part, refusal)
         self.make("--processors=cafe_processors:too_late", "--store=none")
-
-    def test_opcode_taken_twice(self) -> None:
-        """Nor can two of them have one opcode."""
         twice = ["--processors=cafe_processors:promotions"] * 2
         self.assertIn("opcode 40", self.refusal(*twice))
 
-    def check(self, name: str, *parts: str) -> None:
-        """A name is refused, in a line that has these parts."""
-        refusal = self.refusal(f"--processors={name}")
-        for part in (f"--processors {name}: ", *parts):
-            self.assertIn(part, refusal)
-
-    def test_no_module(self) -> None:
-        """A module that there is not."""
-        self.check("cafe_missing:register", "cafe_missing")
-
-    def test_no_function(self) -> None:
-        """A function that the module has not, or that is none."""
-        self.check("cafe_processors:missing", "missing")
-        self.check("cafe_processors:no_function", "not callable")
-
-    def test_raising(self) -> None:
-        """A function that raises: its error, on one line."""
-        self.check("cafe_processors:broken", "RuntimeError: first line second line")
-
-    def test_broken_module(self) -> None:
-        """A module that is no Python."""
+    def test_mistakes(self) -> None:
+        """What is not there, cannot be called, raises, or is no Python or no name."""
         (self.folder / "cafe_broken.py").write_text("def register(")
-        self.check("cafe_broken:register", "SyntaxError", "cafe_broken.py, line 1")
-
-    def test_badly_formed(self) -> None:
-        """A name that is not a module and a function."""
-        for name in ("cafe_processors", "cafe_processors:", ":register", ":"):
-            self.check(name, "package.module:function")
+        form = "package.module:function"
+        for name, part in (
+            ("cafe_missing:register", "cafe_missing"),
+            ("cafe_processors:missing", "missing"),
+            ("cafe_processors:no_function", "not callable"),
+            ("cafe_processors:broken", "RuntimeError: first line second line"),
+            ("cafe_broken:register", "cafe_broken.py, line 1"),
+            *((name, form) for name in ("cafe_processors", "cafe_processors:", ":register", ":")),
+        ):
+            refusal = self.refusal(f"--processors={name}")
+            self.assertIn(f"--processors {name}: ", refusal)
+            self.assertIn(part, refusal)
 
 
 class Logging(TapTestCase):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from contextlib import closing
@@ -131,29 +130,23 @@ class Draining(ProcessTestCase):
 
 
 class TwistedsOwn(ProcessTestCase):
-    """What ``twistd`` does with a server of Twisted's own: ours is to be no different."""
+    """The standard for ours: how ``twistd`` ends a server of Twisted's own."""
 
-    def check_status(self, number: signal.Signals) -> None:
-        """It dies of the signal, once it has shut down."""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = ["web", "--listen=tcp:0:interface=127.0.0.1"]
-        server = Server(self.folder, FOREGROUND, command, environment)
-        self.addCleanup(server.clean_up)
-        port = wait_until(lambda: re.search(r"starting on (\d+)", server.log), "it listens")[1]
-        with closing(Client(int(port))) as client:
-            client.send(b"GET / HTTP/1.0\r\n\r\n")
-            client.read(1)
-        server.signal(number)
-        self.assertEqual(server.status(), -number)
-        self.assertFalse(server.pid_file.exists())
-
-    def test_sigterm(self) -> None:
-        """Of SIGTERM."""
-        self.check_status(signal.SIGTERM)
-
-    def test_sigint(self) -> None:
-        """Of SIGINT."""
-        self.check_status(signal.SIGINT)
+    def test_it_dies_of_the_signal(self) -> None:
+        """When it has shut down, without a pid file."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            command = ["web", "--listen=tcp:0:interface=127.0.0.1"]
+            server = Server(self.folder, FOREGROUND, command, environment)
+            self.addCleanup(server.clean_up)
+            server.wait_until_logged("starting on ")
+            port = server.log.partition("starting on ")[2].split()[0]
+            with closing(Client(int(port))) as client:
+                client.send(b"GET / HTTP/1.0\r\n\r\n")
+                client.read(1)
+            server.signal(number)
+            self.assertEqual(server.status(), -number)
+            self.assertFalse(server.pid_file.exists())
 
 
 class HangingTests(Tests):
@@ -229,18 +222,13 @@ class Foreground(HangingTests, ProcessTestCase):
 
     starter = FOREGROUND
 
-    def test_thread(self) -> None:
-        """A blocking one that never returns does not hold it."""
-        self.check_timeout("thread", GIVEN_UP)
-
-    def test_deferred(self) -> None:
-        """One whose Deferred never fires does not."""
-        self.check_timeout("deferred", GIVEN_UP)
-
-    def test_pool(self) -> None:
-        """One that hangs in the reactor's own threads, which it waits for, does not."""
-        self.check_timeout("pool", ENDED)
-        self.assertIn(GIVEN_UP, self.server.log)
+    def test_what_hangs_elsewhere(self) -> None:
+        """A blocking processor and a Deferred do not hold it, nor does the reactor's own pool."""
+        for kind, line in (("thread", GIVEN_UP), ("deferred", GIVEN_UP), ("pool", ENDED)):
+            with self.subTest(kind):
+                self.setUp()
+                self.check_timeout(kind, line)
+                self.assertIn(GIVEN_UP, self.server.log)
 
     def test_second_signal(self) -> None:
         """A second signal does not wait for any of them."""

@@ -435,6 +435,18 @@ class Connection(RuleBasedStateMachine):
         self.factory.drain()
         self.settle(iterate=False)
 
+    # Early it would mostly be the end before anything has happened.
+    @precondition(lambda self: len(self.messages) > 10 and self.in_progress)
+    @rule()
+    def abort(self) -> None:
+        """The server closes at once: nothing is answered or started any more."""
+        if not self.model.lost:
+            self.model.closed = True
+        self.model.ending = True
+        self.model.queue.clear()
+        self.factory.abort()
+        self.settle(iterate=False)
+
     @precondition(lambda self: self.model.closed and not self.model.lost)
     @rule()
     def time_out(self) -> None:
@@ -484,7 +496,9 @@ class Connection(RuleBasedStateMachine):
     def ends_when_it_is_to(self) -> None:
         model, transport = self.model, self.transport
         if not model.lost:
-            assert (transport.half_closed or transport.disconnecting) == model.closed
+            is_closed = transport.half_closed or transport.disconnecting or transport.aborted
+            assert is_closed == model.closed
+            assert self.protocol.is_empty or not is_closed
         assert self.is_forgotten() == (model.lost and model.closed and not self.in_progress)
 
     def teardown(self) -> None:

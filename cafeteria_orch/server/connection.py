@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from inspect import iscoroutine
 from typing import TYPE_CHECKING, Any, cast
 
@@ -76,7 +77,8 @@ class OrchestratorProtocol(FrameReceiver):
         )
         self._factory = factory
         self.log_debug: bool = factory.log_debug
-        self._memory = MemoryShare(factory.memory, self._memory_granted, self._memory_unused)
+        granted = partial(self.resume, Pause.MEMORY)
+        self._memory = MemoryShare(factory.memory, granted, self._memory_unused)
         self._window = Window()
         self._processing = ProcessingTimeout(self, factory, self._window)
         self._tallies = factory.counters.tallies
@@ -197,11 +199,10 @@ class OrchestratorProtocol(FrameReceiver):
             exchange.settled = True
             self.answered(exchange)
             return
-        self.limited_log.warn(
+        self._warn(
             "no answer",
             "action: send_response | result: fail | ip: {ip} | opcode: {opcode}"
             " | error: {processor} did not answer",
-            ip=self.session.ip,
             opcode=exchange.opcode,
             processor=self.processor_name(exchange.opcode),
         )
@@ -261,9 +262,7 @@ class OrchestratorProtocol(FrameReceiver):
         if self._outgoing:
             self._flush()
         memory, window, reading = self._memory, self._window, self.reading
-        buffered, max_missing = self._decoder.holds()
-        if self._held is not None:
-            buffered += len(self._held)
+        buffered, max_missing = self.holds()
         may_grow = memory.update(buffered, window.bytes, max_missing, self.received_bytes)
         if self._frame_came and memory.is_reserved:
             memory.leave()
@@ -302,19 +301,14 @@ class OrchestratorProtocol(FrameReceiver):
             self._memory.update(0, 0, 0, self.received_bytes)
             self._factory.connection_lost(self)
 
-    def _memory_granted(self) -> None:
-        self.resume(Pause.MEMORY)
-
     def _memory_unused(self) -> None:
         # While it is paused, it is not the client's fault that nothing comes.
         if self.state is State.OPEN and not self.reading.reasons:
             self.limit_hit("frame_timeout")
-            self.limited_log.warn(
+            self._warn(
                 "slow frame",
                 "action: receive_message | result: fail | ip: {ip} | error: a frame came too"
                 " slowly while others waited for memory, {missing} bytes were missing",
-                ip=self.session.ip,
-                missing=self.missing,
             )
             self.end()
 
@@ -332,21 +326,23 @@ class OrchestratorProtocol(FrameReceiver):
     def input_ended(self, how: str) -> None:
         """No more comes. A frame that is cut off by that is logged."""
         if self.missing or how != "connection closed":
-            self.limited_log.warn(
+            self._warn(
                 how,
                 "action: receive_message | result: fail | ip: {ip} | error: {how},"
                 " {missing} bytes of a frame were missing",
-                ip=self.session.ip,
                 how=how,
-                missing=self.missing,
             )
         self.end()
+
+    def drop_input(self) -> None:
+        """Deliver nothing more, and wait for nothing that the client may send."""
+        super().drop_input()
+        self._memory.leave()
+        self.reading.stop()
 
     def end(self) -> None:
         """Take no more messages, and close when those in progress are answered."""
         self.drop_input()
-        self._memory.leave()
-        self.reading.stop()
         if self.state is State.OPEN:
             self._enter(State.ENDING)
         self.settle()
@@ -354,8 +350,6 @@ class OrchestratorProtocol(FrameReceiver):
     def abort(self) -> None:
         """Close at once, whatever is on its way."""
         super().abort()
-        self._memory.leave()
-        self.reading.stop()
         self.settle()
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
@@ -385,24 +379,24 @@ class OrchestratorProtocol(FrameReceiver):
             )
             self.end()
         elif awaited is Awaited.REST:
-            self.limited_log.warn(
+            self._warn(
                 "frame timeout",
                 "action: receive_message | result: fail | ip: {ip} | error: a frame took longer"
                 " than {seconds:g} s, the limit of --frame-timeout, {missing} bytes were missing",
-                ip=self.session.ip,
                 seconds=timeouts.frame,
-                missing=self.missing,
             )
             self.end()
         else:
-            self.limited_log.warn(
+            self._warn(
                 "unread answers",
                 "action: send_response | result: fail | ip: {ip} | error: the client did not"
                 " read its answers for {seconds:g} s, the limit of --frame-timeout",
-                ip=self.session.ip,
                 seconds=timeouts.frame,
             )
             self.abort()
+
+    def _warn(self, kind: str, message: str, **fields: object) -> None:
+        self.limited_log.warn(kind, message, ip=self.session.ip, missing=self.missing, **fields)
 
     @property
     def in_progress(self) -> int:

@@ -296,7 +296,7 @@ class OrchestratorFactory(ServerFactory):
         self.counters.accepted_connections += 1
         self._limits.opened(connection.session.ip)
         if self._paused:
-            self._hold(connection)
+            self._pause(connection)
         session = connection.session
         if self.log_info and session.common_name is None:
             _log.info("action: accept_connections | result: success | ip: {ip}", ip=session.ip)
@@ -338,7 +338,7 @@ class OrchestratorFactory(ServerFactory):
             self.connections - self._paused_by_sink.keys(), key=lambda each: each.in_progress
         )
         for connection in by_share:
-            self._hold(connection)
+            self._pause(connection)
 
     def resumeProducing(self) -> None:
         """Take messages again, until they fill the sink again."""
@@ -349,7 +349,7 @@ class OrchestratorFactory(ServerFactory):
             connection.resume(Pause.SINK)
 
     def stopProducing(self) -> None:
-        """The sink is gone: its processors will say so."""
+        """The sink is gone; its processors tell."""
 
     def start(self) -> None:
         """Take new connections; a drain takes none."""
@@ -378,7 +378,7 @@ class OrchestratorFactory(ServerFactory):
         """Let go of the threads of blocking processors; what still runs is not waited for."""
         self._threads.stop()
 
-    def _hold(self, connection: OrchestratorProtocol) -> None:
+    def _pause(self, connection: OrchestratorProtocol) -> None:
         self._paused_by_sink[connection] = None
         connection.pause(Pause.SINK)
 

@@ -302,10 +302,18 @@ class FrameReceiver(Int32StringReceiver):
         """Send a frame."""
         self.transport.write(self.encodeFrame(string))
 
+    def holds(self) -> tuple[int, int]:
+        """Tell what it has not delivered yet.
+
+        :return: the number of bytes, and how many may be missing of the frame that has begun.
+        """
+        buffered, max_missing = self._decoder.holds()
+        return (buffered if self._held is None else buffered + len(self._held)), max_missing
+
     @property
     def is_empty(self) -> bool:
         """Whether it has delivered all that came, to the last byte."""
-        return self._held is None and self._decoder.holds() == (0, 0)
+        return self.holds() == (0, 0) and self._held is None
 
     def drop_input(self) -> None:
         """Deliver nothing more of what has come, and take no more."""

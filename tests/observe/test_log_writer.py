@@ -266,7 +266,7 @@ class Rotation(LogFileTestCase):
         self.assertEqual(self.contents()["my.log"], "5\n6\n7\n")
 
     def test_a_new_file_has_the_mode_of_the_old_one(self) -> None:
-        """Who may not read the log may not read the next one."""
+        """Permissions outlast a rotation."""
         file = self.open()
         self.path.chmod(0o640)
         file.rotate()
@@ -280,7 +280,7 @@ class Rotation(LogFileTestCase):
         file.rotate()
         self.assertEqual([path.name for path in self.folder.iterdir()], ["my.log"])
 
-    def test_a_file_that_is_gone_begins_anew(self) -> None:
+    def test_a_file_that_is_gone_is_made_again(self) -> None:
         """A file that somebody has renamed or removed is no reason to lose lines."""
         file = self.open()
         self.path.unlink()

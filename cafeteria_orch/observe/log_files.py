@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +34,11 @@ class LogStream:
         # A descriptor writes less than it is given without an error; the next call says why.
         with suppress(OSError):
             while written < len(view):
-                written += os.write(self._descriptor, view[written:])
+                try:
+                    written += os.write(self._descriptor, view[written:])
+                except BlockingIOError:
+                    # Another program has made the pipe that it shares with this one non-blocking.
+                    select.select([], [self._descriptor], [])
         return written
 
     def rotate(self) -> None:

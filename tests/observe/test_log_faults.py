@@ -34,7 +34,7 @@ class LogFaultTestCase(ProcessTestCase):
     def serve_and_send(
         self, batches: int, *arguments: str, twistd: tuple[str, ...] = ()
     ) -> Server:
-        """A server that has answered so many batches, and has no client any more."""
+        """A server that has answered a number of batches, and whose client has left."""
         server = self.serve(*arguments, twistd=twistd)
         with closing(Client(server.port)) as client:
             self.send(client, batches)

@@ -31,7 +31,7 @@ PAGE = (
 
 
 def render(url: str, budget: int) -> tuple[str, str]:
-    """The document after so many milliseconds of the browser's time, and what it complained of."""
+    """The document after a time in milliseconds of the browser's clock, and its complaints."""
     if CHROMIUM is None:
         raise SkipTest("there is no chromium to show the page")
     with tempfile.TemporaryDirectory() as profile:
@@ -52,7 +52,7 @@ def render(url: str, budget: int) -> tuple[str, str]:
 
 
 def text_of(markup: str) -> str:
-    """What is to be read in a part of a document."""
+    """The text that a part of a document shows."""
     return html.unescape(" ".join(re.sub(r"<[^>]*>", " ", markup).split()))
 
 
@@ -66,7 +66,7 @@ class RealPage(ProcessTestCase):
     """The page of a server that serves."""
 
     def test_the_page_of_a_server_at_work(self) -> None:
-        """It shows who is connected, what came of it, and what went wrong; its policy lets it."""
+        """It shows connections, tables and problems, and its policy allows all that it does."""
         if CHROMIUM is None:
             raise SkipTest("there is no chromium to show the page")
         server = self.start("--metrics", "tcp:0:interface=127.0.0.1", "--log-level", "info")

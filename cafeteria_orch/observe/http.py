@@ -9,7 +9,6 @@ from hashlib import sha256
 from importlib.resources import files
 from typing import Any, NamedTuple, cast
 
-from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
 from twisted.internet.task import Cooperator
 from twisted.logger import Logger, globalLogPublisher
@@ -17,6 +16,7 @@ from twisted.python.failure import Failure
 from twisted.web import http
 
 from cafeteria_orch.common.clock import WallTime
+from cafeteria_orch.common.listening import address_of, listen
 from cafeteria_orch.common.oldest import OldestFirst
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.store.sink import Sink
@@ -104,11 +104,11 @@ class Monitor:
 
         :raises Exception: whatever keeps the endpoint from listening.
         """
-        # All of Twisted's server endpoints say at once whether they listen.
-        failures: list[Failure] = []
-        self._endpoint.listen(self.site).addCallbacks(self._listening, failures.append)
-        for failure in failures:
-            failure.raiseException()
+        self._port = listen(self._endpoint, self.site)
+        _log.info(
+            "action: serve_metrics | result: success | address: {address}",
+            address=address_of(self._port),
+        )
 
     def start(self) -> None:
         """The server takes batches from now on."""
@@ -139,13 +139,6 @@ class Monitor:
         refusal = self._status.refusal
         status = http.OK if refusal is None else http.SERVICE_UNAVAILABLE
         return Response(status, _TEXT, f"{refusal or 'ok'}\n".encode())
-
-    def _listening(self, port: IListeningPort) -> None:
-        self._port = port
-        host: object = port.getHost()
-        if isinstance(host, (IPv4Address, IPv6Address)):
-            host = f"{host.host}:{host.port}"
-        _log.info("action: serve_metrics | result: success | address: {address}", address=host)
 
 
 def _page() -> Response:

@@ -28,15 +28,6 @@ class TryAgainLater(OrchestratorError):
     reason = FailReason.TRY_AGAIN
 
 
-class ProcessorHung(BaseException):
-    """Raised out of what does not return, when the server has to end.
-
-    No ``Exception``: a processor that catches those is not to catch this one.
-    """
-
-    reason = FailReason.TRY_AGAIN
-
-
 class ProtocolError(OrchestratorError, ValueError):
     """Bytes that are no message. The connection that they came from is closed."""
 

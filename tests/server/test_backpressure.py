@@ -110,7 +110,7 @@ class BackpressureTests(GroupTestCase):
         raise sqlite3.OperationalError("disk I/O error")
 
     def test_lost_connections_leave_room(self) -> None:
-        """Clients that vanish with batches in hand leave nothing behind that counts."""
+        """Clients that vanish with batches in progress leave nothing behind that counts."""
         self.limit(batches=2)
         protocols = [connect(self.factory)[0] for _ in range(4)]
         for protocol in protocols:

@@ -37,7 +37,7 @@ FINISHED = frame(encode(Finished(1)))
 
 
 class ClosingCase(SynchronousTestCase):
-    """A connection to a factory whose messages of ``ECHO`` stay in hand."""
+    """A connection to a factory whose messages of ``ECHO`` stay in progress."""
 
     def setUp(self) -> None:
         self.clock = Clock()
@@ -91,7 +91,7 @@ class ClientCloses(ClosingCase):
         self.assertRegex(warning, r"\b5 bytes\b")
         self.assert_gone()
 
-    def test_inside_a_frame_with_a_message_in_hand(self) -> None:
+    def test_inside_a_frame_with_a_message_in_progress(self) -> None:
         """The broken frame is told of once, when what came before it is done."""
         self.protocol.dataReceived(numbered(1, 2) + batch_frame()[:-5])
         with capturedLogs() as events:
@@ -156,21 +156,6 @@ class HalfClose(ClosingCase):
         self.pending.finish()
         self.assertEqual(self.transport.value(), numbered(1))
 
-    def test_never_resumed(self) -> None:
-        """A transport is not resumed after a half-close: it would report it for ever."""
-        producer = self.transport.producer
-        assert producer is not None
-        self.protocol.dataReceived(numbered(1, 2) + batch_frame())
-        self.protocol.readConnectionLost()
-        resumed: list[bool] = []
-        self.patch(self.transport, "resumeProducing", lambda: resumed.append(True))
-        producer.pauseProducing()
-        producer.resumeProducing()
-        self.pending.finish()
-        self.pending.finish()
-        self.assertTrue(self.transport.disconnecting)
-        self.assertEqual(resumed, [])
-
     def test_output_full(self) -> None:
         """A client that half-closes and reads slowly is waited for before the rest is handled."""
         producer = self.transport.producer
@@ -197,7 +182,7 @@ class PeerLost(ClosingCase):
     """What was read whole is handled though nobody waits for its answer any more."""
 
     def test_whole_frames_are_processed(self) -> None:
-        """The whole frames behind the message in hand are still processed, in order."""
+        """The whole frames behind the message in progress are still processed, in order."""
         self.protocol.dataReceived(numbered(1, 2, 3) + batch_frame()[:-1])
         lose(self.protocol, ConnectionLost())
         for _ in range(3):
@@ -278,19 +263,6 @@ class WeClose(ClosingCase):
         self.assertEqual(written, [SUCCESS + FAIL + b"\x03"])
         self.assertEqual(len(self.transport.writes), 1)
 
-    def test_reads_on_though_it_was_paused(self) -> None:
-        """A close while reading is paused resumes it, for the same reason."""
-        self.protocol.dataReceived(numbered(1))
-        self.pending.finish(keep=False)
-        self.assertTrue(self.transport.half_closed)
-        self.assertEqual(self.transport.producerState, "producing")
-
-    def test_reads_on_though_the_sink_is_full(self) -> None:
-        """A sink that takes no more does not keep what is only dropped from being read."""
-        self.protocol.dataReceived(MALFORMED)
-        self.factory.pauseProducing()
-        self.assertEqual(self.transport.producerState, "producing")
-
     def test_drops_what_it_reads(self) -> None:
         """What comes after the close is neither handled nor kept."""
         self.protocol.dataReceived(MALFORMED + numbered(1))
@@ -310,17 +282,6 @@ class WeClose(ClosingCase):
         self.assertEqual(CLOSE_TIMEOUT, 2)
         lose(self.protocol, ConnectionAborted())
         self.assert_gone()
-
-    def test_client_closes_in_time(self) -> None:
-        """A client that closes in time is not aborted, and no timer is left."""
-        self.protocol.dataReceived(FINISHED)
-        self.clock.advance(1)
-        self.protocol.readConnectionLost()
-        self.assertTrue(self.transport.disconnecting)
-        lose(self.protocol)
-        self.assert_gone()
-        self.clock.advance(10)
-        self.assertFalse(self.transport.aborted)
 
     def test_closed_once(self) -> None:
         """A connection that is being closed is not closed anew, and its time not prolonged."""
@@ -348,17 +309,6 @@ class WeClose(ClosingCase):
             self.assertEqual(timer.getTime() - self.clock.seconds(), CLOSE_TIMEOUT)
             lose(protocol)
             self.assertEqual(self.clock.getDelayedCalls(), [])
-
-    def test_tls_reads_on_though_it_was_paused(self) -> None:
-        """A plain close reads and drops as well: unread input would become a reset."""
-        transport = TCPTransport()
-        alsoProvides(transport, ISSLTransport)
-        protocol = OrchestratorProtocol(self.factory)
-        protocol.makeConnection(transport)
-        protocol.dataReceived(numbered(1))
-        self.pending.finish(keep=False)
-        self.assertTrue(transport.disconnecting)
-        self.assertEqual(transport.producerState, "producing")
 
     def test_abort(self) -> None:
         """An abort is at once, and nothing is delivered or answered after it."""

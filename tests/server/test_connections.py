@@ -125,7 +125,7 @@ class Closing(Loopback):
         answers = await deferToThread(self.flood, MALFORMED)
         self.assertEqual(answers, FAIL + b"\x03")
 
-    async def test_flood_behind_a_message_in_hand(self) -> None:
+    async def test_flood_behind_a_message_in_progress(self) -> None:
         """So does one whose malformed frame waited until the message before it was done."""
         pending = Pending()
         self.factory.register_processor(ECHO, pending)
@@ -214,7 +214,7 @@ class Closing(Loopback):
         self.assertRegex(warning, r"\b9 bytes\b")
         await self.assert_served()
 
-    async def test_cut_with_a_message_in_hand(self) -> None:
+    async def test_cut_with_a_message_in_progress(self) -> None:
         """What was read before the client was gone is processed once its turn comes."""
         pending = Pending()
         self.factory.register_processor(ECHO, pending)
@@ -231,8 +231,8 @@ class Closing(Loopback):
 class Backpressure(Loopback):
     """What a connection holds is bounded, on the way in and on the way out."""
 
-    async def test_message_in_hand_stops_the_client(self) -> None:
-        """While a message is in hand its client's sends block, and another client is served."""
+    async def test_message_in_progress_stops_the_client(self) -> None:
+        """While a message is in progress its client's sends block, and another client is served."""
         pending = Pending()
         self.factory.register_processor(ECHO + 1, pending)
         self.factory.register_processor(ECHO, lambda *_: None, answers=False)

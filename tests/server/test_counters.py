@@ -62,7 +62,7 @@ class CountingTestCase(SynchronousTestCase):
         protocol.dataReceived(b"".join(frames))
 
     def check(self, opcode: int, in_progress: int = 0, **outcomes: int) -> None:
-        """All that came of an opcode is in hand, or became this."""
+        """All that came of an opcode is in progress, or became this."""
         tally = self.counters.tallies[opcode]
         counted = {each.name.lower(): tally[each] for each in Outcome if tally[each]}
         self.assertEqual(counted, outcomes)
@@ -151,7 +151,7 @@ class Messages(CountingTestCase):
         self.check(ECHO, rejected=2)
 
     def test_in_progress(self) -> None:
-        """What is being processed is in hand, and so is what its client is not there for."""
+        """What is being processed is in progress, and so is what its client is not there for."""
         pending = Pending()
         self.factory.register_processor(ECHO, pending)
         protocol, _ = connect(self.factory)
@@ -177,7 +177,7 @@ class Messages(CountingTestCase):
         self.check(ECHO, processed=1)
 
     def test_late(self) -> None:
-        """Who was told to try again stays in hand until the processor is done."""
+        """Who was told to try again stays in progress until the processor is done."""
         pending = Pending()
         self.factory.register_processor(ECHO, pending)
         self.send(numbered(1))

@@ -23,7 +23,7 @@ from tests.support.builders import (
 
 
 class Draining(SynchronousTestCase):
-    """``drain()``: idle connections close now, busy ones after the message in hand."""
+    """``drain()``: idle connections close now, busy ones after the message in progress."""
 
     def setUp(self) -> None:
         self.pending = Pending()
@@ -46,7 +46,7 @@ class Draining(SynchronousTestCase):
         self.assertEqual(self.factory.connections, set())
 
     def test_busy(self) -> None:
-        """A busy one answers the message in hand, takes no other, and closes."""
+        """A busy one answers the message in progress, takes no other, and closes."""
         self.protocol.dataReceived(numbered(1, 2))
         drained = self.factory.drain()
         self.assertFalse(self.transport.half_closed)
@@ -79,8 +79,8 @@ class Draining(SynchronousTestCase):
         self.pending.finish()
         self.successResultOf(drained)
 
-    def test_message_in_hand_of_an_aborted_connection(self) -> None:
-        """An abort cuts the connection; the drain still waits for what is in hand."""
+    def test_message_in_progress_of_an_aborted_connection(self) -> None:
+        """An abort cuts the connection; the drain still waits for what is in progress."""
         self.protocol.dataReceived(numbered(1))
         drained = self.factory.drain()
         self.factory.abort()

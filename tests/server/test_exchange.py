@@ -122,7 +122,7 @@ class OneMessageOneAnswer(SynchronousTestCase):
             self.assert_warned("lambda", events)
 
     def test_late_answer_takes_no_other_slot(self) -> None:
-        """A late answer is not taken for that of the message in hand."""
+        """A late answer is not taken for that of the message in progress."""
         pending = Pending()
         transport = self.send(pending)
         _, first, deferred = pending.in_progress.pop()
@@ -163,7 +163,7 @@ class OneMessageOneAnswer(SynchronousTestCase):
         self.assert_warned("processor", events)
 
     def test_answer_before_it_is_done(self) -> None:
-        """An answer leaves when it is given, while the message is still in hand."""
+        """An answer leaves when it is given, while the message is still in progress."""
         pending = Pending()
         transport = self.send(pending)
         _, client, deferred = pending.in_progress.pop()

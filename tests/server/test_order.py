@@ -30,8 +30,8 @@ class Order(SynchronousTestCase):
         self.factory.register_processor(ECHO + 1, echo)
         self.protocol, self.transport = connect(self.factory)
 
-    def test_one_in_hand(self) -> None:
-        """The next frame of the same chunk waits until the message in hand is done."""
+    def test_one_in_progress(self) -> None:
+        """The next frame of the same chunk waits until the message in progress is done."""
         self.protocol.dataReceived(numbered(1, 2, 3))
         for number in (1, 2, 3):
             self.assertEqual(
@@ -49,7 +49,7 @@ class Order(SynchronousTestCase):
         self.assertEqual(self.transport.value(), numbered(1) + quick + SUCCESS)
 
     def test_answered_is_not_done(self) -> None:
-        """A message that has its answer is in hand until its processor is done."""
+        """A message that has its answer is in progress until its processor is done."""
         self.protocol.dataReceived(numbered(1, 2))
         message, client, deferred = self.pending.in_progress.pop()
         echo(message, client)
@@ -58,7 +58,7 @@ class Order(SynchronousTestCase):
         self.assertEqual(len(self.pending.messages), 2)
 
     def test_reading_pauses(self) -> None:
-        """While a message is in hand nothing is read, and afterwards it is again."""
+        """While a message is in progress nothing is read, and afterwards it is again."""
         self.protocol.dataReceived(numbered(1, 2))
         self.assertEqual(self.transport.producerState, "paused")
         self.pending.finish()
@@ -72,16 +72,6 @@ class Order(SynchronousTestCase):
         self.protocol.dataReceived(batch_frame() * 3)
         self.assertEqual(self.transport.value(), SUCCESS * 3)
 
-    def test_chunk_that_came_while_paused(self) -> None:
-        """What a transport still delivers while it is paused waits its turn."""
-        self.protocol.dataReceived(numbered(1))
-        self.protocol.dataReceived(numbered(2)[:3])
-        self.protocol.dataReceived(numbered(2)[3:] + batch_frame())
-        self.assertEqual(len(self.pending.messages), 1)
-        self.pending.finish()
-        self.pending.finish()
-        self.assertEqual(self.transport.value(), numbered(1, 2) + SUCCESS)
-
     def test_finished_waits(self) -> None:
         """FINISHED closes once everything before it is answered, and not before."""
         self.protocol.dataReceived(numbered(1, 2) + frame(b"\x03"))
@@ -92,7 +82,7 @@ class Order(SynchronousTestCase):
         self.assertTrue(self.transport.half_closed)
 
     def test_other_connections_go_on(self) -> None:
-        """A connection with a message in hand keeps no other one from being served."""
+        """A connection with a message in progress keeps no other one from being served."""
         self.protocol.dataReceived(numbered(1))
         other, other_transport = connect(self.factory)
         other.dataReceived(batch_frame())
@@ -139,7 +129,7 @@ class Output(SynchronousTestCase):
         self.assertEqual(self.transport.writes, [SUCCESS * 3 + numbered(1) + FAIL + b"\x03"])
 
     def test_one_write_after_a_wait(self) -> None:
-        """So do those that a message in hand has held up."""
+        """So do those that a message in progress has held up."""
         pending = Pending()
         self.factory.register_processor(ECHO, pending, replace=True)
         self.protocol.dataReceived(batch_frame() + numbered(1) + batch_frame() * 2)
@@ -178,21 +168,3 @@ class Output(SynchronousTestCase):
         del self.transport.write
         producer.resumeProducing()
         self.assertEqual(self.transport.value(), SUCCESS)
-
-    def test_both_must_be_over(self) -> None:
-        """Reading resumes when the output has room and no message is in hand, not earlier."""
-        pending = Pending()
-        self.factory.register_processor(ECHO, pending, replace=True)
-        for output_first in (True, False):
-            protocol, transport = connect(self.factory)
-            producer = transport.producer
-            assert producer is not None
-            protocol.dataReceived(numbered(1))
-            producer.pauseProducing()
-            over = [producer.resumeProducing, pending.finish]
-            if not output_first:
-                over.reverse()
-            over[0]()
-            self.assertEqual(transport.producerState, "paused")
-            over[1]()
-            self.assertEqual(transport.producerState, "producing")

@@ -58,6 +58,10 @@ class Undecided:
         raise Boom
 
 
+def raise_boom(message: object, client: Exchange) -> None:
+    raise Boom
+
+
 class Faults(SynchronousTestCase):
     """What fails after a processor has returned is a fault of our own: FAIL, and a close."""
 
@@ -97,13 +101,17 @@ class Faults(SynchronousTestCase):
             def batch_number(self) -> int:
                 raise Boom
 
-        factory = OrchestratorFactory(Clock())
-        factory.register_processor(ECHO, lambda *_: 1 // 0, decoder=lambda _: Nameless())
-        protocol, transport = connect(factory)
-        protocol.dataReceived(batch_frame() + frame(bytes([ECHO])))
-        self.assertEqual(len(self.flushLoggedErrors(Boom)), 1)
-        self.assertEqual(transport.value(), SUCCESS + FAIL + b"\x02")
-        self.assertTrue(transport.half_closed)
+        for is_later in (False, True):
+            factory, pending = OrchestratorFactory(Clock()), Pending()
+            processor = pending if is_later else raise_boom
+            factory.register_processor(ECHO, processor, decoder=lambda _: Nameless())
+            protocol, transport = connect(factory)
+            protocol.dataReceived(batch_frame() + frame(bytes([ECHO])) + batch_frame())
+            if is_later:
+                pending.in_progress.pop()[2].errback(KeyError())
+            self.assertEqual(len(self.flushLoggedErrors(Boom)), 1)
+            self.assertEqual(transport.value(), SUCCESS + FAIL + b"\x02")
+            self.assertTrue(transport.half_closed)
 
 
 class TimesOut(SynchronousTestCase):

@@ -150,30 +150,21 @@ class Trouble(SynchronousTestCase):
             self.protocol.dataReceived(numbered(1))
         self.assertEqual([event for event in events if "log_failure" in event], [])
 
-    def test_processor_raises_unicode_error(self) -> None:
-        """An error that has a ``reason`` of its own is a processor that raises like any other."""
-        self.register(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"))
-        self.protocol.dataReceived(numbered(1) + batch_frame())
-        self.flushLoggedErrors(UnicodeDecodeError)
-        self.assertEqual(self.transport.value(), FAIL + b"\x02" + SUCCESS)
-        self.assertFalse(self.transport.half_closed)
-
-    def test_rejected(self) -> None:
-        """A batch that is rejected gets reason 2, and the connection stays."""
-        self.register(BatchRejected("an unknown store"))
-        self.protocol.dataReceived(numbered(1) + batch_frame())
-        self.flushLoggedErrors(BatchRejected)
-        self.assertEqual(self.transport.value(), FAIL + b"\x02" + SUCCESS)
-
-    def test_try_again_later(self) -> None:
-        """What cannot be stored now gets reason 1, and the connection stays."""
-        self.register(TryAgainLater("the disk is full"))
-        with capturedLogs() as events:
-            self.protocol.dataReceived(numbered(1) + batch_frame())
-        self.flushLoggedErrors(TryAgainLater)
-        self.assertEqual(self.transport.value(), FAIL + b"\x01" + SUCCESS)
-        self.assertFalse(self.transport.half_closed)
-        self.assertEqual(len(texts(events, LogLevel.error)), 1)
+    def test_the_answer_to_an_error_of_a_processor_is_the_reason_of_that_error(self) -> None:
+        """The connection stays. A ``reason`` of a foreign error means something else."""
+        for error, reason in (
+            (BatchRejected("an unknown store"), 2),
+            (TryAgainLater("the disk is full"), 1),
+            (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2),
+        ):
+            self.setUp()
+            self.register(error)
+            with capturedLogs() as events:
+                self.protocol.dataReceived(numbered(1) + batch_frame())
+            self.flushLoggedErrors(type(error))
+            self.assertEqual(self.transport.value(), FAIL + bytes([reason]) + SUCCESS)
+            self.assertFalse(self.transport.half_closed)
+            self.assertEqual(len(texts(events, LogLevel.error)), 1)
 
     def test_our_own_code_raises(self) -> None:
         """FAIL with reason 2, closed, and the failure with its traceback."""

@@ -329,6 +329,7 @@ class CloseTests(SynchronousTestCase):
             self.assertEqual(
                 (transport.half_closed, transport.disconnecting), (not is_plain, is_plain)
             )
+            protocol.pause(Pause.MEMORY)
             self.assertEqual(protocol.is_read, not is_over)
             protocol.clock.advance(CLOSE_TIMEOUT)
             self.assertTrue(transport.aborted)

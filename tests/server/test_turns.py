@@ -132,7 +132,7 @@ class TurnTests(SynchronousTestCase):
         self.assertEqual(sorted(self.decoded), [0, 0, 1, 1, 2, 2, 3, 3])
 
     def test_drained_while_it_waits(self) -> None:
-        """What waits behind a message in hand is not begun any more when we drain."""
+        """What waits behind a message in progress is not begun any more when we drain."""
         pending = Pending()
         self.factory.register_processor(BLOB + 1, pending, pipelined=True, answers=False)
         protocol, _ = self.clients[0]

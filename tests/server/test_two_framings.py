@@ -141,24 +141,6 @@ class ConversationTests(SynchronousTestCase):
         self.protocol.dataReceived(opcode_first(encode(batch())) + opcode_first(b"\0"))
         self.assertEqual(self.transport.value(), SUCCESS_FIRST + FAIL_FIRST)
 
-    def test_too_long_in_the_log(self) -> None:
-        """The log says how long the frame is by the limit's own measure, in either framing."""
-        for encoded in FRAMES.values():
-            protocol, _ = connect(self.factory)
-            with capturedLogs() as events:
-                protocol.dataReceived(encoded(b"\x08" + bytes(LIMIT)))
-            (line,) = texts(events, LogLevel.error)
-            self.assertIn(f"a frame of {LIMIT + 1} bytes, the limit is {LIMIT}", line)
-
-    def test_negative_in_the_log(self) -> None:
-        """A negative length is called that."""
-        for length in (-1, -5):
-            protocol, _ = connect(self.factory)
-            with capturedLogs() as events:
-                protocol.dataReceived(b"\x08" + struct.pack("<i", length))
-            (line,) = texts(events, LogLevel.error)
-            self.assertIn("negative", line)
-
     def test_broken_frame(self) -> None:
         """A client that leaves inside a frame is told of, with the bytes that were missing."""
         whole = opcode_first(encode(batch()))

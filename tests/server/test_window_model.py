@@ -45,7 +45,7 @@ IN_ITS_TURN = {FINISHED, ALONE, QUICK, ALONE_CRASHING}
 NO_MESSAGES = {BROKEN, UNKNOWN, TOO_LONG}
 
 STAYING = {ALONE, ALONE_CRASHING, SHARED, FILLING, BLINKING, FINISHING, CRASHING}
-"""What is in hand until the test finishes it."""
+"""What is in progress until the test finishes it."""
 
 COMMON = [SHARED] * 6 + [SHARED_QUICK] * 4 + [ALONE, QUICK, RAISING, FILLING]
 RARE = [BLINKING, FINISHING, CRASHING, ALONE_CRASHING, LAST, BROKEN, UNKNOWN, TOO_LONG, FINISHED]
@@ -502,7 +502,7 @@ class Connection(RuleBasedStateMachine):
         assert self.is_forgotten() == (model.lost and model.closed and not self.in_progress)
 
     def teardown(self) -> None:
-        """All that is in hand is done, and all holds are gone: nothing hangs."""
+        """All that is in progress is done, and all holds are gone: nothing hangs."""
         if not hasattr(self, "model"):
             return
         if self.elsewhere:

@@ -89,7 +89,7 @@ class Loopback(TestCase):
         await until(reactor, lambda: not self.factory.connections)
 
     def open(self) -> socket.socket:
-        """A client's socket; whoever opens it closes it."""
+        """A client's socket; the test that opens it closes it."""
         return socket.create_connection(self.address, timeout=10)
 
     async def connection(self) -> OrchestratorProtocol:
@@ -99,7 +99,7 @@ class Loopback(TestCase):
         return connection
 
     async def assert_served(self) -> None:
-        """Another client is served as if nothing had been."""
+        """Another client is served as before."""
 
         def talk() -> bytes:
             with self.open() as client:
@@ -323,7 +323,7 @@ class Latency(Loopback):
     """Small answers leave at once."""
 
     def rounds(self, window: int) -> Callable[[], float]:
-        """Fifty times: send so many small batches, one write each, and read their answers."""
+        """Fifty times: send some small batches, one write each, and read their answers."""
 
         def talk() -> float:
             with self.open() as client:

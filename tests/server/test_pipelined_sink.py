@@ -30,7 +30,7 @@ class PipelinedSinkTests(GroupTestCase):
         self.protocol.dataReceived(b"".join(others))
 
     def let_commit(self, transactions: int, answers: bytes) -> None:
-        """Let so many transactions through, and wait for the answers."""
+        """Let that many transactions through, and wait for the answers."""
         self.gate.open(transactions)
         self.reactor.pump_until(lambda: len(self.transport.value()) >= len(answers))
         self.assertEqual(self.transport.value(), answers)

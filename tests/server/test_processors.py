@@ -52,7 +52,7 @@ def exchange(processor: Callable[..., Any]) -> TCPTransport:
 
 
 class Undecided:
-    """What a processor may return, and nobody can tell whether it is true."""
+    """The result of a processor that is neither true nor false."""
 
     def __bool__(self) -> bool:
         raise Boom
@@ -257,7 +257,7 @@ class Coroutines(SynchronousTestCase):
 
 
 class BlockingProcessors(TestCase):
-    """``blocking=True``: in a thread, in order, and in nobody's way."""
+    """``blocking=True``: in a thread, in order, while other connections go on."""
 
     timeout = 20
 

@@ -183,7 +183,6 @@ class Connection(RuleBasedStateMachine):
     def connect(self, framing: Any, is_short: bool) -> None:
         self.framing = framing
         self.clock = DeferringClock()
-        # Whoever closes first: the other connections are none of its business.
         self.factory = Factory(
             self.clock,
             max_frame_bytes=MAX_BYTES,
@@ -539,7 +538,7 @@ class Connection(RuleBasedStateMachine):
 class ModelTests(SynchronousTestCase):
     """Whatever happens in whatever order."""
 
-    def test_window(self) -> None:
+    def test_a_connection_does_what_a_model_of_it_does(self) -> None:
         """A connection does what a simple model of it does."""
         self.patch(protocol_module, "LONG_PAYLOAD", LONG_BYTES)
         run_state_machine_as_test(

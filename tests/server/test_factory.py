@@ -141,7 +141,12 @@ class Registering(SynchronousTestCase):
 
     def test_each_kind_of_callable_has_a_name_for_the_log(self) -> None:
         """A processor has a name for the log, whatever kind of callable it is."""
-        processors: tuple[Any, ...] = (accept, Collect(), lambda *_: True, self.test_each_kind_of_callable_has_a_name_for_the_log)
+        processors: tuple[Any, ...] = (
+            accept,
+            Collect(),
+            lambda *_: True,
+            self.test_each_kind_of_callable_has_a_name_for_the_log,
+        )
         for processor in processors:
             self.factory.register_processor(ECHO, processor, replace=True)
             name = self.factory.processor_name(ECHO)

@@ -40,8 +40,8 @@ class BackpressureTests(GroupTestCase):
     def more_are_answered(self, transports: list[TCPTransport], done: int) -> bool:
         return sum(self.answered(transports)) > done
 
-    def test_connections_pause(self) -> None:
-        """At the limit nothing is taken of any connection, not even of one that idles."""
+    def test_all_connections_pause_at_the_limit(self) -> None:
+        """Idle ones as well."""
         self.limit(batches=4)
         _, idle = connect(self.factory)
         transports = self.connect_many(10, 2)
@@ -49,7 +49,7 @@ class BackpressureTests(GroupTestCase):
         states = {transport.producerState for transport in (idle, *transports)}
         self.assertEqual(states, {"paused"})
 
-    def test_bytes_pause_too(self) -> None:
+    def test_the_limit_counts_bytes_and_batches(self) -> None:
         """The limit counts the bytes of the bodies as well as the batches."""
         self.limit(bytes_=3 * (len(batch_frame()) - 5) - 1)
         transports = self.connect_many(10, 1)
@@ -58,8 +58,8 @@ class BackpressureTests(GroupTestCase):
         self.reactor.pump_until(lambda: self.answered(transports) == [1] * 10)
         self.assertEqual(transports[-1].producerState, "producing")
 
-    def test_resume_at_half(self) -> None:
-        """Reading goes on when half of what waited is done, and not before."""
+    def test_connections_resume_at_half_of_the_limit(self) -> None:
+        """Not before."""
         self.limit(batches=8)
         self.patch(writer_module, "MAX_GROUP_BYTES", 1)
         transports = self.connect_many(12, 1)
@@ -72,7 +72,7 @@ class BackpressureTests(GroupTestCase):
         self.reactor.pump_until(lambda: self.answered(transports) == [1] * 12)
         self.assertEqual({transport.producerState for transport in transports}, {"producing"})
 
-    def test_each_gets_its_turn(self) -> None:
+    def test_connections_that_always_send_are_served_equally_often(self) -> None:
         """Where all always have more to send and few may wait, each is served as often."""
         self.limit(batches=4)
         transports = self.connect_many(25, 8)
@@ -86,7 +86,7 @@ class BackpressureTests(GroupTestCase):
         self.assert_accounts(committed=25 * 8)
         self.assertEqual(len(self.batch_numbers()), 25 * 8)
 
-    def test_connected_while_paused(self) -> None:
+    def test_a_new_connection_starts_paused_and_gets_its_turn(self) -> None:
         """A connection that is made meanwhile starts paused, and gets its turn."""
         self.limit(batches=2)
         self.connect_many(2, 1)
@@ -98,8 +98,8 @@ class BackpressureTests(GroupTestCase):
         self.assertEqual(self.pump_answers(transport), [SUCCESS])
         self.assertEqual(transport.producerState, "producing")
 
-    def test_failing_store_resumes(self) -> None:
-        """A store that takes nothing answers what waits and lets the connections go on."""
+    def test_a_store_that_fails_lets_connections_go_on(self) -> None:
+        """It answers the batches that wait."""
         self.limit(batches=2)
         self.patch(Database, "store_batch", self.fail_to_store)
         transports = self.connect_many(6, 2)
@@ -111,7 +111,7 @@ class BackpressureTests(GroupTestCase):
         raise sqlite3.OperationalError("disk I/O error")
 
     def test_lost_connections_leave_room(self) -> None:
-        """Clients that vanish with batches in hand leave nothing behind that counts."""
+        """Their batches in progress do not count for ever."""
         self.limit(batches=2)
         protocols = [connect(self.factory)[0] for _ in range(4)]
         for protocol in protocols:
@@ -123,7 +123,7 @@ class BackpressureTests(GroupTestCase):
         self.assertFalse(self.factory.connections)
         self.assert_accounts(committed=4)
 
-    def test_lost_while_paused(self) -> None:
+    def test_what_was_read_of_lost_clients_keeps_its_turn(self) -> None:
         """What was read of clients that vanish waits for its turn like that of the others."""
         self.limit(batches=2)
         protocols = [connect(self.factory)[0] for _ in range(6)]
@@ -136,6 +136,6 @@ class BackpressureTests(GroupTestCase):
         self.reactor.pump_until(lambda: self.counts()[Outcome.COMMITTED] == 6)
         self.assertFalse(self.factory.connections)
 
-    def test_producer(self) -> None:
+    def test_a_factory_is_the_producer_of_its_sink(self) -> None:
         """The interface between sink and connections is one that has a name."""
         verifyObject(IPushProducer, self.factory)

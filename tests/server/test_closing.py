@@ -37,7 +37,7 @@ FINISHED = frame(encode(Finished(1)))
 
 
 class ClosingCase(SynchronousTestCase):
-    """A connection to a factory whose messages of ``ECHO`` stay in hand."""
+    """A connection to a factory whose messages of ``ECHO`` stay in progress."""
 
     def setUp(self) -> None:
         self.clock = Clock()
@@ -59,7 +59,7 @@ class ClientCloses(ClosingCase):
         """What there is above info."""
         return texts(events, LogLevel.warn) + texts(events, LogLevel.error)
 
-    def test_between_frames(self) -> None:
+    def test_a_close_between_frames_is_logged_at_debug_only(self) -> None:
         """A client that closes between frames is no news above debug."""
         self.protocol.dataReceived(batch_frame())
         with capturedLogs() as events:
@@ -68,8 +68,8 @@ class ClientCloses(ClosingCase):
         self.assertEqual({event["log_level"] for event in events}, {LogLevel.debug})
         self.assert_gone()
 
-    def test_inside_a_frame(self) -> None:
-        """One that closes inside a frame gives one warning, with the bytes that were missing."""
+    def test_a_close_inside_a_frame_is_one_warning(self) -> None:
+        """With the number of bytes that were missing."""
         for cut, missing in ((-1, 1), (-7, 7), (4, len(batch_frame()) - 4), (1, 3)):
             protocol, transport = connect(self.factory)
             with capturedLogs() as events:
@@ -82,7 +82,7 @@ class ClientCloses(ClosingCase):
             self.assertRegex(warning, rf"\b{missing} bytes\b")
             self.assertEqual(transport.value(), SUCCESS)
 
-    def test_inside_a_frame_without_half_close(self) -> None:
+    def test_a_close_inside_a_frame_without_a_half_close_is_one_warning(self) -> None:
         """The same holds where the transport reports no half-close."""
         with capturedLogs() as events:
             self.protocol.dataReceived(batch_frame()[:-5])
@@ -91,7 +91,7 @@ class ClientCloses(ClosingCase):
         self.assertRegex(warning, r"\b5 bytes\b")
         self.assert_gone()
 
-    def test_inside_a_frame_with_a_message_in_hand(self) -> None:
+    def test_a_broken_frame_is_logged_once_what_came_before_it_is_done(self) -> None:
         """The broken frame is told of once, when what came before it is done."""
         self.protocol.dataReceived(numbered(1, 2) + batch_frame()[:-5])
         with capturedLogs() as events:
@@ -103,8 +103,8 @@ class ClientCloses(ClosingCase):
         self.assertEqual(len(self.complaints(events)), 1)
         self.assertEqual(self.transport.value(), numbered(1, 2))
 
-    def test_reset(self) -> None:
-        """A reset gives one warning, be it inside a frame or not."""
+    def test_a_reset_is_one_warning(self) -> None:
+        """Inside a frame or not."""
         for data, missing in ((b"", 0), (batch_frame()[:-5], 5)):
             protocol, _ = connect(self.factory)
             with capturedLogs() as events:
@@ -114,7 +114,7 @@ class ClientCloses(ClosingCase):
             self.assertIn("reset", warning)
             self.assertRegex(warning, rf"\b{missing} bytes\b")
 
-    def test_reset_after_our_close(self) -> None:
+    def test_a_reset_after_our_close_is_not_logged(self) -> None:
         """However the client ends what we have closed, it is no news."""
         for error in (None, ConnectionLost(), ConnectionAborted()):
             protocol, _ = connect(self.factory)
@@ -127,7 +127,7 @@ class ClientCloses(ClosingCase):
 class HalfClose(ClosingCase):
     """A client that stops sending still gets all it is owed."""
 
-    def test_idle(self) -> None:
+    def test_a_half_close_with_nothing_owed_closes_at_once(self) -> None:
         """With nothing owed, the connection closes at once."""
         self.protocol.dataReceived(batch_frame())
         self.protocol.readConnectionLost()
@@ -135,7 +135,7 @@ class HalfClose(ClosingCase):
         lose(self.protocol)
         self.assert_gone()
 
-    def test_answers_owed(self) -> None:
+    def test_a_half_closed_client_gets_all_answers_before_the_close(self) -> None:
         """All answers owed arrive, in order; only then is the connection closed."""
         self.protocol.dataReceived(numbered(1, 2, 3) + batch_frame())
         self.protocol.readConnectionLost()
@@ -147,8 +147,8 @@ class HalfClose(ClosingCase):
         lose(self.protocol)
         self.assert_gone()
 
-    def test_takes_its_time(self) -> None:
-        """What is owed may take longer than a close of ours waits."""
+    def test_a_half_closed_client_waits_longer_than_the_close_timeout(self) -> None:
+        """What is owed may take its time."""
         self.protocol.dataReceived(numbered(1))
         self.protocol.readConnectionLost()
         self.clock.advance(CLOSE_TIMEOUT * 10)
@@ -156,22 +156,7 @@ class HalfClose(ClosingCase):
         self.pending.finish()
         self.assertEqual(self.transport.value(), numbered(1))
 
-    def test_never_resumed(self) -> None:
-        """A transport is not resumed after a half-close: it would report it for ever."""
-        producer = self.transport.producer
-        assert producer is not None
-        self.protocol.dataReceived(numbered(1, 2) + batch_frame())
-        self.protocol.readConnectionLost()
-        resumed: list[bool] = []
-        self.patch(self.transport, "resumeProducing", lambda: resumed.append(True))
-        producer.pauseProducing()
-        producer.resumeProducing()
-        self.pending.finish()
-        self.pending.finish()
-        self.assertTrue(self.transport.disconnecting)
-        self.assertEqual(resumed, [])
-
-    def test_output_full(self) -> None:
+    def test_a_half_closed_client_that_reads_slowly_is_waited_for(self) -> None:
         """A client that half-closes and reads slowly is waited for before the rest is handled."""
         producer = self.transport.producer
         assert producer is not None
@@ -184,8 +169,8 @@ class HalfClose(ClosingCase):
         self.assertEqual(self.transport.value(), numbered(1) + SUCCESS)
         self.assertTrue(self.transport.disconnecting)
 
-    def test_malformed_behind_answers_owed(self) -> None:
-        """A malformed frame before a half-close is refused after all that came before it."""
+    def test_a_malformed_frame_before_a_half_close_is_refused_last(self) -> None:
+        """All answers before it leave first."""
         self.protocol.dataReceived(numbered(1) + MALFORMED)
         self.protocol.readConnectionLost()
         self.pending.finish()
@@ -194,10 +179,10 @@ class HalfClose(ClosingCase):
 
 
 class PeerLost(ClosingCase):
-    """What was read whole is handled though nobody waits for its answer any more."""
+    """Messages of a lost client that were read whole are processed."""
 
-    def test_whole_frames_are_processed(self) -> None:
-        """The whole frames behind the message in hand are still processed, in order."""
+    def test_whole_frames_of_a_lost_client_are_processed_in_order(self) -> None:
+        """The whole frames behind the message in progress are still processed, in order."""
         self.protocol.dataReceived(numbered(1, 2, 3) + batch_frame()[:-1])
         lose(self.protocol, ConnectionLost())
         for _ in range(3):
@@ -209,7 +194,7 @@ class PeerLost(ClosingCase):
         self.assertEqual(self.transport.value(), b"")
         self.assert_gone()
 
-    def test_output_was_full(self) -> None:
+    def test_a_lost_client_waits_for_no_room_in_the_output(self) -> None:
         """Frames that waited for room in the output are processed when there is no output."""
         producer = self.transport.producer
         assert producer is not None
@@ -220,8 +205,8 @@ class PeerLost(ClosingCase):
         self.assertEqual(len(self.pending.messages), 1)
         self.assert_gone()
 
-    def test_false_ends_it(self) -> None:
-        """A processor that closes the connection ends this too, and it is told once."""
+    def test_a_processor_that_closes_ends_a_lost_connection(self) -> None:
+        """The close is logged once."""
         self.protocol.dataReceived(numbered(1, 2))
         lose(self.protocol)
         with capturedLogs() as events:
@@ -233,8 +218,8 @@ class PeerLost(ClosingCase):
         )
         self.assert_gone()
 
-    def test_malformed_frame(self) -> None:
-        """A malformed frame among them is logged, and nothing is written."""
+    def test_a_malformed_frame_of_a_lost_client_is_logged(self) -> None:
+        """Nothing is written."""
         self.protocol.dataReceived(numbered(1) + MALFORMED + numbered(2))
         lose(self.protocol)
         with capturedLogs() as events:
@@ -244,7 +229,7 @@ class PeerLost(ClosingCase):
         self.assertEqual(len(self.pending.messages), 1)
         self.assert_gone()
 
-    def test_finished(self) -> None:
+    def test_a_finished_of_a_lost_client_ends_it_without_a_warning(self) -> None:
         """A FINISHED among them is the end, and no warning."""
         self.protocol.dataReceived(numbered(1) + FINISHED + batch_frame()[:-1])
         lose(self.protocol)
@@ -258,16 +243,16 @@ class PeerLost(ClosingCase):
 class WeClose(ClosingCase):
     """Every orderly close of ours lets the last answer arrive."""
 
-    def test_half_close_first(self) -> None:
-        """We half-close, and keep reading: unread input would become a reset."""
+    def test_a_close_half_closes_and_reads_on(self) -> None:
+        """Unread input would become a reset."""
         self.protocol.dataReceived(MALFORMED)
         self.assertEqual(self.transport.value(), FAIL + b"\x03")
         self.assertTrue(self.transport.half_closed)
         self.assertFalse(self.transport.disconnecting)
         self.assertEqual(self.transport.producerState, "producing")
 
-    def test_last_answer_first(self) -> None:
-        """The last answers are written before the half-close, in one write."""
+    def test_the_last_answers_leave_before_the_half_close(self) -> None:
+        """In one write."""
         written: list[bytes] = []
         self.patch(
             self.transport,
@@ -278,21 +263,8 @@ class WeClose(ClosingCase):
         self.assertEqual(written, [SUCCESS + FAIL + b"\x03"])
         self.assertEqual(len(self.transport.writes), 1)
 
-    def test_reads_on_though_it_was_paused(self) -> None:
-        """A close while reading is paused resumes it, for the same reason."""
-        self.protocol.dataReceived(numbered(1))
-        self.pending.finish(keep=False)
-        self.assertTrue(self.transport.half_closed)
-        self.assertEqual(self.transport.producerState, "producing")
-
-    def test_reads_on_though_the_sink_is_full(self) -> None:
-        """A sink that takes no more does not keep what is only dropped from being read."""
-        self.protocol.dataReceived(MALFORMED)
-        self.factory.pauseProducing()
-        self.assertEqual(self.transport.producerState, "producing")
-
-    def test_drops_what_it_reads(self) -> None:
-        """What comes after the close is neither handled nor kept."""
+    def test_what_comes_after_the_close_is_dropped(self) -> None:
+        """It is neither processed nor kept."""
         self.protocol.dataReceived(MALFORMED + numbered(1))
         self.protocol.dataReceived(batch_frame()[:9])
         self.protocol.dataReceived(batch_frame()[9:] + numbered(2))
@@ -300,7 +272,7 @@ class WeClose(ClosingCase):
         self.assertEqual(self.pending.messages, [])
         self.assertTrue(self.protocol.is_empty)
 
-    def test_aborts_in_the_end(self) -> None:
+    def test_a_client_that_does_not_close_is_aborted_after_two_seconds(self) -> None:
         """A client that does not close is aborted after two seconds, and not before."""
         self.protocol.dataReceived(FINISHED)
         self.clock.advance(CLOSE_TIMEOUT - 0.01)
@@ -311,19 +283,8 @@ class WeClose(ClosingCase):
         lose(self.protocol, ConnectionAborted())
         self.assert_gone()
 
-    def test_client_closes_in_time(self) -> None:
-        """A client that closes in time is not aborted, and no timer is left."""
-        self.protocol.dataReceived(FINISHED)
-        self.clock.advance(1)
-        self.protocol.readConnectionLost()
-        self.assertTrue(self.transport.disconnecting)
-        lose(self.protocol)
-        self.assert_gone()
-        self.clock.advance(10)
-        self.assertFalse(self.transport.aborted)
-
-    def test_closed_once(self) -> None:
-        """A connection that is being closed is not closed anew, and its time not prolonged."""
+    def test_a_close_is_not_started_twice(self) -> None:
+        """The close timeout runs on."""
         self.protocol.dataReceived(FINISHED)
         self.clock.advance(1)
         self.protocol.end()
@@ -332,8 +293,8 @@ class WeClose(ClosingCase):
         self.clock.advance(1)
         self.assertTrue(self.transport.aborted)
 
-    def test_transport_without_half_close(self) -> None:
-        """Where half-closing is impossible, or TLS, it is a plain close with the same limit."""
+    def test_tls_and_transports_without_half_close_get_a_plain_close(self) -> None:
+        """The timeout is the same."""
         tls = TCPTransport()
         alsoProvides(tls, ISSLTransport)
         transports: tuple[Any, ...] = (tls, StringTransport())
@@ -349,19 +310,8 @@ class WeClose(ClosingCase):
             lose(protocol)
             self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_tls_reads_on_though_it_was_paused(self) -> None:
-        """A plain close reads and drops as well: unread input would become a reset."""
-        transport = TCPTransport()
-        alsoProvides(transport, ISSLTransport)
-        protocol = OrchestratorProtocol(self.factory)
-        protocol.makeConnection(transport)
-        protocol.dataReceived(numbered(1))
-        self.pending.finish(keep=False)
-        self.assertTrue(transport.disconnecting)
-        self.assertEqual(transport.producerState, "producing")
-
-    def test_abort(self) -> None:
-        """An abort is at once, and nothing is delivered or answered after it."""
+    def test_an_abort_closes_at_once(self) -> None:
+        """No message is processed or answered after it."""
         self.protocol.dataReceived(numbered(1, 2))
         self.factory.abort()
         self.assertTrue(self.transport.aborted)

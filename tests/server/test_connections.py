@@ -89,7 +89,7 @@ class Loopback(TestCase):
         await until(reactor, lambda: not self.factory.connections)
 
     def open(self) -> socket.socket:
-        """A client's socket; whoever opens it closes it."""
+        """A client's socket; the test that opens it closes it."""
         return socket.create_connection(self.address, timeout=10)
 
     async def connection(self) -> OrchestratorProtocol:
@@ -99,7 +99,7 @@ class Loopback(TestCase):
         return connection
 
     async def assert_served(self) -> None:
-        """Another client is served as if nothing had been."""
+        """Another client is served as before."""
 
         def talk() -> bytes:
             with self.open() as client:
@@ -125,7 +125,7 @@ class Closing(Loopback):
         answers = await deferToThread(self.flood, MALFORMED)
         self.assertEqual(answers, FAIL + b"\x03")
 
-    async def test_flood_behind_a_message_in_hand(self) -> None:
+    async def test_flood_behind_a_message_in_progress(self) -> None:
         """So does one whose malformed frame waited until the message before it was done."""
         pending = Pending()
         self.factory.register_processor(ECHO, pending)
@@ -212,7 +212,7 @@ class Closing(Loopback):
         self.assertRegex(warning, r"\b9 bytes\b")
         await self.assert_served()
 
-    async def test_cut_with_a_message_in_hand(self) -> None:
+    async def test_cut_with_a_message_in_progress(self) -> None:
         """What was read before the client was gone is processed once its turn comes."""
         pending = Pending()
         self.factory.register_processor(ECHO, pending)
@@ -229,8 +229,8 @@ class Closing(Loopback):
 class Backpressure(Loopback):
     """What a connection holds is bounded, on the way in and on the way out."""
 
-    async def test_message_in_hand_stops_the_client(self) -> None:
-        """While a message is in hand its client's sends block, and another client is served."""
+    async def test_message_in_progress_stops_the_client(self) -> None:
+        """While a message is in progress its client's sends block, and another client is served."""
         pending = Pending()
         self.factory.register_processor(ECHO + 1, pending)
         self.factory.register_processor(ECHO, lambda *_: None, answers=False)
@@ -321,7 +321,7 @@ class Latency(Loopback):
     """Small answers leave at once."""
 
     def rounds(self, window: int) -> Callable[[], float]:
-        """Fifty times: send so many small batches, one write each, and read their answers."""
+        """Fifty times: send some small batches, one write each, and read their answers."""
 
         def talk() -> float:
             with self.open() as client:

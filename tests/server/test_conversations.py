@@ -55,7 +55,7 @@ class Conversations(SynchronousTestCase):
     """Properties of one connection."""
 
     @given(st.data())
-    def test_one_answer_each_in_order(self, data: st.DataObject) -> None:
+    def test_each_message_has_one_answer_in_order(self, data: st.DataObject) -> None:
         """However the stream is cut and in whatever order Deferreds fire."""
         kinds = data.draw(st.lists(st.sampled_from((DONE, RAISES, WAITS, FAILS_LATER))))
         if data.draw(st.booleans()):

@@ -1,4 +1,4 @@
-"""What is counted of messages, connections and limits, whoever handles them."""
+"""What is counted of messages, connections and limits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def raises(error: Exception) -> Any:
 
 
 class Undecided:
-    """What a processor may return, and nobody can tell whether it is true."""
+    """The result of a processor that is neither true nor false."""
 
     def __bool__(self) -> bool:
         raise ValueError
@@ -62,7 +62,7 @@ class CountingTestCase(SynchronousTestCase):
         protocol.dataReceived(b"".join(frames))
 
     def check(self, opcode: int, in_progress: int = 0, **outcomes: int) -> None:
-        """All that came of an opcode is in hand, or became this."""
+        """All that came of an opcode is in progress, or became this."""
         tally = self.counters.tallies[opcode]
         counted = {each.name.lower(): tally[each] for each in Outcome if tally[each]}
         self.assertEqual(counted, outcomes)
@@ -73,14 +73,14 @@ class CountingTestCase(SynchronousTestCase):
 class Messages(CountingTestCase):
     """What became of messages."""
 
-    def test_default_handling(self) -> None:
-        """What no store has is processed, not committed; its rows are counted by its table."""
+    def test_a_message_without_a_store_is_processed_and_not_committed(self) -> None:
+        """Its rows are counted by table."""
         self.send(batch_frame(), batch_frame(rows=[USER_ROW] * 3), batch_frame(rows=[]))
         self.check(Opcode.NEW_USERS, processed=3)
         self.assertEqual(self.counters.tallies[Opcode.NEW_USERS].accepted_rows, 4)
         self.check(Opcode.NEW_STORES)
 
-    def test_malformed(self) -> None:
+    def test_malformed_messages_are_counted_by_table_if_the_opcode_is_known(self) -> None:
         """By its table where the opcode is known, and the rest together."""
         self.send(frame(b"\x04"))
         for payload in (b"", b"\xc8", b"\xc9"):
@@ -89,19 +89,19 @@ class Messages(CountingTestCase):
         self.check(Opcode.NEW_MENU_ITEMS, malformed=1)
         self.check(UNKNOWN, malformed=3)
 
-    def test_too_long(self) -> None:
-        """A frame that is too long is malformed, and a limit that was hit, in either framing."""
+    def test_a_frame_that_is_too_long_is_malformed_and_hits_a_limit(self) -> None:
+        """In either framing."""
         self.send(b"\0\xff\xff\xff")
         self.send(opcode_first(b"\x04")[:1] + b"\xff\xff\xff\x7f")
         self.check(UNKNOWN, malformed=2)
         self.assertEqual(self.counters.limit_hits["max_frame_bytes"], 2)
 
-    def test_after_its_decoding(self) -> None:
+    def test_a_late_hello_is_malformed(self) -> None:
         """A CLIENT_HELLO that is not the first message counts as malformed."""
         self.send(HELLO, HELLO)
         self.check(Opcode.CLIENT_HELLO, processed=1, malformed=1)
 
-    def test_answers(self) -> None:
+    def test_the_outcome_is_what_the_client_was_told(self) -> None:
         """What became of a processor's message is what its client was told."""
         for opcode, error, outcome in (
             (40, BatchRejected("no"), "rejected"),
@@ -113,8 +113,8 @@ class Messages(CountingTestCase):
             self.send(frame(bytes([opcode])))
             self.check(opcode, **{outcome: 1})
 
-    def test_silent_processor(self) -> None:
-        """One that does not answer has rejected; one that need not answer has processed."""
+    def test_a_processor_that_does_not_answer_rejects(self) -> None:
+        """Unless it need not answer."""
         self.factory.register_processor(ECHO, lambda *_: True)
         self.send(numbered(1))
         self.check(ECHO, rejected=1)
@@ -140,7 +140,7 @@ class Messages(CountingTestCase):
             self.assertIs(outcome_of(other), Outcome.REJECTED)
         self.assertIs(outcome_of(b""), Outcome.PROCESSED)
 
-    def test_fail_without_a_reason(self) -> None:
+    def test_a_failure_without_a_known_reason_is_a_rejection(self) -> None:
         """A FAIL that gives no reason, or one of a processor's own, is a rejection."""
 
         def processor(message: Any, client: Exchange) -> None:
@@ -150,8 +150,8 @@ class Messages(CountingTestCase):
         self.send(frame(bytes([ECHO])), frame(bytes([ECHO, 77])))
         self.check(ECHO, rejected=2)
 
-    def test_in_progress(self) -> None:
-        """What is being processed is in hand, and so is what its client is not there for."""
+    def test_a_message_is_in_progress_until_it_is_done(self) -> None:
+        """Though its client may be gone."""
         pending = Pending()
         self.factory.register_processor(ECHO, pending)
         protocol, _ = connect(self.factory)
@@ -163,8 +163,8 @@ class Messages(CountingTestCase):
         pending.finish()
         self.check(ECHO, processed=2)
 
-    def test_not_taken(self) -> None:
-        """What waits for its turn is in nobody's hand, and has not come if it never gets it."""
+    def test_a_message_that_waits_is_not_counted_yet(self) -> None:
+        """Nor is it if it is dropped."""
         pending = Pending()
         self.factory.register_processor(ECHO, pending, pipelined=True)
         protocol, _ = connect(self.factory)
@@ -176,8 +176,8 @@ class Messages(CountingTestCase):
         self.check(Opcode.NEW_USERS)
         self.check(ECHO, processed=1)
 
-    def test_late(self) -> None:
-        """Who was told to try again stays in hand until the processor is done."""
+    def test_a_message_that_was_answered_for_stays_in_progress(self) -> None:
+        """Who was told to try again stays in progress until the processor is done."""
         pending = Pending()
         self.factory.register_processor(ECHO, pending)
         self.send(numbered(1))
@@ -187,8 +187,8 @@ class Messages(CountingTestCase):
         pending.finish()
         self.check(ECHO, try_again=1)
 
-    def test_stored_late(self) -> None:
-        """What a store has taken is committed, even if its client was told to try again."""
+    def test_a_batch_that_is_stored_late_is_committed(self) -> None:
+        """Though its client was told to try again."""
         stored: Deferred[Outcome] = Deferred()
         self.factory.register_processor(ECHO, lambda *_: stored)
         self.send(numbered(1))
@@ -196,8 +196,8 @@ class Messages(CountingTestCase):
         stored.callback(Outcome.COMMITTED)
         self.check(ECHO, committed=1)
 
-    def test_crash(self) -> None:
-        """What fails in our own code counts once, whenever it fails."""
+    def test_a_fault_of_our_own_counts_once(self) -> None:
+        """Whenever it happens."""
 
         def decoder(body: bytes) -> None:
             raise KeyError
@@ -217,7 +217,7 @@ class Messages(CountingTestCase):
         self.check(42, rejected=1)
         self.flushLoggedErrors(KeyError, TypeError, ValueError)
 
-    def test_control_messages(self) -> None:
+    def test_control_messages_are_counted_by_name(self) -> None:
         """What is no batch is counted beside them, by name."""
         self.send(HELLO, frame(encode(end_of_table("users"))), frame(encode(Finished(1))))
         self.send(frame(b"\x01"))
@@ -226,8 +226,8 @@ class Messages(CountingTestCase):
         self.assertEqual(counted, expected | {"batch_recv_fail": 0})
         self.assertEqual(self.counters.total().received, 0)
 
-    def test_labels(self) -> None:
-        """The tables are always there; others when they came; no client can think of its own."""
+    def test_labels_are_tables_and_opcodes_that_came(self) -> None:
+        """A client cannot choose one."""
         tables = ["menu_items", "stores", "transaction_items", "transactions", "users"]
         self.assertEqual([label for label, _ in self.counters.batches()], tables)
         for opcode in range(256):
@@ -242,8 +242,8 @@ class Messages(CountingTestCase):
 class Connections(CountingTestCase):
     """What is counted of connections, and at their limits."""
 
-    def test_bytes(self) -> None:
-        """Every byte that was read, of connections that are open and that are gone."""
+    def test_every_byte_read_is_counted(self) -> None:
+        """Of connections that are open and that are gone."""
         data = batch_frame()
         first, _ = connect(self.factory)
         first.dataReceived(data + data[:3])
@@ -254,8 +254,8 @@ class Connections(CountingTestCase):
         self.assertEqual(self.factory.received_bytes, 2 * len(data) + 3)
         self.assertEqual(self.counters.accepted_connections, 2)
 
-    def test_of_one(self) -> None:
-        """A connection knows its batches, their rows, and the last one's table."""
+    def test_a_connection_counts_its_batches(self) -> None:
+        """And knows the table of the last one."""
         protocol, _ = connect(self.factory)
         self.assertIsNone(protocol.table)
         protocol.dataReceived(batch_frame() + batch_frame(rows=[USER_ROW] * 2))
@@ -264,14 +264,14 @@ class Connections(CountingTestCase):
         protocol.dataReceived(batch_frame(table=STORES, rows=[]))
         self.assertEqual((protocol.batches, protocol.rows, protocol.table), (3, 3, STORES.name))
 
-    def test_connection_limits(self) -> None:
+    def test_connections_that_are_turned_away_are_counted_by_limit(self) -> None:
         """Connections that are turned away, by the limit."""
         factory = OrchestratorFactory(Clock(), max_connections=1)
         connect(factory)
         factory.buildProtocol(None)
         self.assertEqual(factory.counters.limit_hits["max_connections"], 1)
 
-    def test_timeouts(self) -> None:
+    def test_timeouts_are_counted_by_limit(self) -> None:
         """Clients that were waited for in vain, by the limit."""
         connect(self.factory)
         self.clock.advance(20)
@@ -281,7 +281,7 @@ class Connections(CountingTestCase):
         hits = {limit: count for limit, count in self.counters.limit_hits.items() if count}
         self.assertEqual(hits, {"idle_timeout": 1, "frame_timeout": 1})
 
-    def test_memory(self) -> None:
+    def test_a_connection_that_waits_for_memory_hits_a_limit(self) -> None:
         """A connection that has to wait until others need less memory."""
         factory = OrchestratorFactory(Clock(), max_in_flight_bytes=4096, max_frame_bytes=2048)
         for _ in range(3):
@@ -293,22 +293,22 @@ class Connections(CountingTestCase):
 class Times(CountingTestCase):
     """How long things took."""
 
-    def test_buckets(self) -> None:
-        """A bound belongs to its bucket; what is longer than all has a bucket too."""
+    def test_a_bound_belongs_to_its_bucket(self) -> None:
+        """The last bucket has no bound."""
         histogram = Histogram((0.1, 1.0))
         for seconds in (0.0, 0.1, 0.2, 5.0):
             histogram.observe(seconds)
         self.assertEqual(histogram.cumulative(), [(0.1, 2), (1.0, 3), (float("inf"), 4)])
         self.assertAlmostEqual(histogram.sum, 5.3)
 
-    def test_clock_set_back(self) -> None:
+    def test_a_duration_below_zero_counts_as_zero(self) -> None:
         """A clock that is set back takes nothing away from the sum."""
         histogram = Histogram((1.0,))
         histogram.observe(-3600.0)
         self.assertEqual((histogram.sum, histogram.cumulative()[0]), (0.0, (1.0, 1)))
 
-    def test_of_batches(self) -> None:
-        """A processor's messages are timed; what is acknowledged at once, or is no batch, is not."""
+    def test_messages_of_processors_are_timed(self) -> None:
+        """Not those that are acknowledged at once, or are no batches."""
         pending = Pending()
         self.factory.register_processor(ECHO, pending)
         self.factory.register_processor(Opcode.CLIENT_HELLO, lambda *_: True, answers=False)

@@ -23,7 +23,7 @@ from tests.support.builders import (
 
 
 class Draining(SynchronousTestCase):
-    """``drain()``: idle connections close now, busy ones after the message in hand."""
+    """``drain()``: idle connections close now, busy ones after the message in progress."""
 
     def setUp(self) -> None:
         self.pending = Pending()
@@ -31,13 +31,13 @@ class Draining(SynchronousTestCase):
         self.factory.register_processor(ECHO, self.pending)
         self.protocol, self.transport = connect(self.factory)
 
-    def test_nobody_there(self) -> None:
+    def test_a_drain_without_connections_is_done_at_once(self) -> None:
         """With no connection it is done at once."""
         lose(self.protocol)
         self.successResultOf(self.factory.drain())
 
-    def test_idle(self) -> None:
-        """An idle connection closes at once, and the drain is done when it is gone."""
+    def test_an_idle_connection_closes_at_once(self) -> None:
+        """The drain is done when the connection is lost."""
         drained = self.factory.drain()
         self.assertTrue(self.transport.half_closed)
         self.assertNoResult(drained)
@@ -45,8 +45,8 @@ class Draining(SynchronousTestCase):
         self.successResultOf(drained)
         self.assertEqual(self.factory.connections, set())
 
-    def test_busy(self) -> None:
-        """A busy one answers the message in hand, takes no other, and closes."""
+    def test_a_busy_connection_answers_the_message_in_progress_and_closes(self) -> None:
+        """It starts no other message."""
         self.protocol.dataReceived(numbered(1, 2))
         drained = self.factory.drain()
         self.assertFalse(self.transport.half_closed)
@@ -58,7 +58,7 @@ class Draining(SynchronousTestCase):
         lose(self.protocol)
         self.successResultOf(drained)
 
-    def test_half_received_frame(self) -> None:
+    def test_a_half_received_frame_is_dropped_without_a_warning(self) -> None:
         """A half-received frame is dropped, without a warning."""
         self.protocol.dataReceived(batch_frame()[:-1])
         with capturedLogs() as events:
@@ -68,8 +68,8 @@ class Draining(SynchronousTestCase):
         self.assertEqual(self.transport.value(), b"")
         self.assertEqual(texts(events, LogLevel.warn), [])
 
-    def test_every_connection(self) -> None:
-        """It is done when the last one is gone, however they end."""
+    def test_a_drain_is_done_with_its_last_connection(self) -> None:
+        """However the connections end."""
         other, _ = connect(self.factory)
         other.dataReceived(numbered(1))
         drained = self.factory.drain()
@@ -79,8 +79,8 @@ class Draining(SynchronousTestCase):
         self.pending.finish()
         self.successResultOf(drained)
 
-    def test_message_in_hand_of_an_aborted_connection(self) -> None:
-        """An abort cuts the connection; the drain still waits for what is in hand."""
+    def test_a_drain_waits_for_messages_of_aborted_connections(self) -> None:
+        """An abort cuts the connection; the drain still waits for what is in progress."""
         self.protocol.dataReceived(numbered(1))
         drained = self.factory.drain()
         self.factory.abort()
@@ -92,12 +92,12 @@ class Draining(SynchronousTestCase):
         self.assertEqual(self.transport.value(), b"")
 
     def test_new_connections_are_turned_away(self) -> None:
-        """From then on nobody is let in."""
+        """From the beginning of the drain on."""
         self.factory.drain()
         self.assertIsNone(self.factory.buildProtocol(None))
 
-    def test_twice(self) -> None:
-        """A second drain waits for the same end, each with a Deferred of its own."""
+    def test_a_second_drain_has_a_deferred_of_its_own(self) -> None:
+        """Both are done at the same end."""
         first, second = self.factory.drain(), self.factory.drain()
         self.assertIsNot(first, second)
         lose(self.protocol)
@@ -105,7 +105,7 @@ class Draining(SynchronousTestCase):
         self.successResultOf(second)
         self.successResultOf(self.factory.drain())
 
-    def test_from_a_processor(self) -> None:
+    def test_a_processor_that_starts_a_drain_gets_its_answer_sent(self) -> None:
         """A drain that a processor starts lets this very message have its answer."""
 
         def processor(message: object, client: Exchange) -> None:

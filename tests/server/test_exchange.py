@@ -63,21 +63,21 @@ class OneMessageOneAnswer(SynchronousTestCase):
             self.assertIn(name, warnings[0])
             self.assertIn(PEER, warnings[0])
 
-    def test_second_answer(self) -> None:
-        """A second answer is not sent, and the warning names the processor."""
+    def test_a_second_answer_is_not_sent(self) -> None:
+        """The warning names the processor."""
         transport = self.send(answers_twice)
         self.assertEqual(transport.value(), SUCCESS)
         self.assert_warned(fullyQualifiedName(answers_twice), self.events)
 
-    def test_no_answer(self) -> None:
-        """A processor that is done without an answer gives FAIL, reason 2, and a warning."""
+    def test_a_processor_that_does_not_answer_gives_a_failure(self) -> None:
+        """Reason 2, and a warning."""
         transport = self.send(answers_nothing)
         self.assertEqual(transport.value(), FAIL + b"\x02")
         self.assertFalse(transport.half_closed)
         self.assert_warned(fullyQualifiedName(answers_nothing), self.events)
 
-    def test_no_answer_from_a_deferred(self) -> None:
-        """The same holds when it is done later, and not before it is."""
+    def test_a_deferred_that_fires_without_an_answer_gives_a_failure(self) -> None:
+        """Not before it fires."""
         deferred: Deferred[bool] = Deferred()
         transport = self.send(lambda message, client: deferred)
         self.assertEqual(transport.value(), b"")
@@ -86,33 +86,33 @@ class OneMessageOneAnswer(SynchronousTestCase):
         self.assertEqual(transport.value(), FAIL + b"\x02")
         self.assert_warned("lambda", events)
 
-    def test_no_answer_and_false(self) -> None:
+    def test_a_processor_that_closes_without_an_answer_gives_a_failure_first(self) -> None:
         """A processor that closes without an answer still gives FAIL, before the close."""
         transport = self.send(lambda message, client: False)
         self.assertEqual(transport.value(), FAIL + b"\x02")
         self.assertTrue(transport.half_closed)
 
-    def test_needs_no_answer(self) -> None:
+    def test_a_processor_with_answers_false_need_not_answer(self) -> None:
         """``answers=False``: no answer is as good as one."""
         transport = self.send(answers_nothing, answers=False)
         self.assertEqual(transport.value(), b"")
         self.assert_warned(None, self.events)
 
-    def test_may_answer_all_the_same(self) -> None:
+    def test_a_processor_with_answers_false_may_answer_once(self) -> None:
         """``answers=False`` allows one answer, and no second one."""
         transport = self.send(answers_twice, answers=False)
         self.assertEqual(transport.value(), SUCCESS)
         self.assert_warned("answers_twice", self.events)
 
-    def test_control_message_needs_no_answer(self) -> None:
-        """A processor of FINISHED or of a response owes nothing."""
+    def test_control_messages_need_no_answer(self) -> None:
+        """FINISHED, and responses that a client sends."""
         for opcode in (Opcode.FINISHED, Opcode.BATCH_RECV_SUCCESS, Opcode.BATCH_RECV_FAIL):
             transport = self.send(answers_nothing, opcode=opcode)
             self.assertEqual(transport.value(), b"")
             self.assert_warned(None, self.events)
 
-    def test_late_answer(self) -> None:
-        """Once a processor is done its slot is used up, whether it waited for one or not."""
+    def test_an_answer_after_the_processor_is_done_is_not_sent(self) -> None:
+        """Whether the client waits for one or not."""
         clients: list[Exchange] = []
         for answers, sent in ((True, FAIL + b"\x02"), (False, b"")):
             transport = self.send(lambda _, client: clients.append(client), answers=answers)
@@ -121,8 +121,8 @@ class OneMessageOneAnswer(SynchronousTestCase):
             self.assertEqual(transport.value(), sent)
             self.assert_warned("lambda", events)
 
-    def test_late_answer_takes_no_other_slot(self) -> None:
-        """A late answer is not taken for that of the message in hand."""
+    def test_a_late_answer_takes_no_slot_of_another_message(self) -> None:
+        """A late answer is not taken for that of the message in progress."""
         pending = Pending()
         transport = self.send(pending)
         _, first, deferred = pending.in_progress.pop()
@@ -133,7 +133,7 @@ class OneMessageOneAnswer(SynchronousTestCase):
         pending.finish()
         self.assertEqual(transport.value(), FAIL + b"\x02" + frame(bytes([ECHO, 2])))
 
-    def test_raises_after_its_answer(self) -> None:
+    def test_an_error_after_the_answer_is_logged_only(self) -> None:
         """An error after the answer is logged and nothing more: no FAIL, no warning."""
 
         def processor(message: object, client: Exchange) -> None:
@@ -147,8 +147,8 @@ class OneMessageOneAnswer(SynchronousTestCase):
         self.assertEqual(len(texts(self.events, LogLevel.error)), 1)
         self.assert_warned(None, self.events)
 
-    def test_answers_after_it_raised(self) -> None:
-        """The FAIL of an error is the answer; what comes after it is not sent."""
+    def test_an_answer_after_an_error_is_not_sent(self) -> None:
+        """The FAIL of the error is the answer."""
         clients: list[Exchange] = []
 
         def processor(message: object, client: Exchange) -> None:
@@ -162,8 +162,8 @@ class OneMessageOneAnswer(SynchronousTestCase):
         self.assertEqual(transport.value(), FAIL + b"\x02")
         self.assert_warned("processor", events)
 
-    def test_answer_before_it_is_done(self) -> None:
-        """An answer leaves when it is given, while the message is still in hand."""
+    def test_an_answer_leaves_before_the_processor_is_done(self) -> None:
+        """An answer leaves when it is given, while the message is still in progress."""
         pending = Pending()
         transport = self.send(pending)
         _, client, deferred = pending.in_progress.pop()
@@ -172,8 +172,8 @@ class OneMessageOneAnswer(SynchronousTestCase):
         deferred.callback(True)
         self.assertEqual(transport.value(), SUCCESS)
 
-    def test_answer_to_a_lost_connection(self) -> None:
-        """An answer that has nowhere to go is dropped without a word."""
+    def test_an_answer_to_a_lost_connection_is_dropped(self) -> None:
+        """Without a line in the log."""
         pending = Pending()
         transport = self.send(pending)
         lose(self.protocol)
@@ -182,8 +182,8 @@ class OneMessageOneAnswer(SynchronousTestCase):
         self.assertEqual(transport.value(), b"")
         self.assertEqual(texts(events, LogLevel.warn) + texts(events, LogLevel.error), [])
 
-    def test_response_of_ones_own_is_an_answer(self) -> None:
-        """A response of one's own fills the slot as SUCCESS and FAIL do."""
+    def test_any_response_is_an_answer(self) -> None:
+        """``send`` fills the slot as SUCCESS and FAIL do."""
         transport = self.send(echo)
         self.assertEqual(transport.value(), frame(bytes([ECHO])))
         self.assert_warned(None, self.events)

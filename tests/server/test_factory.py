@@ -93,14 +93,14 @@ class Registering(SynchronousTestCase):
         text = self.refusal(TypeError, ECHO, accept, decoder="json")
         self.assertIn(f"opcode {ECHO}: the decoder 'json'", text)
 
-    def test_blocking_coroutine(self) -> None:
+    def test_a_coroutine_function_cannot_be_blocking(self) -> None:
         """A coroutine function cannot be blocking as well."""
         text = self.refusal(TypeError, ECHO, accept_later, blocking=True)
         self.assertIn(f"opcode {ECHO}", text)
         self.assertIn("async", text)
 
-    def test_twice(self) -> None:
-        """A second processor is refused: the error names the first, and the way out."""
+    def test_a_second_processor_of_an_opcode_is_refused(self) -> None:
+        """The error names the first, and the way out."""
         self.factory.register_processor(ECHO, accept)
         text = self.refusal(ValueError, ECHO, Collect())
         for word in (f"opcode {ECHO}", f"{__name__}.accept", "replace=True"):
@@ -117,8 +117,8 @@ class Registering(SynchronousTestCase):
         self.assertEqual(first.messages, [RawMessage(ECHO, b"{}")])
         self.assertEqual(transport.value(), SUCCESS + FAIL + b"\x03")
 
-    def test_replace(self) -> None:
-        """``replace=True`` takes the place of the processor, its decoder and its terms."""
+    def test_replace_takes_the_place_of_a_processor(self) -> None:
+        """Of its decoder and its terms, too."""
         first, second = Collect(), Collect()
         self.factory.register_processor(ECHO, first, decoder=json.loads, answers=False)
         self.factory.register_processor(ECHO, second, replace=True)
@@ -127,7 +127,7 @@ class Registering(SynchronousTestCase):
         self.assertEqual((first.messages, second.messages), ([], [RawMessage(ECHO, b"{}")]))
         self.assertTrue(self.factory.must_answer(ECHO))
 
-    def test_replace_nothing(self) -> None:
+    def test_replace_is_no_error_without_a_processor(self) -> None:
         """``replace=True`` is no error where there is nothing to replace."""
         self.factory.register_processor(ECHO, accept, replace=True)
         self.assertEqual(self.factory.processor_name(ECHO), f"{__name__}.accept")
@@ -139,9 +139,14 @@ class Registering(SynchronousTestCase):
         protocol.dataReceived(frame(bytes([ECHO])))
         self.assertEqual(transport.value(), FAIL + b"\x03")
 
-    def test_names(self) -> None:
+    def test_each_kind_of_callable_has_a_name_for_the_log(self) -> None:
         """A processor has a name for the log, whatever kind of callable it is."""
-        processors: tuple[Any, ...] = (accept, Collect(), lambda *_: True, self.test_names)
+        processors: tuple[Any, ...] = (
+            accept,
+            Collect(),
+            lambda *_: True,
+            self.test_each_kind_of_callable_has_a_name_for_the_log,
+        )
         for processor in processors:
             self.factory.register_processor(ECHO, processor, replace=True)
             name = self.factory.processor_name(ECHO)
@@ -150,7 +155,7 @@ class Registering(SynchronousTestCase):
 
 
 class Dispatching(SynchronousTestCase):
-    """Who decides about a message, in the seed's order."""
+    """What decides about a message, in the order of the seed."""
 
     def exchange(
         self, data: bytes, *registrations: tuple[int, Callable[..., Any]]
@@ -186,21 +191,21 @@ class Dispatching(SynchronousTestCase):
         self.assertEqual(processor.opcodes, [2])
         self.assertEqual(texts(self.events, LogLevel.warn), [])
 
-    def test_what_a_processor_returns(self) -> None:
-        """``True`` and ``None`` keep the connection, ``False`` closes it after the answer."""
+    def test_true_and_none_keep_a_connection_and_false_closes_it(self) -> None:
+        """After the answer."""
         for result, closed in ((True, False), (None, False), (False, True)):
             transport = self.exchange(frame(bytes([ECHO])), (ECHO, Collect(result)))
             self.assertEqual(transport.value(), SUCCESS)
             self.assertEqual(transport.half_closed, closed)
 
-    def test_finished_kept_open_by_its_processor(self) -> None:
-        """A processor of FINISHED that returns ``True`` keeps the connection."""
+    def test_a_processor_of_finished_may_keep_the_connection(self) -> None:
+        """It returns ``True``."""
         transport = self.exchange(FINISHED + batch_frame(), (Opcode.FINISHED, Collect()))
         self.assertEqual(transport.value(), SUCCESS + SUCCESS)
         self.assertFalse(transport.half_closed)
 
-    def test_data_message(self) -> None:
-        """Every kind of data message is accepted by default."""
+    def test_a_data_message_is_acknowledged_by_default(self) -> None:
+        """Of every kind."""
         data = b"".join(
             frame(encode(message))
             for message in (batch(), batch(rows=(), status=77), end_of_table("users"))
@@ -209,14 +214,14 @@ class Dispatching(SynchronousTestCase):
         self.assertEqual(transport.value(), SUCCESS * 3)
         self.assertFalse(transport.half_closed)
 
-    def test_finished(self) -> None:
+    def test_finished_closes_and_is_not_acknowledged(self) -> None:
         """FINISHED closes the connection and is not acknowledged."""
         transport = self.exchange(FINISHED)
         self.assertEqual(transport.value(), b"")
         self.assertTrue(transport.half_closed)
 
-    def test_response_from_a_client(self) -> None:
-        """A response is the server's to send: a warning, no answer, and the connection stays."""
+    def test_a_response_from_a_client_is_ignored(self) -> None:
+        """A warning, no answer, and the connection stays."""
         for response in (b"\x01", b"\x02", b"\x02\x03"):
             transport = self.exchange(frame(response) + batch_frame())
             self.assertEqual(transport.value(), SUCCESS)
@@ -224,7 +229,7 @@ class Dispatching(SynchronousTestCase):
             (warning,) = texts(self.events, LogLevel.warn)
             self.assertIn(f"opcode: {response[0]}", warning)
 
-    def test_decoder(self) -> None:
+    def test_a_processor_gets_what_its_decoder_makes(self) -> None:
         """A processor gets what the opcode's decoder makes of the body."""
         factory = OrchestratorFactory(Clock())
         processor = Collect()
@@ -326,7 +331,7 @@ class Logging(SynchronousTestCase):
             line, "action: data_message_received | opcode: 8 | amount: 1 | status: Unknown(9)"
         )
 
-    def test_finished(self) -> None:
+    def test_finished_is_logged_with_the_number_of_the_agency(self) -> None:
         """FINISHED is logged, with the agency's number."""
         line = texts(self.events(LogLevel.info, FINISHED), LogLevel.info)[-1]
         self.assertRegex(line, r"ip: 192\.0\.2\.7 .*12$")
@@ -361,16 +366,16 @@ class Logging(SynchronousTestCase):
         self.assertEqual(len(others), len(events) - 1)
         self.assertNotIn(USER_ROW[2], repr(others))
 
-    def test_guard(self) -> None:
-        """At warn nothing of info or debug is so much as emitted; warnings still are."""
+    def test_nothing_below_the_level_is_emitted(self) -> None:
+        """At warn neither info nor debug events; warnings are."""
         events = self.events(LogLevel.warn, batch_frame() + frame(b"\x01") + FINISHED)
         self.assertEqual([event["log_level"] for event in events], [LogLevel.warn])
 
 
 class PausedByASink(SynchronousTestCase):
-    """A sink that is full for a moment holds nothing up for good."""
+    """A sink that is full for a moment delays no message for ever."""
 
-    def test_within_one_call(self) -> None:
+    def test_a_sink_that_pauses_and_resumes_within_a_call_stops_nothing(self) -> None:
         """Paused and resumed while a message is being processed, the next ones still come."""
         factory = OrchestratorFactory(Clock())
 

@@ -113,7 +113,7 @@ class FieldCase(TestCase):
         await until(reactor, lambda: not self.factory.connections)
 
     def open(self) -> socket.socket:
-        """A client's socket; whoever opens it closes it."""
+        """A client's socket; the test that opens it closes it."""
         return socket.create_connection(self.address, timeout=PATIENCE)
 
     def stream(self, payloads: Iterable[bytes]) -> bytes:
@@ -337,7 +337,7 @@ class VanishedClients(FieldCase):
         return connection
 
     async def until_in_the_kernel(self, size: int) -> None:
-        """Wait until so many bytes lie there for the server to read."""
+        """Wait until that many bytes lie there for the server to read."""
         connection = await self.connection()
         handle = connection.transport.getHandle()
 

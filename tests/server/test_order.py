@@ -30,8 +30,8 @@ class Order(SynchronousTestCase):
         self.factory.register_processor(ECHO + 1, echo)
         self.protocol, self.transport = connect(self.factory)
 
-    def test_one_in_hand(self) -> None:
-        """The next frame of the same chunk waits until the message in hand is done."""
+    def test_messages_are_processed_one_at_a_time(self) -> None:
+        """The next frame of the same chunk waits until the message in progress is done."""
         self.protocol.dataReceived(numbered(1, 2, 3))
         for number in (1, 2, 3):
             self.assertEqual(
@@ -40,7 +40,7 @@ class Order(SynchronousTestCase):
             self.pending.finish()
         self.assertEqual(self.transport.value(), numbered(1, 2, 3))
 
-    def test_quick_waits_for_slow(self) -> None:
+    def test_a_quick_message_waits_for_a_slow_one(self) -> None:
         """A message that could be answered at once still waits for the one before it."""
         quick = frame(bytes([ECHO + 1, 2]))
         self.protocol.dataReceived(numbered(1) + quick + batch_frame())
@@ -48,8 +48,8 @@ class Order(SynchronousTestCase):
         self.pending.finish()
         self.assertEqual(self.transport.value(), numbered(1) + quick + SUCCESS)
 
-    def test_answered_is_not_done(self) -> None:
-        """A message that has its answer is in hand until its processor is done."""
+    def test_a_message_is_in_progress_until_its_processor_is_done(self) -> None:
+        """Its answer may have left before."""
         self.protocol.dataReceived(numbered(1, 2))
         message, client, deferred = self.pending.in_progress.pop()
         echo(message, client)
@@ -57,8 +57,8 @@ class Order(SynchronousTestCase):
         deferred.callback(True)
         self.assertEqual(len(self.pending.messages), 2)
 
-    def test_reading_pauses(self) -> None:
-        """While a message is in hand nothing is read, and afterwards it is again."""
+    def test_a_connection_is_not_read_while_a_message_is_in_progress(self) -> None:
+        """While a message is in progress nothing is read, and afterwards it is again."""
         self.protocol.dataReceived(numbered(1, 2))
         self.assertEqual(self.transport.producerState, "paused")
         self.pending.finish()
@@ -66,24 +66,14 @@ class Order(SynchronousTestCase):
         self.pending.finish()
         self.assertEqual(self.transport.producerState, "producing")
 
-    def test_done_at_once_pauses_nothing(self) -> None:
+    def test_a_processor_that_is_done_at_once_pauses_nothing(self) -> None:
         """A processor that is done when it returns leaves the reading alone."""
         self.patch(self.transport, "pauseProducing", lambda: self.fail("paused"))
         self.protocol.dataReceived(batch_frame() * 3)
         self.assertEqual(self.transport.value(), SUCCESS * 3)
 
-    def test_chunk_that_came_while_paused(self) -> None:
-        """What a transport still delivers while it is paused waits its turn."""
-        self.protocol.dataReceived(numbered(1))
-        self.protocol.dataReceived(numbered(2)[:3])
-        self.protocol.dataReceived(numbered(2)[3:] + batch_frame())
-        self.assertEqual(len(self.pending.messages), 1)
-        self.pending.finish()
-        self.pending.finish()
-        self.assertEqual(self.transport.value(), numbered(1, 2) + SUCCESS)
-
-    def test_finished_waits(self) -> None:
-        """FINISHED closes once everything before it is answered, and not before."""
+    def test_finished_closes_once_all_before_it_is_answered(self) -> None:
+        """And not before."""
         self.protocol.dataReceived(numbered(1, 2) + frame(b"\x03"))
         self.pending.finish()
         self.assertFalse(self.transport.half_closed)
@@ -92,15 +82,15 @@ class Order(SynchronousTestCase):
         self.assertTrue(self.transport.half_closed)
 
     def test_other_connections_go_on(self) -> None:
-        """A connection with a message in hand keeps no other one from being served."""
+        """A connection with a message in progress keeps no other one from being served."""
         self.protocol.dataReceived(numbered(1))
         other, other_transport = connect(self.factory)
         other.dataReceived(batch_frame())
         self.assertEqual(other_transport.value(), SUCCESS)
         self.assertEqual(other_transport.producerState, "producing")
 
-    def test_nothing_after_false(self) -> None:
-        """Once a processor has closed the connection, no frame of it is delivered any more."""
+    def test_nothing_is_processed_once_a_processor_has_closed_the_connection(self) -> None:
+        """Neither of the same chunk nor of a later one."""
         for chunks in ([numbered(1, 2)], [numbered(1), numbered(2)]):
             protocol, transport = connect(self.factory)
             self.pending.messages.clear()
@@ -113,7 +103,7 @@ class Order(SynchronousTestCase):
             self.assertEqual(transport.value(), numbered(1))
             self.assertNotIn(protocol, self.factory.connections)
 
-    def test_many_messages_in_one_chunk(self) -> None:
+    def test_a_chunk_of_many_messages_needs_no_deep_stack(self) -> None:
         """However many frames a chunk holds, no stack grows with them."""
         self.protocol.dataReceived(numbered(1) * 3000)
         while self.pending.in_progress:
@@ -129,30 +119,30 @@ class Output(SynchronousTestCase):
         self.factory.register_processor(ECHO, echo)
         self.protocol, self.transport = connect(self.factory)
 
-    def test_no_delay(self) -> None:
-        """Small answers do not wait for Nagle."""
+    def test_answers_do_not_wait_for_nagle(self) -> None:
+        """``TCP_NODELAY`` is set."""
         self.assertTrue(self.transport.no_delay)
 
-    def test_one_write(self) -> None:
+    def test_answers_that_are_ready_together_leave_in_one_write(self) -> None:
         """The answers that are ready within one ``dataReceived`` leave in one write."""
         self.protocol.dataReceived(batch_frame() * 3 + numbered(1) + frame(b"\x63"))
         self.assertEqual(self.transport.writes, [SUCCESS * 3 + numbered(1) + FAIL + b"\x03"])
 
-    def test_one_write_after_a_wait(self) -> None:
-        """So do those that a message in hand has held up."""
+    def test_answers_behind_a_message_in_progress_leave_in_one_write(self) -> None:
+        """As soon as it is done."""
         pending = Pending()
         self.factory.register_processor(ECHO, pending, replace=True)
         self.protocol.dataReceived(batch_frame() + numbered(1) + batch_frame() * 2)
         pending.finish()
         self.assertEqual(self.transport.writes, [SUCCESS, numbered(1), SUCCESS * 2])
 
-    def test_no_empty_write(self) -> None:
+    def test_nothing_is_written_without_an_answer(self) -> None:
         """Nothing is written where there is nothing to say."""
         self.protocol.dataReceived(batch_frame()[:7])
         self.protocol.dataReceived(b"")
         self.assertEqual(self.transport.writes, [])
 
-    def test_backpressure(self) -> None:
+    def test_a_client_that_does_not_read_is_not_read(self) -> None:
         """A client that does not read its answers is not read from, until it does."""
         producer = self.transport.producer
         assert producer is not None
@@ -165,8 +155,8 @@ class Output(SynchronousTestCase):
         self.assertEqual(self.transport.producerState, "producing")
         self.assertEqual(self.transport.value(), numbered(1))
 
-    def test_backpressure_within_a_chunk(self) -> None:
-        """A full transport stops the frames of the chunk that filled it."""
+    def test_a_full_transport_stops_the_rest_of_the_chunk(self) -> None:
+        """Its other messages are processed when the client reads."""
         pending = Pending()
         self.factory.register_processor(ECHO, pending, replace=True)
         self.protocol.dataReceived(numbered(1) + batch_frame())
@@ -178,21 +168,3 @@ class Output(SynchronousTestCase):
         del self.transport.write
         producer.resumeProducing()
         self.assertEqual(self.transport.value(), SUCCESS)
-
-    def test_both_must_be_over(self) -> None:
-        """Reading resumes when the output has room and no message is in hand, not earlier."""
-        pending = Pending()
-        self.factory.register_processor(ECHO, pending, replace=True)
-        for output_first in (True, False):
-            protocol, transport = connect(self.factory)
-            producer = transport.producer
-            assert producer is not None
-            protocol.dataReceived(numbered(1))
-            producer.pauseProducing()
-            over = [producer.resumeProducing, pending.finish]
-            if not output_first:
-                over.reverse()
-            over[0]()
-            self.assertEqual(transport.producerState, "paused")
-            over[1]()
-            self.assertEqual(transport.producerState, "producing")

@@ -1,4 +1,4 @@
-"""The batches of one client that the sink has in hand together."""
+"""The batches of one client that the sink has in progress together."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PipelinedSinkTests(GroupTestCase):
         self.protocol.dataReceived(b"".join(others))
 
     def let_commit(self, transactions: int, answers: bytes) -> None:
-        """Let so many transactions through, and wait for the answers."""
+        """Let that many transactions through, and wait for the answers."""
         self.gate.open(transactions)
         self.reactor.pump_until(lambda: len(self.transport.value()) >= len(answers))
         self.assertEqual(self.transport.value(), answers)
@@ -48,7 +48,7 @@ class PipelinedSinkTests(GroupTestCase):
         self.assertEqual(self.transport.producerState, "producing")
 
     def test_no_more_than_a_window(self) -> None:
-        """The sink has no more than a window of one client's batches in hand."""
+        """The sink has no more than a window of one client's batches in progress."""
         self.send_ahead(*self.batches(*range(3 * WINDOW)))
         self.assertEqual(self.counts().in_progress, WINDOW)
         self.gate.open(3 * WINDOW)
@@ -57,7 +57,7 @@ class PipelinedSinkTests(GroupTestCase):
         self.assertEqual(self.batch_numbers(), [*range(3 * WINDOW)])
 
     def test_duplicates(self) -> None:
-        """What is sent again while the first of it is in hand is acknowledged, not stored."""
+        """What is sent again while the first of it is in progress is acknowledged, not stored."""
         self.protocol.dataReceived(HELLO)
         self.send_ahead(*self.batches(1, 1, 2, 2, 1))
         self.let_commit(2, SUCCESS * 6)
@@ -73,7 +73,7 @@ class PipelinedSinkTests(GroupTestCase):
         self.flushLoggedErrors(BatchRejected)
 
     def test_end_of_table(self) -> None:
-        """EOF is in hand with the batches before it, and shares their commit."""
+        """EOF is in progress with the batches before it, and shares their commit."""
         self.send_ahead(*self.batches(1, 2), frame(encode(end_of_table("users"))))
         self.let_commit(2, SUCCESS * 3)
         self.assertEqual(self.query("SELECT table_name FROM table_eof"), ["users"])

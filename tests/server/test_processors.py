@@ -52,10 +52,14 @@ def exchange(processor: Callable[..., Any]) -> TCPTransport:
 
 
 class Undecided:
-    """What a processor may return, and nobody can tell whether it is true."""
+    """The result of a processor that is neither true nor false."""
 
     def __bool__(self) -> bool:
         raise Boom
+
+
+def raise_boom(message: object, client: Exchange) -> None:
+    raise Boom
 
 
 class Faults(SynchronousTestCase):
@@ -97,13 +101,17 @@ class Faults(SynchronousTestCase):
             def batch_number(self) -> int:
                 raise Boom
 
-        factory = OrchestratorFactory(Clock())
-        factory.register_processor(ECHO, lambda *_: 1 // 0, decoder=lambda _: Nameless())
-        protocol, transport = connect(factory)
-        protocol.dataReceived(batch_frame() + frame(bytes([ECHO])))
-        self.assertEqual(len(self.flushLoggedErrors(Boom)), 1)
-        self.assertEqual(transport.value(), SUCCESS + FAIL + b"\x02")
-        self.assertTrue(transport.half_closed)
+        for is_later in (False, True):
+            factory, pending = OrchestratorFactory(Clock()), Pending()
+            processor = pending if is_later else raise_boom
+            factory.register_processor(ECHO, processor, decoder=lambda _: Nameless())
+            protocol, transport = connect(factory)
+            protocol.dataReceived(batch_frame() + frame(bytes([ECHO])) + batch_frame())
+            if is_later:
+                pending.in_progress.pop()[2].errback(KeyError())
+            self.assertEqual(len(self.flushLoggedErrors(Boom)), 1)
+            self.assertEqual(transport.value(), SUCCESS + FAIL + b"\x02")
+            self.assertTrue(transport.half_closed)
 
 
 class TimesOut(SynchronousTestCase):
@@ -249,7 +257,7 @@ class Coroutines(SynchronousTestCase):
 
 
 class BlockingProcessors(TestCase):
-    """``blocking=True``: in a thread, in order, and in nobody's way."""
+    """``blocking=True``: in a thread, in order, while other connections go on."""
 
     timeout = 20
 

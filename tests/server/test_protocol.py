@@ -58,8 +58,8 @@ class Trouble(SynchronousTestCase):
 
         self.factory.register_processor(ECHO, processor)
 
-    def test_malformed(self) -> None:
-        """FAIL with reason 3, closed, and an error with ip and opcode; for every kind of it."""
+    def test_a_malformed_message_is_refused_and_closes(self) -> None:
+        """FAIL with reason 3, and an error with ip and opcode; for every kind of it."""
         body = encode(batch())[1:]
         for opcode, data in (
             ("8", b"\x08" + body + b"x"),
@@ -85,7 +85,7 @@ class Trouble(SynchronousTestCase):
             self.assertRegex(line, rf"result: fail \| ip: 192\.0\.2\.7 \| opcode: {opcode} ")
             self.assertEqual(texts(events, LogLevel.critical), [])
 
-    def test_malformed_shows_no_data(self) -> None:
+    def test_the_log_of_a_malformed_batch_shows_no_data(self) -> None:
         """The line of a malformed batch names what is wrong and never the data."""
         damaged = encode(batch()).replace(b"registered_at", b"registered_by")
         with capturedLogs() as events:
@@ -94,13 +94,13 @@ class Trouble(SynchronousTestCase):
         for cell in (*USER_ROW[1:], "registered_by"):
             self.assertNotIn(cell, repr(events))
 
-    def test_frame_too_long_is_not_waited_for(self) -> None:
+    def test_a_frame_that_is_too_long_is_refused_by_its_length(self) -> None:
         """The length alone is refused, before the frame is there."""
         self.protocol.dataReceived(struct.pack(">I", LIMIT + 1))
         self.assertEqual(self.transport.value(), FAIL + b"\x03")
         self.assertTrue(self.transport.half_closed)
 
-    def test_malformed_leaves_others_alone(self) -> None:
+    def test_a_malformed_message_leaves_other_connections_alone(self) -> None:
         """Another connection of the same factory goes on as if nothing had been."""
         other, other_transport = connect(self.factory)
         other.dataReceived(batch_frame()[:10])
@@ -109,7 +109,7 @@ class Trouble(SynchronousTestCase):
         self.assertEqual(other_transport.value(), SUCCESS)
         self.assertFalse(other_transport.half_closed)
 
-    def test_decoder_raises_value_error(self) -> None:
+    def test_a_decoder_that_raises_value_error_refuses_the_message(self) -> None:
         """A decoder of one's own that raises ``ValueError`` has met a malformed message."""
 
         def decoder(body: bytes) -> None:
@@ -124,8 +124,8 @@ class Trouble(SynchronousTestCase):
         self.assertIn(f"ip: {PEER} | opcode: {ECHO} ", line)
         self.assertNotIn(USER_ROW[2], repr(events))
 
-    def test_processor_raises(self) -> None:
-        """FAIL with reason 2, the connection stays, and the error is in the seed's form."""
+    def test_a_processor_that_raises_rejects_and_keeps_the_connection(self) -> None:
+        """The error is logged in the form of the seed."""
         self.register(Boom(USER_ROW[2]))
         self.protocol.log_debug = True
         with capturedLogs() as events:
@@ -143,40 +143,31 @@ class Trouble(SynchronousTestCase):
             [event["log_level"] for event in events if "log_failure" in event], [LogLevel.debug]
         )
 
-    def test_no_traceback_above_debug(self) -> None:
-        """Not even an observer that filters nothing gets the error's text, but at debug."""
+    def test_no_traceback_is_logged_above_debug(self) -> None:
+        """Not even for an observer that filters nothing."""
         self.register(Boom(USER_ROW[2]))
         with capturedLogs() as events:
             self.protocol.dataReceived(numbered(1))
         self.assertEqual([event for event in events if "log_failure" in event], [])
 
-    def test_processor_raises_unicode_error(self) -> None:
-        """An error that has a ``reason`` of its own is a processor that raises like any other."""
-        self.register(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"))
-        self.protocol.dataReceived(numbered(1) + batch_frame())
-        self.flushLoggedErrors(UnicodeDecodeError)
-        self.assertEqual(self.transport.value(), FAIL + b"\x02" + SUCCESS)
-        self.assertFalse(self.transport.half_closed)
+    def test_the_answer_to_an_error_of_a_processor_is_the_reason_of_that_error(self) -> None:
+        """The connection stays. A ``reason`` of a foreign error means something else."""
+        for error, reason in (
+            (BatchRejected("an unknown store"), 2),
+            (TryAgainLater("the disk is full"), 1),
+            (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2),
+        ):
+            self.setUp()
+            self.register(error)
+            with capturedLogs() as events:
+                self.protocol.dataReceived(numbered(1) + batch_frame())
+            self.flushLoggedErrors(type(error))
+            self.assertEqual(self.transport.value(), FAIL + bytes([reason]) + SUCCESS)
+            self.assertFalse(self.transport.half_closed)
+            self.assertEqual(len(texts(events, LogLevel.error)), 1)
 
-    def test_rejected(self) -> None:
-        """A batch that is rejected gets reason 2, and the connection stays."""
-        self.register(BatchRejected("an unknown store"))
-        self.protocol.dataReceived(numbered(1) + batch_frame())
-        self.flushLoggedErrors(BatchRejected)
-        self.assertEqual(self.transport.value(), FAIL + b"\x02" + SUCCESS)
-
-    def test_try_again_later(self) -> None:
-        """What cannot be stored now gets reason 1, and the connection stays."""
-        self.register(TryAgainLater("the disk is full"))
-        with capturedLogs() as events:
-            self.protocol.dataReceived(numbered(1) + batch_frame())
-        self.flushLoggedErrors(TryAgainLater)
-        self.assertEqual(self.transport.value(), FAIL + b"\x01" + SUCCESS)
-        self.assertFalse(self.transport.half_closed)
-        self.assertEqual(len(texts(events, LogLevel.error)), 1)
-
-    def test_our_own_code_raises(self) -> None:
-        """FAIL with reason 2, closed, and the failure with its traceback."""
+    def test_a_fault_of_our_own_rejects_and_closes(self) -> None:
+        """The failure is logged with its traceback."""
 
         def decoder(body: bytes) -> None:
             raise Boom
@@ -196,24 +187,24 @@ class Trouble(SynchronousTestCase):
 class Identity(SynchronousTestCase):
     """Who the client is, as far as it says."""
 
-    def test_finished(self) -> None:
-        """FINISHED sets the agency's number, and an empty one says none."""
+    def test_finished_says_the_number_of_the_agency(self) -> None:
+        """Or none."""
         for agency_id in (12, -1, 0, None):
             protocol, transport = connect()
             protocol.dataReceived(frame(encode(Finished(agency_id))))
             self.assertEqual(protocol.session.agency_id, agency_id)
             self.assertTrue(transport.half_closed)
 
-    def test_hello(self) -> None:
-        """A CLIENT_HELLO that comes first says who it is, and is acknowledged."""
+    def test_a_hello_says_who_the_client_is(self) -> None:
+        """It is acknowledged."""
         protocol, transport = connect()
         self.assertIsNone(protocol.session.client_id)
         protocol.dataReceived(frame(encode(HELLO)) + batch_frame())
         self.assertEqual(protocol.session.client_id, HELLO.client_id)
         self.assertEqual(transport.value(), SUCCESS + SUCCESS)
 
-    def test_late_hello(self) -> None:
-        """A CLIENT_HELLO that is not the first message is malformed, and changes nothing."""
+    def test_a_hello_that_is_not_the_first_message_is_malformed(self) -> None:
+        """It changes nothing."""
         for first in (batch_frame(), frame(encode(HELLO)), frame(b"\x01")):
             protocol, transport = connect()
             protocol.dataReceived(first)
@@ -224,7 +215,7 @@ class Identity(SynchronousTestCase):
             self.assertEqual(transport.value(), FAIL + b"\x03")
             self.assertTrue(transport.half_closed)
 
-    def test_processors_see_it(self) -> None:
+    def test_a_processor_knows_what_earlier_messages_said(self) -> None:
         """A message's handle knows what the messages before it have said."""
         factory = OrchestratorFactory(Clock())
         seen: list[Any] = []
@@ -240,8 +231,8 @@ class Identity(SynchronousTestCase):
         protocol.dataReceived(frame(encode(HELLO)) + batch_frame() + frame(encode(Finished(3))))
         self.assertEqual(seen, [(PEER, HELLO.client_id, None), 3])
 
-    def test_addresses(self) -> None:
-        """The ip is the peer's, of either kind, and ``unix`` for a local socket."""
+    def test_the_ip_is_that_of_the_peer(self) -> None:
+        """IPv6 as well, and ``unix`` for a local socket."""
         addresses: tuple[tuple[IAddress, str], ...] = (
             (IPv6Address("TCP", "2001:db8::1", 4000), "2001:db8::1"),
             (UNIXAddress(None), "unix"),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from itertools import combinations, product
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer, ISSLTransport
-from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.protocols.basic import Int32StringReceiver
 from twisted.python.failure import Failure
@@ -16,7 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import alsoProvides
 from zope.interface.verify import verifyObject
 
-from cafeteria_orch.server.reading import Pause, Reading
+from cafeteria_orch.server.reading import Pause
 from cafeteria_orch.server.receiver import (
     CLOSE_TIMEOUT,
     MAX_MESSAGES,
@@ -25,95 +23,20 @@ from cafeteria_orch.server.receiver import (
     FrameReceiver,
     State,
 )
-from cafeteria_orch.server.timeouts import Timeouts
-from cafeteria_orch.server.turns import ITERATIONS, Turns
+from cafeteria_orch.server.turns import ITERATIONS
 from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
-from tests.support.builders import TCPTransport, frame, opcode_first
+from tests.support.builders import frame, opcode_first
+from tests.support.receivers import (
+    FEW,
+    STREAM,
+    Action,
+    Recorder,
+    keep,
+    pause,
+    pause_and_resume,
+    resume,
+)
 from tests.support.strategies import cut
-
-Action = Callable[["Recorder"], object]
-
-FEW = [b"one", b"\x02", b"three", b"\0\0\0\1", b"5"]
-"""Some payloads, one of which looks like a length."""
-
-STREAM = b"".join(map(frame, FEW))
-
-
-class Recorder(FrameReceiver):
-    """Keeps what it is given, and does with each payload what a test says.
-
-    :ivar script: what to do with the next payloads, an action each; then ``always``.
-    """
-
-    def __init__(
-        self,
-        script: Iterable[Action] = (),
-        always: Action | None = None,
-        max_length: int = 100,
-        framing: Any = INT32,
-    ) -> None:
-        self.clock = Clock()
-        reading = Reading(self.clock, Timeouts(None, None, None), lambda: 0, lambda _: None)
-        super().__init__(self.clock, Turns(self.clock), reading, max_length, framing)
-        self.script = list(script)
-        self.always = always
-        self.payloads: list[bytes] = []
-        self.refused: list[int] = []
-        self.ends_of_input: list[str] = []
-        self.depth = 0
-        self.makeConnection(TCPTransport())
-        self.transport.registerProducer(self, True)
-
-    def stringReceived(self, payload: bytes) -> None:
-        self.depth += 1
-        assert self.depth == 1, "a payload within another one"
-        self.payloads.append(payload)
-        action = self.script.pop(0) if self.script else self.always
-        try:
-            if action is not None:
-                action(self)
-        finally:
-            self.depth -= 1
-
-    def lengthLimitExceeded(self, length: int) -> None:
-        self.refused.append(length)
-        self.close()
-
-    def input_ended(self, how: str) -> None:
-        self.ends_of_input.append(how)
-        self.drop_input()
-
-    def feed(self, chunks: Iterable[bytes]) -> None:
-        for chunk in chunks:
-            self.dataReceived(chunk)
-
-    @property
-    def is_read(self) -> bool:
-        return bool(self.transport.producerState == "producing")
-
-    def iterate(self, times: int = 1) -> None:
-        """Let a reactor make some iterations."""
-        for _ in range(times):
-            due, self.clock.calls = self.clock.calls, []
-            for call in due:
-                call.func(*call.args)
-
-
-def keep(_: Recorder) -> None:
-    """Do nothing."""
-
-
-def pause(protocol: Recorder) -> None:
-    protocol.pause(Pause.SINK)
-
-
-def resume(protocol: Recorder) -> None:
-    protocol.resume(Pause.SINK)
-
-
-def pause_and_resume(protocol: Recorder) -> None:
-    pause(protocol)
-    resume(protocol)
 
 
 class PauseTests(SynchronousTestCase):
@@ -128,15 +51,6 @@ class PauseTests(SynchronousTestCase):
             resume(protocol)
             resume(protocol)
             self.assertEqual((protocol.payloads, protocol.is_read), (FEW, True))
-
-    def test_a_pause_at_each_payload(self) -> None:
-        """Each resume delivers one."""
-        protocol = Recorder(always=pause)
-        protocol.dataReceived(STREAM)
-        for count in range(1, len(FEW) + 1):
-            self.assertEqual(protocol.payloads, FEW[:count])
-            resume(protocol)
-        self.assertEqual(protocol.payloads, FEW)
 
     def test_a_pause_and_resume_within_a_payload_changes_nothing(self) -> None:
         """Nothing comes twice, or within something else, or needs a deeper stack."""
@@ -329,6 +243,7 @@ class CloseTests(SynchronousTestCase):
             self.assertEqual(
                 (transport.half_closed, transport.disconnecting), (not is_plain, is_plain)
             )
+            protocol.pause(Pause.MEMORY)
             self.assertEqual(protocol.is_read, not is_over)
             protocol.clock.advance(CLOSE_TIMEOUT)
             self.assertTrue(transport.aborted)
@@ -377,20 +292,16 @@ class EndOfInputTests(SynchronousTestCase):
             self.assertEqual(protocol.ends_of_input, [ended])
 
     def test_a_pause_does_not_delay_the_end_of_what_is_empty(self) -> None:
-        """There is nothing to wait for."""
-        for how in ("half-close", "close", "reset"):
+        """There is nothing to wait for. TLS is often closed in a way that looks like a reset."""
+        for how, is_tls in product(("half-close", "close", "reset"), (False, True)):
             protocol = Recorder()
+            if is_tls:
+                alsoProvides(protocol.transport, ISSLTransport)
             protocol.feed([STREAM])
             pause(protocol)
             self.end(protocol, how)
-            self.assertEqual(len(protocol.ends_of_input), 1)
-
-    def test_tls_that_ends_without_a_notice_is_closed_and_not_reset(self) -> None:
-        """Many clients close TLS like that."""
-        protocol = Recorder()
-        alsoProvides(protocol.transport, ISSLTransport)
-        self.end(protocol, "reset")
-        self.assertEqual(protocol.ends_of_input, ["connection closed"])
+            ended = "connection reset" if how == "reset" and not is_tls else "connection closed"
+            self.assertEqual(protocol.ends_of_input, [ended])
 
     def test_a_half_closed_transport_is_neither_paused_nor_resumed(self) -> None:
         """It would report the end of its input for ever."""

@@ -66,42 +66,42 @@ class ResponsesCase(SynchronousTestCase):
 class Sending(ResponsesCase):
     """What goes out, byte for byte."""
 
-    def test_success(self) -> None:
+    def test_a_success_is_its_opcode_alone(self) -> None:
         """A success is its opcode alone."""
         responses.send_success(self.client)
         self.assert_sent(b"\x01")
 
-    def test_failure_says_why(self) -> None:
+    def test_a_failure_carries_its_reason(self) -> None:
         """A failure carries its reason in one byte."""
         for reason in FailReason:
             self.setUp()
             responses.send_failure(self.client, reason)
             self.assert_sent(bytes([2, reason]))
 
-    def test_failure_is_a_rejection_by_default(self) -> None:
-        """A failure without a reason given is reason 2."""
+    def test_a_failure_is_a_rejection_by_default(self) -> None:
+        """Reason 2."""
         responses.send_failure(self.client)
         self.assert_sent(b"\x02\x02")
 
-    def test_failure_without_a_reason(self) -> None:
-        """The reason ``None`` sends the empty body of the seed."""
+    def test_a_failure_without_a_reason_has_an_empty_body(self) -> None:
+        """As in the seed."""
         responses.send_failure(self.client, None)
         self.assert_sent(b"\x02")
 
-    def test_response_of_ones_own(self) -> None:
+    def test_any_opcode_and_body_can_be_sent(self) -> None:
         """``send`` takes any opcode and body."""
         responses.send(self.client, 200, b"body")
         self.assert_sent(b"\xc8body")
 
-    def test_opcode_is_one_byte(self) -> None:
-        """An opcode that is not one byte is refused, and the slot stays free."""
+    def test_an_opcode_that_is_not_one_byte_is_refused(self) -> None:
+        """The slot stays free."""
         for opcode in (-1, 256):
             self.assertRaises(ValueError, responses.send, self.client, opcode)
         responses.send_success(self.client)
         self.assert_sent(b"\x01")
 
-    def test_handle_knows_its_client(self) -> None:
-        """A handle gives the ip, the ids and the opcode, as the session has them now."""
+    def test_an_exchange_knows_its_client(self) -> None:
+        """The ip, the ids and the opcode, as the session has them now."""
         self.assertEqual(
             (self.client.ip, self.client.client_id, self.client.agency_id, self.client.opcode),
             (PEER, None, None, 8),
@@ -111,13 +111,13 @@ class Sending(ResponsesCase):
         self.assertEqual((self.client.client_id, self.client.agency_id), (UUID(int=5), 9))
         self.assertIs(self.client.session, session)
 
-    def test_from_the_reactors_thread(self) -> None:
+    def test_an_answer_from_the_reactors_thread_leaves_at_once(self) -> None:
         """An answer given in the reactor's thread leaves at once, without the reactor."""
         responses.send_success(self.client)
         self.assert_sent(b"\x01")
         self.assertEqual(self.clock.asked, [])
 
-    def test_from_another_thread(self) -> None:
+    def test_an_answer_from_another_thread_goes_through_the_reactor(self) -> None:
         """An answer given in another thread goes through ``callFromThread``."""
         thread = threading.Thread(target=responses.send_success, args=(self.client,))
         thread.start()
@@ -129,8 +129,8 @@ class Sending(ResponsesCase):
         self.assert_sent(b"\x01")
         self.assertTrue(self.client.settled)
 
-    def test_second_answer_from_another_thread(self) -> None:
-        """Whoever comes second is not sent, in whatever thread it was."""
+    def test_the_second_of_two_answers_is_not_sent(self) -> None:
+        """Whatever threads they come from."""
         thread = threading.Thread(target=responses.send_failure, args=(self.client,))
         thread.start()
         thread.join()
@@ -154,15 +154,15 @@ class ProcessingErrors(ResponsesCase):
         self.flushLoggedErrors(type(error))
         return events
 
-    def test_line_in_the_seeds_form(self) -> None:
-        """The error line is the seed's, with the batch's number and amount."""
+    def test_an_error_is_logged_in_the_form_of_the_seed(self) -> None:
+        """With the number and the amount of the batch."""
         events = self.handle(raised(BatchRejected("a store is closed")), batch(batch_number=7))
         self.assertEqual(
             texts(events, LogLevel.error),
             [FORM.format(batch_number=7, amount=1, error="a store is closed")],
         )
 
-    def test_message_that_is_no_batch(self) -> None:
+    def test_a_message_that_is_no_batch_has_no_number_and_amount(self) -> None:
         """What a decoder of one's own made has neither a number nor an amount."""
         events = self.handle(raised(TryAgainLater("full")), {"a": 1})
         self.assertEqual(
@@ -170,7 +170,7 @@ class ProcessingErrors(ResponsesCase):
             [FORM.format(batch_number="-", amount="-", error="full")],
         )
 
-    def test_reason_is_the_errors_own(self) -> None:
+    def test_an_error_of_this_package_says_its_reason(self) -> None:
         """An error of this package says which reason the client gets."""
         for error, reason in (
             (BatchRejected("no"), 2),
@@ -181,15 +181,15 @@ class ProcessingErrors(ResponsesCase):
             self.handle(raised(error), batch())
             self.assert_sent(bytes([2, reason]))
 
-    def test_foreign_error_with_a_reason_of_its_own(self) -> None:
+    def test_the_reason_of_a_foreign_error_means_something_else(self) -> None:
         """The ``reason`` of an error that is not of this package means something else."""
         error = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
         events = self.handle(raised(error), batch())
         self.assert_sent(b"\x02\x02")
         self.assertEqual(len(texts(events, LogLevel.error)), 1)
 
-    def test_no_data_above_debug(self) -> None:
-        """Neither the text of a foreign error nor a row is in what is above debug."""
+    def test_no_data_is_logged_above_debug(self) -> None:
+        """Neither the text of a foreign error nor a row."""
         events = self.handle(raised(ValueError(f"bad birthdate {SECRET}")), batch())
         above = [event for event in events if event["log_level"] > LogLevel.debug]
         (line,) = texts(events, LogLevel.error)
@@ -197,7 +197,7 @@ class ProcessingErrors(ResponsesCase):
         self.assertEqual(len(above), 1)
         self.assertNotIn(SECRET, repr(above))
 
-    def test_traceback_at_debug(self) -> None:
+    def test_the_traceback_is_logged_at_debug(self) -> None:
         """The traceback is there, with the error's text, at debug alone."""
         events = self.handle(raised(ValueError(SECRET)), batch())
         (event,) = [event for event in events if "log_failure" in event]
@@ -206,8 +206,8 @@ class ProcessingErrors(ResponsesCase):
         self.assertIn(SECRET, traceback)
         self.assertIn("in fail", traceback)
 
-    def test_answered_before(self) -> None:
-        """A message that has its answer gets no FAIL on top, and no warning of a second one."""
+    def test_an_answered_message_gets_no_failure(self) -> None:
+        """Nor a warning of a second answer."""
         responses.send_success(self.client)
         with capturedLogs() as events:
             responses.handle_processing_error(batch(), self.client, BatchRejected("too late"))
@@ -220,12 +220,12 @@ class ProcessingErrors(ResponsesCase):
 class Describing(SynchronousTestCase):
     """``describe``: an error in one line that holds no data."""
 
-    def test_own_error(self) -> None:
+    def test_an_error_of_this_package_is_described_by_its_text(self) -> None:
         """The text of this package's errors is written for the log."""
         self.assertEqual(responses.describe(raised(ProtocolError("row 3"))), "row 3")
 
-    def test_foreign_error(self) -> None:
-        """Of another error it is the kind and the innermost place, without a directory."""
+    def test_a_foreign_error_is_described_by_its_kind_and_place(self) -> None:
+        """Without a directory."""
 
         def inner() -> None:
             raise KeyError(SECRET)
@@ -238,6 +238,6 @@ class Describing(SynchronousTestCase):
         self.assertEqual(text, f"KeyError at test_responses.py:{line}")
         self.assertNotIn(os.sep, text)
 
-    def test_never_raised(self) -> None:
+    def test_an_error_that_was_never_raised_has_no_place(self) -> None:
         """An error that was never raised comes from no place."""
         self.assertEqual(responses.describe(KeyError(SECRET)), "KeyError")

@@ -227,7 +227,7 @@ class ReadingTests(SynchronousTestCase):
 
 
 class TimeoutTests(SynchronousTestCase):
-    """A connection on a clock, with an echo and a processor whose messages stay in hand."""
+    """A connection on a clock, with an echo and a processor whose messages stay in progress."""
 
     PENDING, SHARED = 41, 42
 
@@ -271,15 +271,15 @@ class TimeoutTests(SynchronousTestCase):
 class FrameTimeoutTests(TimeoutTests):
     """From a frame's first byte to its last."""
 
-    def test_half_frame(self) -> None:
-        """A frame that does not end is given up, with a warning and without an answer."""
+    def test_a_frame_that_does_not_end_closes_its_connection(self) -> None:
+        """With a warning and without an answer."""
         self.receive(batch_frame()[:-3])
         (warning,) = self.assert_closed_at(30)
         self.assertIn("30 s, the limit of --frame-timeout, 3 bytes were missing", warning)
         self.assertEqual(self.transport.value(), b"")
 
-    def test_trickle(self) -> None:
-        """It does not help to send a byte now and then, be it of the length or of the rest."""
+    def test_a_byte_now_and_then_does_not_renew_the_frame_timeout(self) -> None:
+        """Be it of the length or of the rest."""
         data = batch_frame()
         for end in (1, 3, 30):
             self.protocol, self.transport = connect(self.factory)
@@ -289,8 +289,8 @@ class FrameTimeoutTests(TimeoutTests):
                 self.receive(data[number : number + 1])
             self.assert_closed_at(30 - min(end - 1, 20))
 
-    def test_new_frame(self) -> None:
-        """Each frame has its own time, also one whose beginning comes with another's end."""
+    def test_each_frame_has_its_own_time(self) -> None:
+        """Also one that begins in the chunk in which another ends."""
         whole, half = numbered(1), numbered(2)[:4]
         self.receive(half)
         self.pass_time(29)
@@ -298,13 +298,7 @@ class FrameTimeoutTests(TimeoutTests):
         self.assertEqual(self.transport.value(), numbered(2, 1))
         self.assert_closed_at(30)
 
-    def test_between_frames(self) -> None:
-        """Between two frames a client may be silent for ever."""
-        self.receive(numbered(1))
-        self.pass_time(1000)
-        self.assert_open()
-
-    def test_not_counted_while_held(self) -> None:
+    def test_a_client_is_not_timed_while_it_is_not_read(self) -> None:
         """While the server does not read, the client cannot send: that is not its time."""
         self.receive(numbered(2)[:4])
         self.pass_time(20)
@@ -314,7 +308,7 @@ class FrameTimeoutTests(TimeoutTests):
         self.factory.resumeProducing()
         self.assert_closed_at(10)
 
-    def test_holds_do_not_renew_it(self) -> None:
+    def test_pauses_do_not_renew_the_frame_timeout(self) -> None:
         """A client that trickles does not live on the server's being busy."""
         self.receive(numbered(2)[:4])
         for _ in range(29):
@@ -323,7 +317,7 @@ class FrameTimeoutTests(TimeoutTests):
             self.factory.resumeProducing()
         self.assert_closed_at(1)
 
-    def test_answered_first(self) -> None:
+    def test_messages_in_progress_are_answered_before_the_close(self) -> None:
         """What was whole before is answered before the connection closes."""
         self.receive(frame(bytes([self.SHARED])) + numbered(2)[:4])
         self.pass_time(30)
@@ -332,7 +326,7 @@ class FrameTimeoutTests(TimeoutTests):
         self.assertEqual(self.transport.value(), frame(bytes([self.SHARED])))
         self.assertTrue(self.transport.half_closed)
 
-    def test_what_a_drain_drops(self) -> None:
+    def test_a_half_frame_that_a_drain_drops_is_not_waited_for(self) -> None:
         """Half a frame that a drain has dropped is not waited for any more."""
         self.receive(frame(bytes([self.SHARED])) + numbered(2)[:4])
         self.protocol.end()
@@ -341,15 +335,7 @@ class FrameTimeoutTests(TimeoutTests):
         self.assertEqual(texts(events, LogLevel.warn), [])
         self.assert_open()
 
-    def test_while_another_is_in_hand(self) -> None:
-        """The beginning of a frame that waits behind a message in hand has its time later."""
-        self.receive(frame(bytes([self.PENDING])) + numbered(2)[:4])
-        self.pass_time(50)
-        self.assert_open()
-        self.pending.finish()
-        self.assert_closed_at(30)
-
-    def test_answers_are_not_read(self) -> None:
+    def test_a_client_that_does_not_read_its_answers_is_aborted(self) -> None:
         """A client that does not read its answers is paused, then cut off."""
         self.receive(numbered(1))
         self.producer().pauseProducing()
@@ -362,7 +348,7 @@ class FrameTimeoutTests(TimeoutTests):
         (warning,) = texts(events, LogLevel.warn)
         self.assertIn("did not read its answers for 30 s, the limit of --frame-timeout", warning)
 
-    def test_answers_are_read(self) -> None:
+    def test_a_client_that_reads_its_answers_in_time_goes_on(self) -> None:
         """One that reads them in time goes on."""
         for _ in range(3):
             self.producer().pauseProducing()
@@ -373,23 +359,7 @@ class FrameTimeoutTests(TimeoutTests):
         self.assertEqual(self.transport.value(), numbered(1))
         self.assert_open()
 
-    def test_answers_are_read_while_held(self) -> None:
-        """One that has read them is not cut off for what the server holds it for."""
-        for hold in (self.factory.pauseProducing, self.hold_by_a_message):
-            self.protocol, self.transport = connect(self.factory)
-            hold()
-            for _ in range(3):
-                self.producer().pauseProducing()
-                self.pass_time(29)
-                self.producer().resumeProducing()
-                self.pass_time(29)
-            self.assert_open()
-            self.factory.resumeProducing()
-
-    def hold_by_a_message(self) -> None:
-        self.receive(frame(bytes([self.PENDING])))
-
-    def test_answers_are_not_read_while_held(self) -> None:
+    def test_a_client_that_does_not_read_is_aborted_whatever_else_pauses_it(self) -> None:
         """That the server holds it for other reasons too is no excuse."""
         self.producer().pauseProducing()
         self.factory.pauseProducing()
@@ -414,7 +384,7 @@ class FrameTimeoutTests(TimeoutTests):
             self.assertEqual(transport.value(), b"" if missing else SUCCESS)
             self.assertEqual(transport.half_closed, bool(missing))
 
-    def test_nothing_is_left_behind(self) -> None:
+    def test_no_end_leaves_a_call_on_the_reactor(self) -> None:
         """However a connection ends, no call of it stays on the reactor."""
         for end in (None, OrchestratorProtocol.abort, OrchestratorProtocol.end):
             protocol, _ = connect(self.factory)
@@ -437,19 +407,19 @@ class IdleTimeoutTests(TimeoutTests):
         self.assertIn("idle for 10 s, the limit of --idle-timeout", line)
         return []
 
-    def test_from_the_beginning(self) -> None:
+    def test_a_client_that_sends_nothing_is_idle(self) -> None:
         """A client that never sends anything is idle."""
         self.assert_closed_at(10)
 
-    def test_after_a_message(self) -> None:
+    def test_each_message_renews_the_idle_timeout(self) -> None:
         """Every message begins it anew."""
         for number in range(3):
             self.pass_time(9)
             self.receive(numbered(number))
         self.assert_closed_at(10)
 
-    def test_never_while_in_hand(self) -> None:
-        """While a message is in hand nobody is idle; the time begins when it is done."""
+    def test_a_client_with_a_message_in_progress_is_not_idle(self) -> None:
+        """The time begins when the message is done."""
         for opcode in (self.PENDING, self.SHARED):
             self.protocol, self.transport = connect(self.factory)
             self.receive(frame(bytes([opcode])))
@@ -457,20 +427,6 @@ class IdleTimeoutTests(TimeoutTests):
             self.assert_open()
             self.pending.finish()
             self.assert_closed_at(10)
-
-    def test_not_in_a_frame(self) -> None:
-        """A frame that has begun is timed as a frame."""
-        self.receive(numbered(1)[:4])
-        self.assertEqual(len(TimeoutTests.assert_closed_at(self, 30)), 1)
-
-    def test_not_while_held(self) -> None:
-        """While the server does not read, nobody is idle."""
-        self.pass_time(5)
-        self.factory.pauseProducing()
-        self.pass_time(50)
-        self.assert_open()
-        self.factory.resumeProducing()
-        self.assert_closed_at(5)
 
 
 class ProcessingTimeoutTests(TimeoutTests):
@@ -480,8 +436,8 @@ class ProcessingTimeoutTests(TimeoutTests):
         for number in numbers:
             self.receive(frame(bytes([opcode, number])))
 
-    def test_answered_for_it(self) -> None:
-        """The client is told to try again later, once, and the log names the processor."""
+    def test_a_slow_processor_is_answered_for_once(self) -> None:
+        """The client is told to try again later, and the log names the processor."""
         self.in_progress(1, opcode=self.PENDING)
         with capturedLogs() as events:
             self.pass_time(59)
@@ -493,8 +449,8 @@ class ProcessingTimeoutTests(TimeoutTests):
         self.assertIn("Pending object", warning)
         self.assert_open()
 
-    def test_goes_on_when_it_ends(self) -> None:
-        """Nothing more is taken before the processor ends; then the connection goes on."""
+    def test_a_connection_goes_on_when_a_slow_processor_ends(self) -> None:
+        """It starts no message before."""
         self.in_progress(1, 2, opcode=self.PENDING)
         self.pass_time(70)
         self.assertEqual(len(self.pending.in_progress), 1)
@@ -507,8 +463,8 @@ class ProcessingTimeoutTests(TimeoutTests):
         self.pending.finish()
         self.assertEqual(self.transport.value(), FAIL + b"\x01" + frame(bytes([self.PENDING, 2])))
 
-    def test_each_from_its_start(self) -> None:
-        """Of several in hand each has its own time, and the answers keep their order."""
+    def test_each_message_in_progress_has_its_own_time(self) -> None:
+        """The answers keep their order."""
         self.in_progress(1, opcode=self.SHARED)
         self.pass_time(40)
         self.in_progress(2, 3, opcode=self.SHARED)
@@ -521,8 +477,8 @@ class ProcessingTimeoutTests(TimeoutTests):
         self.pass_time(1)
         self.assertTrue(self.transport.value().endswith(FAIL + b"\x01"))
 
-    def test_not_what_waits(self) -> None:
-        """A message that waits for one in hand is not being processed yet."""
+    def test_a_message_that_waits_is_not_timed(self) -> None:
+        """It is not being processed yet."""
         self.in_progress(1, opcode=self.SHARED)
         self.in_progress(2, opcode=self.PENDING)
         self.pass_time(50)
@@ -533,14 +489,14 @@ class ProcessingTimeoutTests(TimeoutTests):
         self.pass_time(1)
         self.assertEqual(self.transport.value(), FAIL + b"\x01")
 
-    def test_nobody_waits_for_an_answer(self) -> None:
+    def test_a_message_without_an_answer_gets_no_failure(self) -> None:
         """A message that is not acknowledged gets no FAIL either."""
         self.factory.register_processor(Opcode.FINISHED, self.pending, answers=False)
         self.receive(frame(b"\x03"))
         self.pass_time(100)
         self.assertEqual(self.transport.value(), b"")
 
-    def test_answered_but_not_done(self) -> None:
+    def test_a_processor_that_has_answered_is_not_timed(self) -> None:
         """One that has answered may take as long as it likes."""
 
         def answers_first(_: Any, client: responses.Exchange) -> Deferred[None]:
@@ -554,8 +510,8 @@ class ProcessingTimeoutTests(TimeoutTests):
         self.assertEqual(self.transport.value(), SUCCESS)
         self.assertEqual(texts(events, LogLevel.warn), [])
 
-    def test_nothing_is_left_behind(self) -> None:
-        """A connection that is lost leaves no call on the reactor, nor one that is taken later."""
+    def test_a_lost_connection_leaves_no_call_on_the_reactor(self) -> None:
+        """Nor does a message of it that starts later."""
         self.in_progress(1, 2, opcode=self.PENDING)
         lose(self.protocol)
         self.pending.finish()
@@ -568,8 +524,8 @@ class UnlimitedTests(TimeoutTests):
 
     timeouts = Timeouts(None, None, None)
 
-    def test_for_ever(self) -> None:
-        """Half a frame, a hung processor, and a client that is silent stay."""
+    def test_without_timeouts_everything_stays(self) -> None:
+        """Half a frame, a hung processor, and a silent client."""
         others: list[tuple[OrchestratorProtocol, TCPTransport]] = [
             connect(self.factory) for _ in range(2)
         ]

@@ -54,8 +54,8 @@ class TurnTests(SynchronousTestCase):
         for number, (protocol, _) in enumerate(self.clients):
             protocol.dataReceived(self.blob(number) * 2)
 
-    def test_one_every_few_iterations(self) -> None:
-        """The first is decoded at once, then one every few iterations, clients in turn."""
+    def test_one_long_frame_is_decoded_every_few_iterations(self) -> None:
+        """The first at once, then connections in turn."""
         self.send_all()
         # The second of client 0 asked before the others came.
         for expected in (0, 0, 1, 2, 3, 1, 2, 3):
@@ -66,14 +66,14 @@ class TurnTests(SynchronousTestCase):
             self.decoded.clear()
             self.clock.iterate()
 
-    def test_others_are_not_kept_waiting(self) -> None:
+    def test_a_short_batch_does_not_wait_for_long_ones(self) -> None:
         """A short batch is decoded and answered while long ones wait for their turns."""
         self.send_all()
         quick, transport = self.connect()
         quick.dataReceived(batch_frame())
         self.assertEqual((transport.value(), len(self.decoded)), (SUCCESS, 1))
 
-    def test_waiting_is_not_read(self) -> None:
+    def test_a_connection_that_waits_for_its_turn_is_not_read(self) -> None:
         """Who waits for a turn is read no further, and is read on after it."""
         self.send_all()
         _, transport = self.clients[3]
@@ -82,7 +82,7 @@ class TurnTests(SynchronousTestCase):
             self.clock.next_turn()
         self.assertEqual(transport.producerState, "producing")
 
-    def test_what_comes_behind_stays_behind(self) -> None:
+    def test_messages_behind_a_long_one_stay_behind_it(self) -> None:
         """A short message behind a long one that waits is handled after it."""
         self.send_all()
         protocol, transport = self.clients[3]
@@ -92,7 +92,7 @@ class TurnTests(SynchronousTestCase):
             self.clock.next_turn()
         self.assertEqual((self.decoded.count(3), transport.value()), (2, SUCCESS))
 
-    def test_alone(self) -> None:
+    def test_a_client_that_is_alone_waits_for_no_turn(self) -> None:
         """A client that has the reactor for itself waits for no turn of another."""
         protocol, _ = self.clients[0]
         for _ in range(3):
@@ -101,8 +101,8 @@ class TurnTests(SynchronousTestCase):
         self.assertEqual(self.decoded, [7, 7, 7])
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_lost_while_it_waits(self) -> None:
-        """What was read whole of a client that is gone is still handled, in its turn."""
+    def test_a_lost_client_keeps_its_turn(self) -> None:
+        """What was read whole is processed."""
         self.send_all()
         lose(self.clients[3][0])
         for _ in range(8):
@@ -110,8 +110,8 @@ class TurnTests(SynchronousTestCase):
         self.assertEqual(self.decoded.count(3), 2)
         self.assertEqual(len(self.factory.connections), 3)
 
-    def test_closed_while_it_waits(self) -> None:
-        """What waits when we close is dropped, and nobody else loses a turn by it."""
+    def test_a_closed_connection_loses_its_turn(self) -> None:
+        """No other connection does."""
         self.send_all()
         self.clients[1][0].end()
         self.clients[2][0].abort()
@@ -119,8 +119,8 @@ class TurnTests(SynchronousTestCase):
             self.clock.next_turn()
         self.assertEqual(sorted(self.decoded), [0, 0, 3, 3])
 
-    def test_sink_is_full(self) -> None:
-        """While the sink is full no turn is used, nor is the reactor kept busy asking."""
+    def test_a_full_sink_uses_no_turns(self) -> None:
+        """The reactor is not kept busy meanwhile."""
         self.send_all()
         self.factory.pauseProducing()
         for _ in range(8):
@@ -131,8 +131,8 @@ class TurnTests(SynchronousTestCase):
             self.clock.next_turn()
         self.assertEqual(sorted(self.decoded), [0, 0, 1, 1, 2, 2, 3, 3])
 
-    def test_drained_while_it_waits(self) -> None:
-        """What waits behind a message in hand is not begun any more when we drain."""
+    def test_a_drain_drops_a_message_that_waits_for_its_turn(self) -> None:
+        """What waits behind a message in progress is not begun any more when we drain."""
         pending = Pending()
         self.factory.register_processor(BLOB + 1, pending, pipelined=True, answers=False)
         protocol, _ = self.clients[0]

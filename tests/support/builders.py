@@ -168,7 +168,7 @@ def failing_at(number: int, error: BaseException) -> Callable[..., bool]:
 
 
 class Pending:
-    """A processor whose messages stay in hand until the test finishes them."""
+    """A processor whose messages stay in progress until the test finishes them."""
 
     def __init__(self) -> None:
         self.messages: list[RawMessage] = []
@@ -181,7 +181,7 @@ class Pending:
         return deferred
 
     def finish(self, keep: object = True) -> None:
-        """Echo the message in hand, and let go of it."""
+        """Echo the message in progress, and let go of it."""
         message, client, deferred = self.in_progress.pop(0)
         echo(message, client)
         deferred.callback(keep)

@@ -1,4 +1,4 @@
-"""File descriptors: as many as there may be, and a server that runs out of them."""
+"""File descriptors: the limit that is raised, and a server that has none left."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ UNLIMITED = resource.RLIM_INFINITY
 
 
 class Limit(SynchronousTestCase):
-    """``allow_connections``: the soft limit is raised, and what the hard one forbids is said."""
+    """``allow_connections`` raises the soft limit, and warns where the hard one forbids it."""
 
     def allow(
         self, soft: int, hard: int, each: int = 1
     ) -> tuple[int, list[tuple[int, int]], list[str]]:
-        """Ask for 1000 connections: how many there may be, what was set, and the warnings."""
+        """Ask for 1000 connections: the number allowed, the limits set, and the warnings."""
         changes: list[tuple[int, int]] = []
         self.patch(resource, "getrlimit", lambda kind: (soft, hard))
         self.patch(resource, "setrlimit", lambda kind, limits: changes.append(limits))
@@ -46,32 +46,32 @@ class Limit(SynchronousTestCase):
             possible = allow_connections(1000, each)
         return possible, changes, texts(events, LogLevel.warn)
 
-    def test_enough(self) -> None:
-        """A limit that is high enough, or none, is left as it is."""
+    def test_a_sufficient_limit_stays(self) -> None:
+        """A limit that is high enough, or unlimited, stays as it is."""
         self.assertEqual(self.allow(1064, 4096), (1000, [], []))
         self.assertEqual(self.allow(UNLIMITED, UNLIMITED), (1000, [], []))
 
-    def test_raised(self) -> None:
-        """One that is too low is raised as far as needed, without a word."""
+    def test_a_low_limit_is_raised(self) -> None:
+        """It is raised as far as needed, without a warning."""
         self.assertEqual(self.allow(1063, 4096), (1000, [(1064, 4096)], []))
         self.assertEqual(self.allow(256, UNLIMITED), (1000, [(1064, UNLIMITED)], []))
 
-    def test_too_low(self) -> None:
-        """Where that is forbidden there are fewer connections, and the log says what to do."""
+    def test_a_low_hard_limit_leaves_fewer_connections(self) -> None:
+        """The log says how many, and what to do."""
         possible, changes, (line,) = self.allow(256, 512)
         self.assertEqual((possible, changes), (448, [(512, 512)]))
         self.assertIn(f"{LIMITED}448 | error: 512 file descriptors are too few for 1000 c", line)
         self.assertIn("ulimit -n to 1064, or lower --max-connections", line)
 
-    def test_two_each(self) -> None:
-        """Where as many again may be in their handshakes, each connection needs two."""
+    def test_two_descriptors_a_connection(self) -> None:
+        """Where as many connections may be pending, each one needs two."""
         self.assertEqual(self.allow(1064, 4096, 2), (1000, [(2064, 4096)], []))
         possible, changes, (line,) = self.allow(256, 1064, 2)
         self.assertEqual((possible, changes), (500, [(1064, 1064)]))
         self.assertIn("ulimit -n to 2064", line)
 
-    def test_forbidden(self) -> None:
-        """Where a sandbox forbids to raise it, the server starts with what there is."""
+    def test_a_sandbox_that_forbids_to_raise_it(self) -> None:
+        """The server starts with the limit that it has."""
 
         def refuse(*_: object) -> None:
             raise PermissionError
@@ -82,8 +82,8 @@ class Limit(SynchronousTestCase):
             self.assertEqual(allow_connections(1000), 192)
         self.assertIn(LIMITED, texts(events, LogLevel.warn)[0])
 
-    def test_hardly_any(self) -> None:
-        """There is one at least: a server that lets nobody in is of no use."""
+    def test_one_connection_is_always_allowed(self) -> None:
+        """A server that admits nobody is of no use."""
         self.assertEqual(self.allow(32, 32)[0], 1)
 
 
@@ -98,7 +98,7 @@ class Failing:
 
 
 class Reporter(SynchronousTestCase):
-    """``DescriptorReporter``: a line in a minute for what Twisted has several lines each for."""
+    """``DescriptorReporter``: one line a minute, where Twisted has several for each connection."""
 
     def setUp(self) -> None:
         self.passed: list[LogEvent] = []
@@ -123,7 +123,7 @@ class Reporter(SynchronousTestCase):
         )
 
     def failing(self, error: int) -> list[str]:
-        """As Twisted does it without one."""
+        """Refuse a connection as Twisted does without that descriptor."""
         events: list[LogEvent] = []
         observer: Any = events.append
         reservation = tcp._NullFileDescriptorReservation()
@@ -133,7 +133,7 @@ class Reporter(SynchronousTestCase):
         return self.report(event["log_format"], acceptError=event["acceptError"])
 
     def test_one_line_a_minute(self) -> None:
-        """The first that is refused is reported, then their number once a minute."""
+        """The first refusal is reported, then their number once a minute."""
         (first,) = self.refuse()
         self.assertIn(f"{REFUSED}1 | error: out of file descriptors: raise LimitNOFILE", first)
         self.clock.advance(REPORT_INTERVAL - 1)
@@ -143,15 +143,15 @@ class Reporter(SynchronousTestCase):
         self.assertIn(f"{REFUSED}2 |", second)
         self.assertEqual(self.passed, [])
 
-    def test_without_a_reserve(self) -> None:
-        """The same where Twisted has no descriptor in reserve, or the system has none."""
+    def test_no_descriptor_in_reserve(self) -> None:
+        """The line is the same when Twisted has none, or the whole system."""
         self.assertEqual(len(self.failing(errno.EMFILE)), 1)
         self.setUp()
         self.assertEqual(len(self.failing(errno.ENFILE)), 1)
         self.assertEqual(self.passed, [])
 
     def test_other_errors(self) -> None:
-        """What keeps a connection from being accepted otherwise is passed on."""
+        """Another reason why a connection is not accepted is passed on."""
         self.assertEqual(self.failing(errno.ECONNABORTED), [])
         self.assertEqual(len(self.passed), 1)
 
@@ -163,30 +163,30 @@ class Reporter(SynchronousTestCase):
 
 
 class ServerTests(ProcessTestCase):
-    """A real server that has few."""
+    """A real server that has few descriptors."""
 
     def start_limited(self, limit: str) -> Server:
-        """Start it where the shell has set a limit."""
+        """Start a server under a limit that the shell sets."""
         script = f'ulimit {limit} && exec "$@"'
         command = ("/bin/sh", "-c", script, "sh", str(PROGRAMS / "twistd"), "-n")
         self.starter = Starter(command, "stdout", "Server Shut Down.")
         return self.start()
 
     def gather(self, server: Server) -> Crowd:
-        """Three clients that send all the time."""
+        """Connect three clients that send without a pause."""
         crowd = Crowd(server.port, busy=3)
         self.addCleanup(crowd.close)
         crowd.run_until_busy(1)
         return crowd
 
     def refuse(self, crowd: Crowd) -> int:
-        """100 clients more, each of which is greeted, or refused: how many were."""
+        """Connect 100 more clients, and return how many were refused."""
         others = [crowd.join(Member(crowd.port)) for _ in range(100)]
         crowd.run(lambda: all(each.greeted or each.over for each in others), "all have heard")
         return sum(bool(each.over) for each in others)
 
     def is_served(self, server: Server) -> bool:
-        """Whether one more client is."""
+        """Whether one more client is served."""
         suppressed = contextlib.suppress(ConnectionError)
         with suppressed, contextlib.closing(Client(server.port)) as client:
             client.send(HELLO)
@@ -194,11 +194,11 @@ class ServerTests(ProcessTestCase):
         return False
 
     def whole_log(self, server: Server) -> str:
-        """Its log, and the part of it that may have been put aside."""
+        """The log, with the part that may have been rotated."""
         return server.text("my.log.1") + server.log
 
     def check_goes_on(self, server: Server, crowd: Crowd, line: str) -> None:
-        """Who is connected is served and stored, one line says what is wrong, and it recovers."""
+        """Connected clients are served, one line names the problem, and the server recovers."""
         before = len(crowd.acknowledged)
         crowd.run(lambda: len(crowd.acknowledged) >= before + 30, "those before are served")
         crowd.finish()
@@ -212,7 +212,7 @@ class ServerTests(ProcessTestCase):
         self.assertEqual((log.count(line), log.count("EMFILE")), (1, 0))
 
     def test_hard_limit(self) -> None:
-        """A hard limit that is too low leaves descriptors for all that is no connection."""
+        """A low hard limit leaves descriptors for everything but connections."""
         server = self.start_limited("-n 128")
         self.assertIn(f"{LIMITED}64 |", server.log)
         crowd = self.gather(server)
@@ -221,13 +221,13 @@ class ServerTests(ProcessTestCase):
         self.check_goes_on(server, crowd, "result: refused")
 
     def test_soft_limit(self) -> None:
-        """A soft limit that is too low is raised, and all are served."""
+        """A low soft limit is raised, and all clients are served."""
         server = self.start_limited("-S -n 64")
         self.assertEqual(self.refuse(self.gather(server)), 0)
         self.assertNotIn(LIMITED, server.log)
 
     def test_none_left(self) -> None:
-        """A server that has not a single one left goes on, and its log can be rotated."""
+        """A server without a single descriptor goes on, and its log can be rotated."""
         if not hasattr(resource, "prlimit"):
             raise SkipTest("the limits of another process cannot be set here")
         server = self.launch("--port=0", twistd=("--logfile=my.log",))

@@ -1,4 +1,4 @@
-"""The service: it listens, and drains once, whoever asks for it."""
+"""The service: it listens, drains once, and starts again."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Logging(SynchronousTestCase):
 
 
 class Draining(ServiceTestCase):
-    """One drain, whoever asks for it."""
+    """There is one drain, whether the shutdown or a caller asks for it."""
 
     def test_a_drain_without_connections(self) -> None:
         """It is over at once, and leaves no timeout behind."""
@@ -171,7 +171,7 @@ class Draining(ServiceTestCase):
         self.assertEqual([endpoint.port.stops for endpoint in endpoints], [1, 1])
 
     def test_connections_end_after_their_messages(self) -> None:
-        """Idle connections close now, busy ones when they have their answer; halves are lost."""
+        """Idle connections close at once, busy ones after their answers; half frames are dropped."""
         service = self.started()
         _, idle = connect(self.factory)
         half_sent, half = connect(self.factory)
@@ -186,7 +186,7 @@ class Draining(ServiceTestCase):
         self.assertEqual(busy.value(), numbered(1))
         self.assertTrue(busy.half_closed)
 
-    def test_log_goes_on_unbuffered(self) -> None:
+    def test_the_log_goes_on_unbuffered(self) -> None:
         """What is logged after the drain, ``twistd``'s last lines, waits for no flush."""
         file = MemoryLog()
         observer = BufferedLogObserver(file)
@@ -266,10 +266,10 @@ class StartingAgain(ServiceTestCase):
 
 
 class GivingUp(ServiceTestCase):
-    """A drain ends, whatever does not."""
+    """A drain ends, whatever hangs or fails."""
 
-    def test_timeout(self) -> None:
-        """After the default timeout what is left is aborted; that is no failure."""
+    def test_the_default_timeout(self) -> None:
+        """After the default timeout the rest is aborted, and the Deferred does not fail."""
         sink = RecordingSink()
         service = self.started(sink=sink)
         busy = self.busy_client()
@@ -296,8 +296,8 @@ class GivingUp(ServiceTestCase):
         self.successResultOf(drained)
         self.assertTrue(busy.aborted)
 
-    def test_no_time_at_all(self) -> None:
-        """A timeout of zero still closes idle connections in order."""
+    def test_a_timeout_of_zero(self) -> None:
+        """Idle connections still close in order."""
         service = self.started(drain_timeout=0.0)
         _, idle = connect(self.factory)
         busy = self.busy_client()
@@ -328,8 +328,8 @@ class GivingUp(ServiceTestCase):
             self.reactor.advance(DEFAULT_DRAIN_TIMEOUT)
             self.successResultOf(drained)
 
-    def test_late_answer(self) -> None:
-        """A processor that is done after the end does no harm."""
+    def test_a_late_answer(self) -> None:
+        """A processor that finishes after the drain does no harm."""
         service = self.started()
         busy = self.busy_client()
         service.stopService()

@@ -1,4 +1,4 @@
-"""What systemd is told, and what it hands over: notifications, a watchdog, a socket."""
+"""systemd: notifications, the watchdog, and the socket that it hands over."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class NotifierTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.clock = Clock()
-        # The name of a socket has to be short.
+        # The kernel limits the length of the name.
         self.address = f"@cafeorch-test-{os.getpid()}"
         self.manager = Manager(f"\0{self.address[1:]}")
         self.addCleanup(self.manager.close)
@@ -95,7 +95,7 @@ class NotifierTests(SynchronousTestCase):
         return notifier
 
     def test_life(self) -> None:
-        """Ready, then stopping, and nothing else where nobody watches."""
+        """Ready, then stopping, and nothing else without a watchdog."""
         notifier = self.notifier()
         notifier.ready(self.clock)
         self.assertEqual(self.manager.next(), ["READY=1", MAIN_PID])
@@ -106,7 +106,7 @@ class NotifierTests(SynchronousTestCase):
         self.assertTrue(self.manager.is_silent())
 
     def test_watchdog(self) -> None:
-        """It says that it is alive twice as often as it must, also while it stops."""
+        """The server says that it is alive twice as often as needed, also while it drains."""
         notifier = self.notifier(WATCHDOG_USEC="20000000", WATCHDOG_PID=str(os.getpid()))
         notifier.ready(self.clock)
         self.manager.next()
@@ -131,13 +131,13 @@ class NotifierTests(SynchronousTestCase):
             self.assertEqual(self.manager.next(), ["READY=1", MAIN_PID])
             self.assertTrue(self.manager.is_silent())
 
-    def test_not_started_by_it(self) -> None:
-        """Without its socket in the environment nothing is told to anybody."""
+    def test_no_manager(self) -> None:
+        """Without a socket in the environment there are no notifications."""
         for environment in ({}, {"NOTIFY_SOCKET": ""}, {"WATCHDOG_USEC": "1"}):
             self.assertIsNone(SystemdNotifier.from_environment(environment))
 
-    def test_nobody_listens(self) -> None:
-        """A manager that is gone costs a line in the log, and nothing else."""
+    def test_a_manager_that_is_gone(self) -> None:
+        """It costs a line in the log, and nothing else."""
         with capturedLogs() as events:
             SystemdNotifier("/nowhere/notify").ready(self.clock)
         (line,) = texts(events, LogLevel.warn)

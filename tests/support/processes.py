@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = Path(sys.executable).parent
 
 PATIENCE = 10.0
-"""How long, in seconds, a machine under load may take for anything here."""
+"""Seconds that anything here may take on a machine under load."""
 
 HELLO = frame(b"\x1e" + bytes(range(16)))
 """It is acknowledged, and stores nothing."""
@@ -35,7 +35,7 @@ _T = TypeVar("_T")
 
 
 def wait_until(condition: Callable[[], _T | None], what: str, seconds: float = PATIENCE) -> _T:
-    """Ask again and again until the answer is true; the answer."""
+    """Poll a condition until its answer is true, and return the answer."""
     deadline = time.monotonic() + seconds
     while not (answer := condition()):
         if time.monotonic() > deadline:
@@ -45,7 +45,7 @@ def wait_until(condition: Callable[[], _T | None], what: str, seconds: float = P
 
 
 def free_port() -> int:
-    """A port that nobody has, a moment ago."""
+    """Find a port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -172,11 +172,11 @@ class Server:
         os.kill(self.pid, number)
 
     def wait_until_gone(self, seconds: float = 5.0) -> None:
-        """Wait for its end, which is not to take longer than this."""
+        """Wait for its end, which may not take longer than this."""
         wait_until(self.gone, "it has ended", seconds)
 
     def clean_up(self) -> None:
-        """Leave nothing of it behind, whatever the test has come to."""
+        """End it, however the test ended."""
         if not self.gone():
             with suppress(OSError, ValueError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -230,7 +230,7 @@ class ProcessTestCase(SynchronousTestCase):
         twistd: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> Server:
-        """Start a program, and let it do what it will.
+        """Start a program, and do not wait for it.
 
         :param arguments: after the word ``cafeorch``.
         :param twistd: options before it.

@@ -1,4 +1,4 @@
-"""A service on a reactor in memory, and what stands in for the parts around it."""
+"""A service on a reactor in memory, with doubles of the parts around it."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Reactor(MemoryReactorClock):
         self.callLater(0, function, *args, **kwargs)
 
     def start(self) -> None:
-        """Do what waits for the reactor to run."""
+        """Call what waits for the reactor to run."""
         for function, args, kwargs in self.whenRunningHooks:
             function(*args, **kwargs)
 
     def shut_down(self) -> list[Any]:
-        """Fire the triggers before shutdown; what they return."""
+        """Fire the triggers before shutdown, and return their results."""
         return self._fire("before")
 
     def end_shutdown(self) -> None:
@@ -47,7 +47,7 @@ class Reactor(MemoryReactorClock):
 
 @implementer(IListeningPort)
 class RecordingPort:
-    """A port that says when it is told to stop, and stops when the test says so."""
+    """A port that records its stops, and stops when the test says so."""
 
     def __init__(self, stopped: Deferred[None] | None = None) -> None:
         self.stops = 0
@@ -66,7 +66,7 @@ class RecordingPort:
 
 @implementer(IStreamServerEndpoint)
 class RecordingEndpoint:
-    """An endpoint whose ports are of the test's own."""
+    """An endpoint whose port the test controls."""
 
     def __init__(self, stopped: Deferred[None] | None = None) -> None:
         self.port = RecordingPort(stopped)
@@ -79,7 +79,7 @@ class RecordingEndpoint:
 
 
 class RecordingSink(Sink):
-    """A sink that counts, and closes when the test says so."""
+    """A sink that records its calls, and closes when the test says so."""
 
     def __init__(self, stop: Callable[[], Deferred[None]] = lambda: succeed(None)) -> None:
         self.calls: list[str] = []
@@ -105,7 +105,7 @@ class RecordingSink(Sink):
 
 
 def raising(error: Exception) -> Callable[[], Any]:
-    """A function that raises."""
+    """Make a function that raises."""
 
     def function() -> None:
         raise error
@@ -123,24 +123,24 @@ class ServiceTestCase(SynchronousTestCase):
         self.factory.register_processor(ECHO, self.pending)
 
     def service(self, *endpoints: Any, **options: Any) -> OrchestratorService:
-        """A service that is not started."""
+        """Make a service."""
         return OrchestratorService(self.reactor, self.factory, endpoints, **options)
 
     def started(self, *endpoints: Any, **options: Any) -> OrchestratorService:
-        """A service that is started as ``twistd`` does it."""
+        """Make a service, and start it as ``twistd`` does."""
         service = self.service(*endpoints, **options)
         service.privilegedStartService()
         service.startService()
         return service
 
     def busy_client(self) -> TCPTransport:
-        """A client whose message is in hand."""
+        """Connect a client whose message is in progress."""
         protocol, transport = connect(self.factory)
         protocol.dataReceived(numbered(1))
         return transport
 
     def leave(self) -> None:
-        """All clients are gone."""
+        """Lose all connections."""
         for connection in list(self.factory.connections):
             lose(connection)
 
@@ -179,7 +179,7 @@ class SignalTestCase(ServiceTestCase):
         self.timers.append((seconds, interval))
 
     def running(self, **options: Any) -> OrchestratorService:
-        """A service whose reactor runs."""
+        """Make a service whose reactor runs."""
         service = self.started(**options)
         self.reactor.start()
         return service

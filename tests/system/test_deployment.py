@@ -1,4 +1,4 @@
-"""The examples in ``docs/``: what they say to systemd and to docker fits the program."""
+"""The examples in ``docs/`` for systemd and docker fit the program."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from cafeteria_orch.daemon.service import DEFAULT_DRAIN_TIMEOUT
 from tests.support.disks import make_folder
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
-DOCKER_PATIENCE = 10.0
-"""How long, in seconds, docker waits for a container to stop."""
+DOCKER_STOP_TIMEOUT = 10.0
+"""Seconds that docker waits for a container to stop."""
 
 
 def options_of(command: Sequence[str], environment: dict[str, str]) -> Options:
-    """What a command line of ``twistd`` means to the server, in an environment.
+    """Return the server's options for a command line of ``twistd`` and an environment.
 
     :raises SystemExit: if it is not understood.
     """
@@ -39,15 +39,15 @@ def options_of(command: Sequence[str], environment: dict[str, str]) -> Options:
 
 
 def settings(text: str) -> dict[str, str]:
-    """The variables for the server that a text gives values to."""
+    """Return the server's variables that a text sets."""
     return dict(re.findall(rf"\b({ENVIRONMENT_PREFIX}[A-Z_]+)=(\S+)", text))
 
 
 class ExampleTestCase(SynchronousTestCase):
-    """An example is understood by the program."""
+    """The program understands an example."""
 
     def assert_known(self, text: str) -> None:
-        """All the server's variables that are named are options of it."""
+        """Every variable of the server that the text names is an option."""
         names = re.findall(rf"\b{ENVIRONMENT_PREFIX}([A-Z_]+)", text)
         self.assertNotEqual(names, [])
         known = {name.rstrip("=") for name in Options().longOpt}
@@ -63,11 +63,11 @@ class Units(ExampleTestCase):
         self.socket = (DOCS / "cafeorch.socket").read_text()
 
     def values(self, key: str, unit: str | None = None) -> list[str]:
-        """All that a unit says of something."""
+        """Return all values of a key in a unit."""
         return re.findall(rf"(?m)^{key}=(.*)$", unit or self.service)
 
     def value(self, key: str, unit: str | None = None) -> str:
-        """What it says of something once."""
+        """Return the only value of a key."""
         (value,) = self.values(key, unit)
         return value
 
@@ -82,35 +82,35 @@ class Units(ExampleTestCase):
         self.assertEqual(self.value("WorkingDirectory"), str(folder))
 
     def test_names(self) -> None:
-        """There are such options."""
+        """The variables are those of options."""
         self.assert_known(self.service)
         self.assert_known(self.socket)
 
     def test_stop(self) -> None:
-        """The server has the time for its drain, and some to write its log."""
+        """The server has time for its drain and its log."""
         self.assertGreaterEqual(float(self.value("TimeoutStopSec")), DEFAULT_DRAIN_TIMEOUT + 5)
 
     def test_notifications(self) -> None:
-        """The manager waits for what the server says to it, and the server may say it."""
+        """The manager waits for notifications, and the sandbox allows them."""
         self.assertEqual(self.value("Type"), "notify")
         self.assertGreater(float(self.value("WatchdogSec")), 0)
         self.assertIn("AF_UNIX", self.value("RestrictAddressFamilies").split())
 
     def test_reload(self) -> None:
-        """A reload is the signal that the server survives."""
+        """A reload sends SIGHUP."""
         self.assertEqual(self.value("ExecReload"), "/bin/kill -HUP $MAINPID")
 
     def test_descriptors(self) -> None:
-        """All connections that are allowed get a descriptor, and something is left."""
+        """There are descriptors for all connections, and some more."""
         options = options_of(["--nodaemon", "--pidfile=", "cafeorch"], {})
         self.assertGreater(int(self.value("LimitNOFILE")), options["max-connections"] + 100)
 
     def test_tls(self) -> None:
-        """Nothing forbids the memory that pyOpenSSL's callbacks are made in."""
+        """Nothing forbids the executable memory of pyOpenSSL's callbacks."""
         self.assertEqual(self.values("MemoryDenyWriteExecute"), [])
 
     def test_socket(self) -> None:
-        """What the server is told to listen to is what the socket is called, and is."""
+        """The server listens on the socket of this name and address family."""
         options = options_of(["--nodaemon", "--pidfile=", "cafeorch"], settings(self.socket))
         name = self.value("FileDescriptorName", self.socket)
         self.assertEqual(options["listen"], [f"systemd:domain=INET:name={name}"])
@@ -118,7 +118,7 @@ class Units(ExampleTestCase):
         self.assertRegex(self.value("ListenStream", self.socket), r"^\d+\.\d+\.\d+\.\d+:\d+$")
 
     def test_verify(self) -> None:
-        """The manager finds nothing wrong with them; the program and its user need not be here."""
+        """``systemd-analyze`` accepts the units; program and user need not exist."""
         if shutil.which("systemd-analyze") is None:
             raise SkipTest("there is no systemd-analyze here")
         folder = make_folder(self)
@@ -147,7 +147,7 @@ class Image(ExampleTestCase):
         self.instructions = [line.partition(" ")[::2] for line in lines if line]
 
     def value(self, instruction: str) -> str:
-        """What is said with an instruction that stands there once."""
+        """Return the value of an instruction that occurs once."""
         (value,) = [value for name, value in self.instructions if name == instruction]
         return value
 
@@ -161,22 +161,22 @@ class Image(ExampleTestCase):
         self.assertEqual(str(options["port"]), self.value("EXPOSE"))
 
     def test_stop(self) -> None:
-        """The signal is one that drains, which is over before docker loses its patience."""
+        """The stop signal drains the server, within the time that docker allows."""
         options = options_of(["--nodaemon", "--pidfile=", "cafeorch"], settings(self.value("ENV")))
         self.assertEqual(self.value("STOPSIGNAL"), "SIGTERM")
-        self.assertLess(options["drain-timeout"], DOCKER_PATIENCE)
+        self.assertLess(options["drain-timeout"], DOCKER_STOP_TIMEOUT)
 
     def test_user(self) -> None:
-        """Who runs it is not root, and is known by number."""
+        """The user is not root, and is given by number."""
         self.assertRegex(self.value("USER"), "^[1-9][0-9]*:[1-9][0-9]*$")
 
     def test_health(self) -> None:
-        """It is asked for where the server answers."""
+        """The check uses the address of ``--metrics``."""
         metrics = settings(self.value("ENV"))["CAFEORCH_METRICS"]
         _, port, *_ = metrics.split(":")
         check = re.sub(r"^.* CMD ", "", self.value("HEALTHCHECK"))
         self.assertIn(f"http://127.0.0.1:{port}/livez", json.loads(check)[-1])
 
     def test_names(self) -> None:
-        """There are such options."""
+        """The variables are those of options."""
         self.assert_known(self.text)

@@ -68,7 +68,7 @@ def users(store: Path) -> int:
 
 
 class EveryStarter(Tests):
-    """What holds however a server is started."""
+    """Behaviour that no way to start a server changes."""
 
     def test_stop(self) -> None:
         """SIGTERM and SIGINT end it in order: what it acknowledged is stored and logged."""
@@ -209,7 +209,7 @@ class Logging(ProcessTestCase):
         self.assertEqual(server.text("stdout"), "")
 
     def test_rotation(self) -> None:
-        """SIGUSR1 puts the log file aside and begins a new one; no line is lost."""
+        """SIGUSR1 rotates the log file; no line is lost."""
         server = self.launch("--port=0", "--store=none", twistd=("--logfile=my.log",))
         server.log_file = self.folder / "my.log"
         server.wait_until_served()
@@ -232,7 +232,7 @@ class Logging(ProcessTestCase):
         self.assertFalse((self.folder / "my.pid").exists())
 
     def launch_unseen(self, *twistd: str) -> Server:
-        """A server whose log is not where it could be read from."""
+        """Start a server whose log the test cannot read."""
         port = free_port()
         where = ("--port", str(port), "--store=none")
         environment = {"PYTHONPATH": f"{Path(__file__).parent.parent.parent}:{self.folder}"}

@@ -15,7 +15,7 @@ from twisted.logger import LogEvent, capturedLogs, formatEvent
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from cafeteria_orch.store import writer as writer_module
-from cafeteria_orch.store.sink import MAX_COMMIT_SECONDS, OUTAGE_INTERVAL
+from cafeteria_orch.store.outage import MAX_COMMIT_SECONDS, OUTAGE_INTERVAL
 from cafeteria_orch.wire.tables import STORES
 from tests.support.builders import SUCCESS, USER_ROW, batch_frame, connect
 from tests.support.disks import (

@@ -1,5 +1,7 @@
-"""The sink and its databases: a batch that was acknowledged is on disk, once.
+"""The sink and its database: a batch that was acknowledged is on disk, once.
 
-The sink queues, commits in groups and answers; a database is plain blocking code in the one writer
-thread. A module here may import ``wire``, ``common`` and ``server``.
+``sink`` queues and answers, in the reactor's thread. ``writer`` is the one thread that writes, in
+groups; it calls ``sqlite``, plain blocking code. Only ``sqlite``, ``schema`` and ``totals`` know
+SQL. ``files`` knows who may use a store's file; ``outage`` tells operators what the store refuses.
+A module here may import ``wire``, ``common`` and ``server``.
 """

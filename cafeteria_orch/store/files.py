@@ -25,10 +25,10 @@ class StoreError(Exception):
 
 
 class StoreLock:
-    """Keeps other servers away from a store, and nobody who reads it.
+    """Keeps other servers away from a store. Readers are not hindered.
 
-    It is a lock on a file beside the store, which stays there: whoever removed it might remove
-    the one that another server has just locked. The lock ends with the process at the latest.
+    It locks a file beside the store. That file stays: to remove it could remove one that another
+    server has just locked. The lock ends with the process at the latest.
 
     :param path: of the store.
     :raises StoreError: if another server has it.
@@ -54,7 +54,7 @@ def lock_path(path: str) -> str:
 
 
 def real_path(path: str) -> str:
-    """Where a store's file is, or will be: SQLite puts the others beside it, whatever links there.
+    """The path without symbolic links: SQLite puts its other files beside that one.
 
     :raises StoreError: if SQLite cannot have a file of that name.
     """
@@ -67,7 +67,7 @@ def real_path(path: str) -> str:
 
 @contextmanager
 def explaining(path: str) -> Iterator[None]:
-    """Raise what the system refuses inside as a :class:`StoreError`."""
+    """Turn an error of the operating system into a :class:`StoreError`."""
     try:
         yield
     except OSError as error:
@@ -97,16 +97,16 @@ def check_room(path: str) -> None:
     file = Path(real_path(path))
     if file.exists():
         file.open("ab").close()
-    # It has no name: there is nothing to remove, and nothing that a kill would leave behind.
+    # It has no name: there is nothing to remove, and a kill leaves nothing behind.
     with TemporaryFile(dir=file.parent) as trial:
         trial.write(bytes(NEW_STORE_BYTES))
         trial.flush()
 
 
 def is_blank(path: str) -> bool:
-    """Whether a store is to be made: there is no file, or one that never held anything.
+    """Whether there is no store yet: no file, or one that never held anything.
 
-    A power failure at the creation may leave a file of zeros.
+    A power failure during the creation may leave a file of zeros.
 
     :raises StoreError: if the file holds nothing and what is beside it does.
     """
@@ -118,7 +118,7 @@ def is_blank(path: str) -> bool:
             return False
     wal = Path(f"{file}-wal")
     if wal.exists() and wal.stat().st_size:
-        # SQLite would remove it. It may be all that is left of a store.
+        # SQLite would remove it, and it may be all that is left of a store.
         raise StoreError(
             f"the store {path} is empty or gone, and {wal.name} beside it is not: put the"
             " store's file back, or move the other away"
@@ -127,7 +127,7 @@ def is_blank(path: str) -> bool:
 
 
 def clear_blank(path: str) -> None:
-    """Leave nothing in a file that holds zeros alone: SQLite takes it for no database.
+    """Empty a file that holds only zeros: SQLite does not take it for a database.
 
     :raises StoreError: see :func:`is_blank`.
     """
@@ -136,7 +136,7 @@ def clear_blank(path: str) -> None:
 
 
 def sync_folder(path: str) -> None:
-    """Have the names of a store's files on disk: not every build of SQLite sees to that."""
+    """Sync the names of a store's files: not every build of SQLite does."""
     descriptor = os.open(Path(real_path(path)).parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)

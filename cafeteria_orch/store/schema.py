@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from cafeteria_orch.wire.tables import TABLES
 
 SCHEMA_VERSION = 3
-"""Of a new store. Version 1 has no common names; before 3, amounts and prices were numbers."""
+"""Of a new store. Version 1 has no common names; before version 3, some columns are numeric."""
 
 APPLICATION_ID = 0x63616665
 """Tells a store from the databases of other programs: ``PRAGMA application_id``."""

@@ -1,6 +1,6 @@
-"""The sink: it takes batches, answers when they are on disk, and holds clients back until then.
+"""The sink: it queues batches, answers when they are on disk, and applies backpressure.
 
-It knows no database: the writer's thread uses that.
+It knows no SQL: the writer's thread uses the database.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, cast
 
 from twisted.internet.defer import Deferred, fail, succeed
-from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -29,6 +28,7 @@ from cafeteria_orch.wire.opcodes import FailReason, Opcode
 from cafeteria_orch.wire.tables import TABLES
 
 from .files import StoreLock, clear_blank, explaining
+from .outage import MAX_COMMIT_SECONDS, Outage, ProgressWatch
 from .sqlite import Database
 from .writer import Job, Report, Writer
 
@@ -37,12 +37,6 @@ MAX_WAITING_BATCHES = 1024
 
 MAX_WAITING_BYTES = 32 * 1024 * 1024
 """The same by the bytes of their bodies; decoded they take about five times as much."""
-
-MAX_COMMIT_SECONDS = 5.0
-"""How long a group may take before the store counts as hung. A full one takes a second or two."""
-
-OUTAGE_INTERVAL = 60.0
-"""How often, in seconds, an outage of the store is reported while it lasts."""
 
 _TABLE_NAMES = frozenset(table.name for table in TABLES)
 
@@ -61,8 +55,8 @@ class Sink:
 
     Batches that wait together are committed together, in the order in which they came.
 
-    :param reactor: for time, and to come back from the writer's thread.
-    :param path: the file.
+    :param reactor: measures the time, and takes reports from the writer's thread.
+    :param path: the store's file.
     """
 
     def __init__(self, reactor: Any, path: str) -> None:
@@ -74,10 +68,9 @@ class Sink:
         self._waiting_bytes = 0
         self._is_full = False
         self._death: TryAgainLater | None = None
-        self._outage: _Outage | None = None
-        self._hang: _Outage | None = None
-        self._progress_at = 0.0
-        self._watch: IDelayedCall | None = None
+        self._outage: Outage | None = None
+        self._hang: Outage | None = None
+        self._watch = ProgressWatch(reactor, self._stalled)
         self._thread: threading.Thread | None = None
         self._stopped: Deferred[None]
         self._factory: OrchestratorFactory
@@ -125,11 +118,11 @@ class Sink:
         self._thread.start()
 
     def stop(self) -> Deferred[None]:
-        """Commit what has been taken, close the file; fires when that is done."""
+        """Commit what waits and close the file; fires when that is done."""
         if self._thread is None:
             return succeed(None)
         self._thread = None
-        self._stop_watching()
+        self._watch.stop()
         self._jobs.put(None)
         return self._stopped
 
@@ -140,7 +133,7 @@ class Sink:
         return None if outage is None else outage.reason
 
     def sizes(self) -> StoreSizes:
-        """The sizes of its files at this moment."""
+        """The sizes of the store's files at this moment."""
         # SQLite puts the WAL beside the file itself, whatever link leads there.
         path = os.path.realpath(self._path)
         return StoreSizes(_size(path), _size(f"{path}-wal"))
@@ -186,11 +179,12 @@ class Sink:
 
         def lost(failure: Failure) -> None:
             # FINISHED is not acknowledged: there is nobody to tell but the operator.
-            _log.error(
-                "action: finish_session | result: fail | ip: {ip} | error: {error}",
-                ip=client.ip,
-                error=responses.describe(cast("BaseException", failure.value)),
-            )
+            if self._throttle.due("finish_session"):
+                _log.error(
+                    "action: finish_session | result: fail | ip: {ip} | error: {error}",
+                    ip=client.ip,
+                    error=responses.describe(cast("BaseException", failure.value)),
+                )
 
         return self._submit(write).addErrback(lost).addCallback(lambda _: False)
 
@@ -208,19 +202,16 @@ class Sink:
         return done.addCallbacks(committed, not_now)
 
     def _submit(self, write: Callable[[Database], object], size: int = 0) -> Deferred[Any]:
-        """Have something written; fires in the reactor's thread after its commit."""
+        """Give the writer a job; fires in the reactor's thread after its commit."""
         if self._thread is None:
             refusal = self._death or TryAgainLater("the store is closed")
             self._note(refusal, refused=1)
             return fail(refusal)
         job = Job(write, size, Deferred())
-        if not self._waiting:
-            self._progress_at = self._reactor.seconds()
         self._waiting.append(job)
         self._waiting_bytes += size
         self._jobs.put(job)
-        if self._watch is None:
-            self._watch = self._reactor.callLater(MAX_COMMIT_SECONDS, self._look)
+        self._watch.expect_progress()
         if not self._is_full and (
             len(self._waiting) >= MAX_WAITING_BATCHES or self._waiting_bytes >= MAX_WAITING_BYTES
         ):
@@ -229,10 +220,10 @@ class Sink:
         return job.done
 
     def _report(self, report: Report) -> None:
-        """The writer has got on. In the reactor's thread."""
-        self._progress_at = self._reactor.seconds()
+        """Answer what the writer is done with. In the reactor's thread."""
+        self._watch.note_progress(is_waiting=len(self._waiting) > len(report.outcomes))
         if self._hang is not None:
-            self._hang.end(self._progress_at)
+            self._hang.end(self._reactor.seconds())
             self._hang = None
         if report.seconds is not None:
             self._factory.counters.commit_seconds.observe(report.seconds)
@@ -249,43 +240,35 @@ class Sink:
             self._factory.resumeProducing()
 
     def _note(self, refusal: TryAgainLater | None, refused: int) -> None:
-        """The store takes everything, or refuses something."""
+        """Begin, count or end an outage.
+
+        :param refusal: why the store does not take everything; ``None`` if it does.
+        :param refused: how many messages more were refused.
+        """
         now = self._reactor.seconds()
         if refusal is not None:
             if self._outage is None:
-                self._outage = _Outage(now, str(refusal))
+                self._outage = Outage(now, str(refusal))
             self._outage.note(refused, now)
         elif self._outage is not None:
             self._outage.end(now)
             self._outage = None
 
-    def _look(self) -> None:
-        """See whether the writer gets on, while something waits for it."""
-        self._watch = None
-        if not self._waiting or self._hang is not None:
-            return
-        left = self._progress_at + MAX_COMMIT_SECONDS - self._reactor.seconds()
-        if left > 0:
-            self._watch = self._reactor.callLater(left, self._look)
-        elif self._thread is not None and not self._thread.is_alive():
+    def _stalled(self, since: float) -> None:
+        if self._thread is not None and not self._thread.is_alive():
             # It could not even say so, as where there was no memory left for that.
             self._writer_ended(RuntimeError())
-        else:
+        elif self._hang is None:
             reason = f"the store has not answered for {MAX_COMMIT_SECONDS:g} s"
-            self._hang = _Outage(self._progress_at, reason)
-
-    def _stop_watching(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watch = None
+            self._hang = Outage(since, reason)
 
     def _writer_ended(self, error: BaseException | None) -> None:
-        """The writer's thread is at its end: as it was told, or by an error of its own."""
+        """The writer's thread has ended: as it was told, or by an error of its own."""
         if self._stopped.called:
             return
         if error is not None:
             self._thread = None
-            self._stop_watching()
+            self._watch.stop()
             why = responses.describe(error)
             self._death = TryAgainLater(f"the store's writer has ended: {why}; restart the server")
             if self._factory.log_debug:
@@ -293,30 +276,6 @@ class Sink:
             outcomes = [Failure(self._death)] * len(self._waiting)
             self._report(Report(outcomes, None, self._death))
         self._stopped.callback(None)
-
-
-class _Outage:
-    """The store takes nothing: a line when it starts, one when it ends, a few between."""
-
-    def __init__(self, began: float, reason: str) -> None:
-        self.reason = reason
-        self._began = self._reported = began
-        self._refused = 0
-        _log.error("action: store | result: fail | error: {error}", error=reason)
-
-    def note(self, refused: int, now: float) -> None:
-        """Count messages that were refused."""
-        self._refused += refused
-        if now - self._reported >= OUTAGE_INTERVAL:
-            self._reported = now
-            _log.error("action: store | result: fail | {figures}", figures=self._figures(now))
-
-    def end(self, now: float) -> None:
-        """Everything is taken again."""
-        _log.warn("action: store | result: success | {figures}", figures=self._figures(now))
-
-    def _figures(self, now: float) -> str:
-        return f"refused: {self._refused} | seconds: {now - self._began:.1f}"
 
 
 def _is_refused(outcome: object) -> bool:

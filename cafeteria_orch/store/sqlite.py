@@ -57,30 +57,32 @@ _SQLITE_ERROR = 1
 
 
 class Blame(Enum):
-    """What an error is the fault of, and so what it costs."""
+    """The cause of an error, and so its cost."""
 
     BATCH = auto()
-    """A value that no store can take: the batch is rejected."""
+    """The batch has a value that no store can take: it is rejected."""
 
-    STATEMENT = auto()
-    """What somebody has done to one table: the batch is put off, others are stored."""
+    TABLE = auto()
+    """Somebody has changed a table: the batch is refused for now, others are stored."""
 
     STORE = auto()
-    """The file, the disk, the memory: the whole transaction is undone."""
+    """The file, the disk or the memory: the whole transaction is undone."""
 
 
 class _Rehearsed(Exception):
-    """Something has succeeded that is to be undone."""
+    """Undoes what has succeeded."""
 
 
 class Database:
     """An open store.
 
-    :param path: the file; it is made if there is none, and upgraded if it is of an older
-        program.
-    :param keep_version: leave an older one as it is, having made sure that it can be upgraded.
-    :raises StoreError: if it cannot be opened, or is something else.
+    :param path: the file; a missing one is created, one of an older version is upgraded.
+    :param keep_version: try the upgrade, and undo it.
+    :raises StoreError: if the file cannot be opened, or is not a store.
+    :cvar Error: the database's own errors. Their texts hold no data.
     """
+
+    Error = sqlite3.Error
 
     def __init__(self, path: str, *, keep_version: bool = False) -> None:
         _check_library()
@@ -111,7 +113,7 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All that is written inside is on disk when this ends, or nothing of it is.
+        """Everything that is written inside is on disk when this ends, or nothing is.
 
         :raises sqlite3.Error: if it could not be committed.
         """
@@ -128,7 +130,7 @@ class Database:
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
-        """Inside a transaction: what fails inside of this is undone, the rest is not."""
+        """Inside a transaction: undo what is written inside of this if it fails."""
         with self._forgetting_sessions():
             self._connection.execute("SAVEPOINT one")
             try:
@@ -143,7 +145,7 @@ class Database:
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """Inside a transaction: what is written inside of this is undone."""
+        """Inside a transaction: undo what is written inside of this."""
         with suppress(_Rehearsed), self.savepoint():
             yield
             raise _Rehearsed
@@ -154,13 +156,13 @@ class Database:
         return self._connection.in_transaction
 
     def touch(self) -> None:
-        """Write what changes nothing, inside a transaction, to find out whether that works."""
+        """Write something that changes nothing, inside a transaction, as a trial."""
         self._pragma(f"user_version = {SCHEMA_VERSION}")
 
     def blame(self, error: Exception) -> Blame:
-        """Find out what an error is the fault of.
+        """Find the cause of an error.
 
-        :param error: raised inside a savepoint.
+        :param error: was raised inside a savepoint.
         """
         if not self.in_transaction or isinstance(error, MemoryError):
             return Blame.STORE
@@ -168,10 +170,10 @@ class Database:
         if isinstance(error, (sqlite3.DataError, ValueError, OverflowError)):
             return Blame.BATCH
         if isinstance(error, sqlite3.OperationalError):
-            # Python 3.10 does not know the code; there, each such error is taken for the store's.
+            # Python 3.10 does not have the code: there, the store gets the blame for each.
             code = getattr(error, "sqlite_errorcode", None)
-            return Blame.STATEMENT if code == _SQLITE_ERROR else Blame.STORE
-        return Blame.STORE if type(error) is sqlite3.DatabaseError else Blame.STATEMENT
+            return Blame.TABLE if code == _SQLITE_ERROR else Blame.STORE
+        return Blame.STORE if type(error) is sqlite3.DatabaseError else Blame.TABLE
 
     def checkpoint(self) -> bool:
         """Bring the WAL into the file, as far as readers allow.
@@ -196,7 +198,7 @@ class Database:
         """Store a batch, inside a transaction.
 
         :param received_at: seconds since the epoch.
-        :return: ``False`` if this client has sent the same batch before: nothing is stored.
+        :return: ``False`` if it is a duplicate, which is not stored again.
         """
         inserted = self._connection.execute(
             "INSERT INTO batch (session_id, client_id, opcode, batch_number, status, amount,"
@@ -249,7 +251,7 @@ class Database:
                 _insert_statement(batch.table, size), [batch_id, *chain.from_iterable(rows)]
             )
             if inserted.rowcount != size:
-                # As a trigger of an operator's may do. What is acknowledged is stored wholly.
+                # A trigger may leave rows out. What is acknowledged is stored wholly.
                 raise sqlite3.IntegrityError(f"{inserted.rowcount} of {size} rows went in")
             start += size
 
@@ -305,11 +307,10 @@ class Database:
         # NORMAL may lose a committed transaction at power loss; it was acknowledged by then.
         self._pragma("synchronous = FULL")
         self._pragma(f"journal_size_limit = {WAL_SIZE_LIMIT}")
-        # A batch is not to fail for want of a descriptor, or of room in a folder for temporary
-        # files, where the store itself has what it needs.
+        # A batch must not fail for lack of a descriptor or of room for temporary files.
         self._pragma("temp_store = MEMORY")
         with suppress(_Rehearsed), self.transaction():
-            # Asked again, now that nobody else can be about to do the same.
+            # Read again: another process may have upgraded it before this transaction began.
             for statement in statements(self._pragma("user_version")):
                 self._connection.execute(statement)
             if keep_version:
@@ -335,7 +336,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def check_store(path: str) -> None:
-    """Find out whether a file can be the store, and leave no trace of having asked.
+    """Make sure that a file can be the store, and change nothing.
 
     :raises StoreError: if it cannot.
     """
@@ -343,7 +344,7 @@ def check_store(path: str) -> None:
     with explaining(path):
         check_lock(path)
         if is_blank(path):
-            # Nothing is made: privileges may be shed before the store is opened to stay.
+            # Nothing is created: the process may shed privileges before it opens the store.
             check_room(path)
         else:
             Database(path, keep_version=True).close()

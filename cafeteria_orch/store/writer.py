@@ -1,8 +1,7 @@
-"""The one thread that writes: it commits in groups, brings the WAL into the file, tries again."""
+"""The one thread that writes: it commits in groups, checkpoints, and retries after a refusal."""
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from queue import Empty, SimpleQueue
@@ -20,7 +19,7 @@ from .files import StoreLock
 from .sqlite import Blame, Database
 
 MAX_GROUP_BYTES = 16 * 1024 * 1024
-"""How much one transaction commits, about: what comes after it waits for it."""
+"""About how much one transaction commits: what comes later waits for it."""
 
 CHECKPOINT_INTERVAL = 5.0
 """How long, in seconds, what was committed may stay in the WAL of an idle store."""
@@ -29,17 +28,17 @@ READER_PATIENCE = 60.0
 """How long, in seconds, a reader may keep the WAL from being cut back without a warning."""
 
 RETRY_INTERVAL = 1.0
-"""How often, in seconds, a store that has refused something is tried again."""
+"""How often, in seconds, the writer retries what the store has refused."""
 
 _log = Logger()
 
 
 class Job(NamedTuple):
-    """Something to be written.
+    """Something to write.
 
     :ivar write: writes it, inside a transaction; its result is the job's outcome.
-    :ivar size: about how many bytes that is.
-    :ivar done: to be fired with the outcome in the reactor's thread.
+    :ivar size: about how many bytes it writes.
+    :ivar done: fires with the outcome, in the reactor's thread.
     """
 
     write: Callable[[Database], object]
@@ -48,10 +47,10 @@ class Job(NamedTuple):
 
 
 class Report(NamedTuple):
-    """How the writer got on, for the reactor's thread.
+    """What a transaction has come to, for the reactor's thread.
 
-    :ivar outcomes: of the next jobs in their order: what each one's write returned, or a Failure.
-    :ivar seconds: how long their transaction took; ``None`` if nothing was committed.
+    :ivar outcomes: those of the next jobs, in their order: a write's result, or a Failure.
+    :ivar seconds: how long the transaction took; ``None`` if nothing was committed.
     :ivar refusal: why the store does not take everything now; ``None`` while it does.
     """
 
@@ -61,14 +60,14 @@ class Report(NamedTuple):
 
 
 class Writer:
-    """Commits jobs in the order in which they come; what waits together, together.
+    """Commits jobs in their order; those that wait together share a transaction.
 
-    :param reactor: for time.
-    :param database: is closed in the end.
-    :param lock: is released after that.
+    :param reactor: measures the time.
+    :param database: the writer closes it at the end.
+    :param lock: the writer releases it after that.
     :param jobs: ends with ``None``.
-    :param report: called in the reactor's thread after each transaction.
-    :param ended: called there at the end, with the error if it came before the last job.
+    :param report: is called in the reactor's thread after each transaction.
+    :param ended: is called there at the end, with the error if the end came too early.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class Writer:
         self._jobs = jobs
         self._report = report
         self._ended = ended
-        # What the store refused last, and why; to be tried again.
+        # What the store refused last, and why.
         self._refused: Job | None = None
         self._refusal: TryAgainLater | None = None
         self._retry_due = 0.0
@@ -97,7 +96,7 @@ class Writer:
         self._limited_log = RateLimitedLog(reactor, _log)
 
     def run(self) -> None:
-        """Work until there are no more jobs. The target of the thread."""
+        """Work until there are no more jobs: what the thread runs."""
         try:
             with closing(self._lock), closing(self._database):
                 while self._work():
@@ -108,7 +107,10 @@ class Writer:
             self._reactor.callFromThread(self._ended, None)
 
     def _work(self) -> bool:
-        """Commit the next group, then do what is due; ``False`` after the last one."""
+        """Commit the next group, then do what is due.
+
+        :return: ``False`` after the last group.
+        """
         group, is_last = self._next_group()
         if group:
             self.commit(group)
@@ -120,7 +122,10 @@ class Writer:
         return not is_last
 
     def _next_group(self) -> tuple[list[Job], bool]:
-        """Wait for a job; take all that wait with it, up to the size of a group."""
+        """Wait for a job, and take all that wait with it, up to the size of a group.
+
+        :return: the jobs, and whether they are the last.
+        """
         group: list[Job] = []
         size = 0
         try:
@@ -137,7 +142,7 @@ class Writer:
 
     def _idle_seconds(self) -> float:
         now: float = self._reactor.seconds()
-        # A library's user may have a reactor whose clock is set back.
+        # Somebody may set the clock back where the reactor's is not monotonic.
         self._checkpoint_due = min(self._checkpoint_due, now + CHECKPOINT_INTERVAL)
         due = self._checkpoint_due
         if self._refused is not None:
@@ -147,7 +152,7 @@ class Writer:
         return seconds
 
     def commit(self, group: Sequence[Job]) -> None:
-        """Write a group in one transaction, and report what became of it."""
+        """Write a group in one transaction, and report the outcomes."""
         self._wal_is_empty = False
         began = self._reactor.seconds()
         outcomes: list[object] = []
@@ -165,8 +170,8 @@ class Writer:
     def _write(self, job: Job) -> object:
         """Write one job of a group.
 
-        :return: its outcome, a Failure if the others survive that.
-        :raises Exception: if they do not.
+        :return: its outcome; a Failure if the others survive it.
+        :raises Exception: if they do not survive it.
         """
         try:
             with self._database.savepoint():
@@ -175,26 +180,26 @@ class Writer:
             blame = self._database.blame(error)
             if blame is Blame.STORE:
                 raise
-            if blame is Blame.STATEMENT:
+            if blame is Blame.TABLE:
                 return Failure(self._refuse(job, "refuses some batches now", error))
             rejection = BatchRejected(f"not storable: {type(error).__name__}")
             rejection.__cause__ = error
             return Failure(rejection)
 
     def _refuse(self, job: Job, what: str, error: Exception) -> TryAgainLater:
-        # SQLite's texts hold no data. The error itself is not kept: it holds the whole group.
-        why = str(error) if isinstance(error, sqlite3.Error) else describe(error)
+        # The error itself is not kept: its traceback holds the whole group.
+        why = str(error) if isinstance(error, self._database.Error) else describe(error)
         self._refusal = TryAgainLater(f"the store {what}: {why}")
         self._refused = job
         self._retry_due = self._reactor.seconds() + RETRY_INTERVAL
         return self._refusal
 
     def try_again(self, job: Job) -> None:
-        """Find out whether the store would take now what it has refused, and report that."""
+        """Find out whether the store would take now what it has refused, and report it."""
         self._wal_is_empty = False
         try:
             with self._database.transaction():
-                # Its client was told that it is not stored.
+                # Only a rehearsal: its client was told that it is not stored.
                 with self._database.rehearsal():
                     job.write(self._database)
                 self._database.touch()
@@ -215,9 +220,9 @@ class Writer:
         try:
             self._wal_is_empty = self._database.checkpoint()
         except Exception as error:
-            # Nothing is lost: what is committed stays in the WAL. Of the store's own faults, such
-            # as a full disk, the next commit tells.
-            if not isinstance(error, sqlite3.Error):
+            # Nothing is lost: what is committed stays in the WAL. If the database has a reason,
+            # such as a full disk, the next commit tells it.
+            if not isinstance(error, self._database.Error):
                 self._reactor.callFromThread(self._log_failed_checkpoint, describe(error))
             return
         if self._wal_is_empty:

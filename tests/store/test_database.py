@@ -154,18 +154,10 @@ class Duplicates(DatabaseTestCase):
         """So many batches of one row are in the store."""
         self.assertEqual((self.count("batch"), self.count("users")), (batches, batches))
 
-    def test_same_connection(self) -> None:
-        """The same batch again in the same session is not stored."""
+    def test_sent_again(self) -> None:
+        """The same batch is not stored in the same session, in another, or after a restart."""
         self.assertIs(self.store(), False)
-        self.assert_batches(1)
-
-    def test_other_connection(self) -> None:
-        """Nor is it when the same client sends it in another session."""
         self.assertIs(self.store(Session("192.0.2.9", NOW, CLIENT)), False)
-        self.assert_batches(1)
-
-    def test_after_a_restart(self) -> None:
-        """Nor after the store was closed and opened again."""
         self.database.close()
         self.open()
         self.assertIs(self.store(Session(PEER, NOW, CLIENT)), False)
@@ -179,10 +171,19 @@ class Duplicates(DatabaseTestCase):
         self.assertEqual(stored, [True, False])
         self.assert_batches(2)
 
-    def test_other_number(self) -> None:
-        """The same rows as another batch are another batch."""
+    def test_other_batches(self) -> None:
+        """Another number, other rows or another client make another batch."""
         self.assertIs(self.store(batch_number=2), True)
-        self.assert_batches(2)
+        # Numbers begin again in each file.
+        self.assertIs(self.store(rows=[("8", "", "", "")]), True)
+        self.assertIs(self.store(Session(PEER, NOW, UUID(int=8))), True)
+        self.assert_batches(4)
+
+    def test_unknown_client(self) -> None:
+        """A client that has not said who it is has every batch stored."""
+        session = Session(PEER, NOW)
+        self.assertEqual([self.store(session) for _ in range(2)], [True, True])
+        self.assert_batches(3)
 
     def test_same_digest_under_another_number(self) -> None:
         """The number counts beside the digest, not only as a part of the bytes."""
@@ -190,11 +191,6 @@ class Duplicates(DatabaseTestCase):
             batch = TableBatch(USERS, number, 0, (USER_ROW,), b"the same")
             with self.database.transaction():
                 self.assertIs(self.database.store_batch(batch, self.session, NOW), True)
-
-    def test_other_rows(self) -> None:
-        """Other rows under the same number are another batch: numbers begin anew per file."""
-        self.assertIs(self.store(rows=[("8", "", "", "")]), True)
-        self.assert_batches(2)
 
     def test_other_table(self) -> None:
         """The same bytes for another table are another batch."""
@@ -204,17 +200,6 @@ class Duplicates(DatabaseTestCase):
         with self.database.transaction():
             for batch in (empty, other):
                 self.assertIs(self.database.store_batch(batch, self.session, NOW), True)
-
-    def test_other_client(self) -> None:
-        """The same batch of another client is another batch."""
-        self.assertIs(self.store(Session(PEER, NOW, UUID(int=8))), True)
-        self.assert_batches(2)
-
-    def test_unknown_client(self) -> None:
-        """A client that has not said who it is has every batch stored."""
-        session = Session(PEER, NOW)
-        self.assertEqual([self.store(session) for _ in range(2)], [True, True])
-        self.assert_batches(3)
 
     def test_rolled_back(self) -> None:
         """A batch that was not committed was not sent before."""

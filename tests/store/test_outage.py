@@ -13,7 +13,7 @@ from unittest.mock import patch
 from twisted.logger import LogEvent, LogLevel, capturedLogs
 
 from cafeteria_orch.store import writer as writer_module
-from cafeteria_orch.store.sink import MAX_COMMIT_SECONDS
+from cafeteria_orch.store.outage import MAX_COMMIT_SECONDS
 from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.messages import encode, end_of_table
 from cafeteria_orch.wire.tables import STORES

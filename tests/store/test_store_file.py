@@ -194,35 +194,53 @@ class Refusals(SynchronousTestCase):
         self.path.touch()
         self.assert_refused(self.path, "store.sqlite3-wal beside it is not")
 
-    def test_newer_schema(self) -> None:
-        """A store of a newer program is not touched."""
+    def test_what_is_no_store(self) -> None:
+        """A newer store, a database of something else, what is none, or not all of one."""
+        newer = f"PRAGMA user_version = {SCHEMA_VERSION + 1}"
+        for change, pattern in (
+            (
+                lambda: self.make_store(newer),
+                f"version {SCHEMA_VERSION + 1}.* {SCHEMA_VERSION}\\b",
+            ),
+            (lambda: self.make("CREATE TABLE other (x)"), "something else: name another --store"),
+            (lambda: self.make("CREATE TABLE other (x)", newer), "something else"),
+            (lambda: self.path.write_bytes(b"item_id,item_name\n" * 100), "not a database"),
+            (lambda: self.path.write_text("shorter than a header\n"), "not a database"),
+            (lambda: self.make_store_with(0, bytes(16)), "not a database"),
+            (lambda: self.make_store_with(100, b"\xff" * 3000), "malformed"),
+            (self.make_half_a_store, "malformed"),
+            (self.path.mkdir, "cannot be opened"),
+        ):
+            with self.subTest(pattern=pattern):
+                change()
+                self.assert_refused(self.path, pattern)
+            self.clear()
+
+    def make_store(self, *statements: str) -> None:
         Database(str(self.path)).close()
-        self.make(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-        self.assert_refused(self.path, f"version {SCHEMA_VERSION + 1}.* {SCHEMA_VERSION}\\b")
+        self.make(*statements)
 
-    def test_foreign_database(self) -> None:
-        """A database of another program is not touched."""
-        self.make("CREATE TABLE other (x)", "INSERT INTO other VALUES (1)")
-        self.assert_refused(self.path, "something else")
+    def make_store_with(self, offset: int, data: bytes) -> None:
+        self.make_store()
+        with self.path.open("r+b") as file:
+            file.seek(offset)
+            file.write(data)
 
-    def test_foreign_database_with_a_version(self) -> None:
-        """Nor is it if that program counts its versions in the same place."""
-        self.make("CREATE TABLE other (x)", f"PRAGMA user_version = {SCHEMA_VERSION}")
-        self.assert_refused(self.path, "")
+    def make_half_a_store(self) -> None:
+        self.make_store()
+        os.truncate(self.path, 5000)
 
-    def test_no_database(self) -> None:
-        """A file that is no database is not touched."""
-        self.path.write_bytes(b"item_id,item_name\n" * 100)
-        self.assert_refused(self.path, "not a database")
+    def clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink()
 
-    def test_directory(self) -> None:
-        """A folder is no store."""
-        self.path.mkdir()
-        self.assert_refused(self.path, "cannot be opened")
-
-    def test_no_folder(self) -> None:
-        """A folder that does not exist is not made."""
-        self.assert_refused(self.folder / "none" / "store.sqlite3", "cannot be opened")
+    def test_where_none_can_be(self) -> None:
+        """A folder that does not exist is not made, and a name may be too long."""
+        for path in (self.folder / "none" / "store.sqlite3", self.folder / ("x" * 300)):
+            self.assert_refused(path, "cannot be opened")
 
 
 class Checking(SynchronousTestCase):

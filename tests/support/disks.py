@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,34 +16,20 @@ from uuid import UUID
 
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.wire.messages import ClientHello, encode
+from cafeteria_orch.wire.messages import encode
 
-from .builders import batch_frame, frame
+from .builders import batch
+from .faults import ENVIRONMENT as ENVIRONMENT  # noqa: PLC0414
+from .faults import LOOPBACK, RawClient, Server, new_folder
 
 ANSWER_WITHIN = 2.0
 """How long, in seconds, a client may wait for its FAIL."""
 
 DEADLINE = 20.0
 
-_ROOT = Path(__file__).parent.parent.parent
-# A child runs this tree, whatever is installed.
-_PYTHONPATH = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-ENVIRONMENT = {**os.environ, "PYTHONPATH": _PYTHONPATH}
 TWISTD = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
 
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    """Poll until something holds."""
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not in time"
-        time.sleep(0.01)
-
-
-def make_folder(test: SynchronousTestCase) -> Path:
-    folder = Path(test.mktemp()).absolute()
-    folder.mkdir()
-    return folder
+make_folder = new_folder
 
 
 def mount_small_disk(test: SynchronousTestCase, size: str) -> Path:
@@ -116,8 +100,8 @@ def delaying_syncs(process: int, seconds: float) -> Iterator[None]:
             tracer.terminate()
 
 
-class ServerProcess:
-    """``twistd -n cafeorch`` on a store.
+class ServerProcess(Server):
+    """A server on a store that a test damages.
 
     :param wait: whether to wait until it listens.
     """
@@ -125,36 +109,19 @@ class ServerProcess:
     def __init__(
         self, test: SynchronousTestCase, store: Path, *options: str, wait: bool = True
     ) -> None:
-        self.store = store
-        folder = make_folder(test)
-        self._log = folder / "log"
-        command = [*TWISTD, "-n", "--pidfile=", "cafeorch", "--port=0", f"--store={store}"]
-        command += options
-        self._options = options
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env=ENVIRONMENT,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-        test.addCleanup(self.kill)
+        super().__init__(test, store=store, options=options)
+        self.start()
         if wait:
-            wait_until(self.listens, "the server listens")
+            self.wait_until_it_listens()
 
-    @property
-    def is_running(self) -> bool:
-        return self.process.poll() is None
-
-    def log(self) -> str:
-        """What it has written."""
-        return self._log.read_text()
+    def stop(self) -> None:
+        """Have it drain; it ends by the signal that it was sent, as twistd does."""
+        super().stop()
+        assert self.process.returncode == -signal.SIGTERM, self.log()
 
     def readiness(self, port: int) -> tuple[int, str]:
         """The status and the text of ``/readyz``, at the port that ``--metrics`` was given."""
-        with socket.create_connection(("127.0.0.1", port), DEADLINE) as monitor:
+        with socket.create_connection((LOOPBACK, port), DEADLINE) as monitor:
             monitor.sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
             head, _, text = b"".join(iter(lambda: monitor.recv(4096), b"")).partition(b"\r\n\r\n")
         return int(head.split()[1]), text.decode()
@@ -163,18 +130,8 @@ class ServerProcess:
         """The lines of its log that are more than information."""
         return [line for line in self.log().splitlines() if re.search("#(warn|error)", line)]
 
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(DEADLINE)
-
-    def stop(self) -> None:
-        """Have it drain; its log is whole then."""
-        self.process.terminate()
-        # It ends by the signal that it was sent, as twistd does.
-        assert self.process.wait(DEADLINE) == -signal.SIGTERM, self.log()
-
     def connect(self, test: SynchronousTestCase) -> BlockingClient:
-        return BlockingClient(test, self._port)
+        return BlockingClient(test, self.port)
 
     def ask(self, sql: str) -> list[Any]:
         """Ask the store while the server runs: what is committed."""
@@ -193,56 +150,24 @@ class ServerProcess:
         assert self.ask("SELECT count(*) FROM users") == [(sum(row[1] for row in batches),)]
         return [number for number, _, _ in batches]
 
-    def listens(self) -> bool:
-        """Whether it can be connected to, as far as its log says."""
-        assert self.is_running, self.log()
-        ports = re.findall(r"address: 127\.0\.0\.1:(\d+)$", self.log(), re.MULTILINE)
-        # What shows the metrics listens too.
-        own = [port for port in ports if f":{port}:" not in "".join(self._options)]
-        if not own:
-            return False
-        self._port = int(own[0])
-        return True
 
-
-class BlockingClient:
+class BlockingClient(RawClient):
     """Says who it is, and asks for one answer after the other."""
 
     def __init__(self, test: SynchronousTestCase, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), DEADLINE)
+        super().__init__(port, UUID(int=1))
         test.addCleanup(self.close)
-        self.send(frame(encode(ClientHello(UUID(int=1)))))
-        assert self.receive() == b"\x01"
 
-    def close(self) -> None:
-        self._socket.close()
-
-    def send(self, data: bytes) -> None:
-        self._socket.sendall(data)
-
-    def receive(self, within: float = DEADLINE) -> bytes:
-        """The payload of the next answer."""
-        deadline = time.monotonic() + within
-        length = int.from_bytes(self._read(4, deadline), "big")
-        return self._read(length, deadline)
+    def send_batch(self, **changes: Any) -> None:
+        self.send(encode(batch(**changes)))
 
     def store(self, **changes: Any) -> None:
         """Have a batch stored."""
-        self.send(batch_frame(**changes))
-        answer = self.receive()
-        assert answer == b"\x01", answer
+        self.send_batch(**changes)
+        self.expect_success()
 
     def be_put_off(self, **changes: Any) -> None:
         """Send a batch that is not taken now, and be told so in time."""
-        self.send(batch_frame(**changes))
+        self.send_batch(**changes)
         answer = self.receive(ANSWER_WITHIN)
         assert answer == b"\x02\x01", answer
-
-    def _read(self, size: int, deadline: float) -> bytes:
-        data = b""
-        while len(data) < size:
-            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
-            chunk = self._socket.recv(size - len(data))
-            assert chunk, "the server has closed the connection"
-            data += chunk
-        return data

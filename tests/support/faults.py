@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import groupby
 from operator import itemgetter
@@ -108,24 +108,32 @@ class Server:
     """A real server process with a store, that can be killed and started again.
 
     :param launcher: a command that runs the server's command line, which follows it.
+    :param store: the store's file; by default one in a folder of its own.
+    :param options: of ``cafeorch``.
     """
 
-    def __init__(self, test: SynchronousTestCase, *launcher: str) -> None:
+    def __init__(
+        self,
+        test: SynchronousTestCase,
+        *launcher: str,
+        store: Path | None = None,
+        options: Sequence[str] = ("--log-level=warn",),
+    ) -> None:
         self.port = unused_port()
         self._folder = new_folder(test)
-        self.store = self._folder / "store.sqlite3"
+        self.store = store or self._folder / "store.sqlite3"
         self._log = self._folder / "log"
         self._launcher = launcher
-        self._process: subprocess.Popen[bytes] | None = None
+        self._options = options
         test.addCleanup(self.kill)
 
     def start(self) -> None:
         """Start it; it does not listen yet."""
         twistd = Path(sys.executable).with_name("twistd")
         command = [*self._launcher, str(twistd), "-n", "--pidfile=", "cafeorch"]
-        command += ["--port", str(self.port), "--store", self.store.name, "--log-level", "warn"]
+        command += [f"--port={self.port}", f"--store={self.store}", *self._options]
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 command,
                 cwd=self._folder,
                 env=ENVIRONMENT,
@@ -136,37 +144,41 @@ class Server:
                 start_new_session=True,
             )
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started, and has not ended."""
+        return hasattr(self, "process") and self.process.poll() is None
+
     def wait_until_it_listens(self) -> None:
         """Wait until a client can connect."""
-        wait_for(self._listens, "the server listens")
+        wait_for(self.listens, "the server listens")
 
     def kill(self) -> None:
         """Kill it as the kernel would when memory runs out; there may be none."""
         self._signal(signal.SIGKILL)
 
     def stop(self) -> None:
-        """Have it drain, and wait until it has ended."""
+        """Have it drain, and wait until it has ended; its log is whole then."""
         self._signal(signal.SIGTERM)
 
     def log(self) -> str:
         """What all its processes have written."""
         return self._log.read_text()
 
-    def _signal(self, number: int) -> None:
-        process = self._process
-        if process is not None and process.poll() is None:
-            os.killpg(process.pid, number)
-            process.wait(PATIENCE)
-
-    def _listens(self) -> bool:
-        assert self._process is not None
-        if self._process.poll() is not None:
+    def listens(self) -> bool:
+        """Whether a client can connect."""
+        if not self.is_running:
             raise AssertionError(f"the server has ended: {self.log()}")
         try:
             socket.create_connection((LOOPBACK, self.port), PATIENCE).close()
         except ConnectionError:
             return False
         return True
+
+    def _signal(self, number: int) -> None:
+        if self.is_running:
+            os.killpg(self.process.pid, number)
+            self.process.wait(PATIENCE)
 
 
 class Sender:
@@ -228,18 +240,27 @@ class RawClient:
         """Send a message."""
         self._socket.sendall(frame(payload))
 
+    def receive(self, within: float = PATIENCE) -> bytes:
+        """Wait for the payload of the next answer.
+
+        :raises ConnectionError: if the connection ends before it.
+        """
+        deadline = time.monotonic() + within
+        return self._read(int.from_bytes(self._read(4, deadline), "big"), deadline)
+
     def expect_success(self) -> None:
         """Wait for an answer.
 
         :raises ConnectionError: if the connection ends before it.
         :raises AssertionError: if it is anything but SUCCESS.
         """
-        answer = self._read(int.from_bytes(self._read(4), "big"))
+        answer = self.receive()
         if answer != bytes([Opcode.BATCH_RECV_SUCCESS]):
             raise AssertionError(f"the server answered {answer!r}")
 
-    def _read(self, size: int) -> bytes:
+    def _read(self, size: int, deadline: float) -> bytes:
         while len(self._received) < size:
+            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
             chunk = self._socket.recv(65536)
             if not chunk:
                 raise ConnectionError("the server has closed the connection")

@@ -15,7 +15,7 @@ from twisted.logger import LogEvent, capturedLogs, formatEvent
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from cafeteria_orch.store import writer as writer_module
-from cafeteria_orch.store.sink import MAX_COMMIT_SECONDS, OUTAGE_INTERVAL
+from cafeteria_orch.store.outage import MAX_COMMIT_SECONDS, OUTAGE_INTERVAL
 from cafeteria_orch.wire.tables import STORES
 from tests.support.builders import SUCCESS, USER_ROW, batch_frame, connect
 from tests.support.disks import (
@@ -25,9 +25,8 @@ from tests.support.disks import (
     holding,
     make_folder,
     mount_small_disk,
-    wait_until,
 )
-from tests.support.faults import unused_port
+from tests.support.faults import unused_port, wait_for
 from tests.support.stores import TRY_AGAIN, PassingTime, SinkTestCase
 
 LARGE = [USER_ROW] * 4000
@@ -117,7 +116,7 @@ class LockedTests(DiskTestCase):
         clients = [self.server.connect(self) for _ in range(30)]
         with holding(self.store, "BEGIN IMMEDIATE"):
             for number, client in enumerate(clients, 2):
-                client.send(batch_frame(batch_number=number))
+                client.send_batch(batch_number=number)
             self.assertEqual({client.receive(within=2) for client in clients}, {b"\x02\x01"})
 
     def test_short_lock(self) -> None:
@@ -125,7 +124,7 @@ class LockedTests(DiskTestCase):
         self.start()
         with closing(sqlite3.connect(self.store, isolation_level=None)) as holder:
             holder.execute("BEGIN IMMEDIATE")
-            self.client.send(batch_frame(batch_number=2))
+            self.client.send_batch(batch_number=2)
             time.sleep(0.2)
         self.assertEqual(self.client.receive(), b"\x01")
         self.assertEqual(self.server.complaints(), [])
@@ -153,7 +152,7 @@ class ReadinessTests(DiskTestCase):
             self.client.be_put_off(batch_number=2)
             self.assertFalse(self.is_ready())
             self.assertIn("locked", self.reason)
-        wait_until(self.is_ready, "it is ready")
+        wait_for(self.is_ready, "it is ready")
         self.assertEqual(self.server.stored(), [1])
 
     def test_sync_that_hangs(self) -> None:
@@ -161,11 +160,11 @@ class ReadinessTests(DiskTestCase):
         self.start()
         hang = MAX_COMMIT_SECONDS + 3
         with delaying_syncs(self.server.process.pid, hang):
-            self.client.send(batch_frame(batch_number=2))
-            wait_until(lambda: not self.is_ready(), "it is not ready")
+            self.client.send_batch(batch_number=2)
+            wait_for(lambda: not self.is_ready(), "it is not ready")
             self.assertIn("has not answered", self.reason)
             self.assertEqual(self.client.receive(), b"\x01")
-        wait_until(self.is_ready, "it is ready")
+        wait_for(self.is_ready, "it is ready")
         self.assertEqual(self.server.stored(), [1, 2])
         self.client.close()
         self.server.stop()
@@ -218,7 +217,7 @@ class MovedTests(DiskTestCase):
     def test_wal_deleted(self) -> None:
         """A WAL without a name is lost when the process is killed: nothing goes into it."""
         self.store.with_name(f"{self.store.name}-wal").unlink()
-        self.client.send(batch_frame(batch_number=2))
+        self.client.send_batch(batch_number=2)
         answer = self.client.receive(within=2)
         self.server.kill()
         if answer == b"\x01":
@@ -262,7 +261,7 @@ class CorruptTests(DiskTestCase):
         """Send a few batches more: those that were acknowledged; the others get FAIL 1."""
         acknowledged = []
         for number in range(first, first + 10):
-            self.client.send(batch_frame(batch_number=number, rows=[USER_ROW] * 300))
+            self.client.send_batch(batch_number=number, rows=[USER_ROW] * 300)
             answer = self.client.receive(within=2)
             self.assertIn(answer, (b"\x01", b"\x02\x01"))
             if answer == b"\x01":

@@ -15,7 +15,7 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 from cafeteria_orch.store.sqlite import Database
 from tests.support.disks import ServerProcess, make_folder
 
-START_WITHIN = 2.0
+START_WITHIN = 10.0
 MOST_MEMORY = 150 << 20
 ROWS_PER_BATCH = 4000
 

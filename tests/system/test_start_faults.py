@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import random
 import socket
-import sqlite3
 import subprocess
-from contextlib import closing
 from pathlib import Path
 
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.store.schema import SCHEMA_VERSION
 from cafeteria_orch.store.sqlite import Database
 from tests.support.disks import (
     DEADLINE,
@@ -23,8 +20,8 @@ from tests.support.disks import (
     holding,
     make_folder,
     mount_small_disk,
-    wait_until,
 )
+from tests.support.faults import wait_for
 from tests.support.older_stores import make_older_store
 
 
@@ -84,59 +81,10 @@ class FileTests(StartTestCase):
         self.store.write_bytes(random.Random(1).randbytes(10_000))
         self.assert_refused("file is not a database")
 
-    def test_text(self) -> None:
-        """A file that is shorter than the header of a database."""
-        self.store.write_text("important\n")
-        self.assert_refused("file is not a database")
-
-    def test_corrupt_header(self) -> None:
-        """A store whose first bytes are lost."""
-        self.make_store()
-        with self.store.open("r+b") as file:
-            file.write(bytes(16))
-        self.assert_refused("file is not a database")
-
-    def test_corrupt_schema(self) -> None:
-        """A store whose first page is lost, but for the header."""
-        self.make_store()
-        with self.store.open("r+b") as file:
-            file.seek(100)
-            file.write(b"\xff" * 3000)
-        self.assert_refused("malformed")
-
-    def test_cut_off(self) -> None:
-        """A store of which only the beginning is left."""
-        self.make_store()
-        os.truncate(self.store, 5000)
-        self.assert_refused("malformed")
-
-    def test_newer_version(self) -> None:
-        """A store that a newer program made is left to it."""
-        self.make_store()
-        with closing(sqlite3.connect(self.store)) as store:
-            store.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-        self.assert_refused(f"version {SCHEMA_VERSION + 1}.*run the newer program")
-
-    def test_database_of_something_else(self) -> None:
-        """A database of another program is left to it."""
-        with closing(sqlite3.connect(self.store)) as store:
-            store.execute("CREATE TABLE notes (text)")
-        self.assert_refused("database of something else: name another --store")
-
-    def test_folder(self) -> None:
-        """A folder is no file."""
-        self.store.mkdir()
-        self.assert_refused("unable to open database file")
-
     def test_missing_folder(self) -> None:
         """There is no such folder, and none is made."""
         self.store = self.folder / "missing" / "store.sqlite3"
         self.assert_refused("cannot be opened: No such file or directory")
-
-    def test_long_name(self) -> None:
-        """A name that no file can have."""
-        self.store = self.folder / ("x" * 300)
-        self.assert_refused("cannot be opened")
 
     def test_not_allowed(self) -> None:
         """A file that belongs to somebody else."""
@@ -207,14 +155,14 @@ class SecondServerTests(StartTestCase):
         servers = [ServerProcess(self, self.store, wait=False) for _ in range(4)]
         for server in servers:
             self.addCleanup(server.kill)
-        wait_until(
+        wait_for(
             lambda: sum(server.is_running for server in servers) <= 1, "the others have ended"
         )
         lost = [server for server in servers if not server.is_running]
         for server in lost:
             self.assertIn("belongs to another server", server.log())
         (winner,) = [server for server in servers if server not in lost]
-        wait_until(winner.listens, "the first listens")
+        wait_for(winner.listens, "the first listens")
         winner.connect(self).store(batch_number=1)
         winner.kill()
         again = ServerProcess(self, self.store)

@@ -179,12 +179,12 @@ class Sink:
 
         def lost(failure: Failure) -> None:
             # FINISHED is not acknowledged: there is nobody to tell but the operator.
-            if self._throttle.due("finish_session"):
-                _log.error(
-                    "action: finish_session | result: fail | ip: {ip} | error: {error}",
-                    ip=client.ip,
-                    error=responses.describe(cast("BaseException", failure.value)),
-                )
+            self._limited_log.error(
+                "finish_session",
+                "action: finish_session | result: fail | ip: {ip} | error: {error}",
+                ip=client.ip,
+                error=responses.describe(cast("BaseException", failure.value)),
+            )
 
         return self._submit(write).addErrback(lost).addCallback(lambda _: False)
 

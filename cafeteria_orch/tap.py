@@ -62,14 +62,14 @@ def makeService(options: Options) -> IService:
         reactor, None if options.parent is None else options.parent.get("pidfile")
     )
     signals.catch_hangup()
-    has_gates = options["tls-cert"] is not None or options["proxy-protocol"]
-    most = allow_connections(options["max-connections"], each=2 if has_gates else 1)
+    has_admission = options["tls-cert"] is not None or options["proxy-protocol"]
+    max_connections = allow_connections(options["max-connections"], each=2 if has_admission else 1)
     try:
         factory = OrchestratorFactory(
             reactor,
             max_frame_bytes=options["max-frame-bytes"],
             framing=options["framing"],
-            max_connections=most,
+            max_connections=max_connections,
             max_connections_per_host=options["max-connections-per-host"],
             max_in_flight_bytes=options["max-in-flight-bytes"],
             timeouts=Timeouts(
@@ -93,7 +93,9 @@ def makeService(options: Options) -> IService:
     tls = _server_tls(options)
     if tls is not None:
         signals.reload = tls.reload
-    gates = _gates(reactor, factory, tls, most, options) if has_gates else None
+    admission = (
+        _admission(reactor, factory, tls, max_connections, options) if has_admission else None
+    )
     endpoints = client_endpoints(reactor, options)
     log_observer = _log_observer(options)
     _rotate_on_signal(reactor, log_observer)
@@ -108,7 +110,7 @@ def makeService(options: Options) -> IService:
         log_observer=log_observer,
         notifier=SystemdNotifier.from_environment(os.environ),
         monitor=_monitor(reactor, factory, sink, options),
-        admission=gates,
+        admission=admission,
         signals=signals,
     )
 
@@ -124,11 +126,11 @@ def _server_tls(options: Options) -> ServerTLS | None:
         raise refusal(str(error)) from error
 
 
-def _gates(
+def _admission(
     reactor: Any,
     factory: OrchestratorFactory,
     tls: ServerTLS | None,
-    most: int,
+    max_connections: int,
     options: Options,
 ) -> Admission:
     for description in options["listen"]:
@@ -138,7 +140,7 @@ def _gates(
                 " listened to: leave them out, or name a tcp: endpoint"
             )
     trusted = options["proxy-from"] if options["proxy-protocol"] else None
-    return Admission(reactor, factory, max_pending=most, trusted=trusted, tls=tls)
+    return Admission(reactor, factory, max_pending=max_connections, trusted=trusted, tls=tls)
 
 
 def _monitor(

@@ -19,6 +19,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from cafeteria_orch.server.responses import Session
+from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import TableBatch
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import Table
@@ -167,7 +168,7 @@ class Database:
         if not self.in_transaction or isinstance(error, MemoryError):
             return Blame.STORE
         # Too long for SQLite, not text, or too large a number.
-        if isinstance(error, (sqlite3.DataError, ValueError, OverflowError)):
+        if isinstance(error, (BatchRejected, sqlite3.DataError, ValueError, OverflowError)):
             return Blame.BATCH
         if isinstance(error, sqlite3.OperationalError):
             # Python 3.10 does not have the code: there, the store gets the blame for each.

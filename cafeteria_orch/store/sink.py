@@ -205,7 +205,7 @@ class Sink:
         """Give the writer a job; fires in the reactor's thread after its commit."""
         if self._thread is None:
             refusal = self._death or TryAgainLater("the store is closed")
-            self._note(refusal, refused=1)
+            self._note(refusal, 1)
             return fail(refusal)
         job = Job(write, size, Deferred())
         self._waiting.append(job)
@@ -227,7 +227,8 @@ class Sink:
             self._hang = None
         if report.seconds is not None:
             self._factory.counters.commit_seconds.observe(report.seconds)
-        self._note(report.refusal, refused=sum(map(_is_refused, report.outcomes)))
+        refused = 0 if report.refusal is None else sum(map(_is_refused, report.outcomes))
+        self._note(report.refusal, refused)
         for outcome in report.outcomes:
             job = self._waiting.popleft()
             self._waiting_bytes -= job.size

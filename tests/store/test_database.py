@@ -151,7 +151,7 @@ class Duplicates(DatabaseTestCase):
         self.assertIs(self.store(), True)
 
     def assert_batches(self, batches: int) -> None:
-        """So many batches of one row are in the store."""
+        """The store has this number of batches of one row."""
         self.assertEqual((self.count("batch"), self.count("users")), (batches, batches))
 
     def test_sent_again(self) -> None:

@@ -141,7 +141,7 @@ class IngestStatusTests(SynchronousTestCase):
         self.assertEqual(self.status("complete"), [1, 1])
 
     def test_agency(self) -> None:
-        """The agency is the one that FINISHED named; until then there is none."""
+        """The agency is the one that FINISHED names; before that it is NULL."""
         session = self.session()
         self.store(session)
         self.assertEqual(self.status("agency_id"), [None])

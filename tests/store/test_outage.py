@@ -164,7 +164,7 @@ class OperatorTests(OutageTestCase):
         self.assertEqual(self.query("SELECT count(*) FROM users"), [0])
 
     def test_added_columns(self) -> None:
-        """A column that may be empty, or that has a default, is none of our business."""
+        """A column that may be empty, or that has a default, does no harm."""
         self.execute(
             "ALTER TABLE users ADD COLUMN remark TEXT",
             "ALTER TABLE users ADD COLUMN seen INTEGER NOT NULL DEFAULT 0",

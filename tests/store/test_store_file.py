@@ -195,7 +195,7 @@ class Refusals(SynchronousTestCase):
         self.assert_refused(self.path, "store.sqlite3-wal beside it is not")
 
     def test_what_is_no_store(self) -> None:
-        """A newer store, a database of something else, what is none, or not all of one."""
+        """A newer store, another program's database, a file that is no database, a damaged store."""
         newer = f"PRAGMA user_version = {SCHEMA_VERSION + 1}"
         for change, pattern in (
             (
@@ -259,7 +259,7 @@ class Checking(SynchronousTestCase):
         self.assertEqual((self.path.stat().st_size, self.path.stat().st_ino), (0, inode))
 
     def test_new(self) -> None:
-        """Where there is no store there is none afterwards, nor a file beside it."""
+        """No store is made, and no file beside it."""
         check_store(str(self.path))
         self.assertEqual(list(self.folder.iterdir()), [])
 
@@ -329,8 +329,8 @@ class Creation(SynchronousTestCase):
             start(str(self.path))
             self.assert_is_store(self.path)
 
-    def test_zeros_that_are_more_than_a_creation_leaves(self) -> None:
-        """A large file of zeros is none of ours."""
+    def test_large_file_of_zeros_is_refused(self) -> None:
+        """A large file of zeros is refused, and kept."""
         self.path.touch()
         os.truncate(self.path, 2 << 20)
         self.assertRaisesRegex(StoreError, "not a database", start, str(self.path))

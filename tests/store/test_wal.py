@@ -22,7 +22,7 @@ from tests.support.stores import PassingTime, SinkTestCase
 INTERVAL = 0.02
 PATIENCE = 0.25
 # About 90 MiB are written; without a checkpoint that waits for readers, 60 stay in the WAL.
-MOST_UNDER_LOAD = 32 << 20
+MAX_UNDER_LOAD = 32 << 20
 
 
 class SizeLimitTests(SynchronousTestCase):
@@ -168,7 +168,7 @@ class ReaderTests(WalTestCase):
         self.assertEqual(len(self.blocked(events)), said)
 
     def test_short_readers(self) -> None:
-        """Readers that come and go are nothing to speak of, however many there are."""
+        """Readers that come and go are not logged, however many there are."""
         self.store()
         with capturedLogs() as events:
             for _ in range(4):
@@ -210,12 +210,12 @@ class LoadTests(WalTestCase):
 
     def test_one_reader_at_a_time(self) -> None:
         """With readers that come and go the WAL stays far below what is written."""
-        self.assertLess(self.store_under_readers(1, 0.05, 24), MOST_UNDER_LOAD)
+        self.assertLess(self.store_under_readers(1, 0.05, 24), MAX_UNDER_LOAD)
         self.await_empty_wal()
 
     def test_readers_that_overlap(self) -> None:
         """The same where there is always some reader, none of them for long."""
-        self.assertLess(self.store_under_readers(3, 0.05, 24), MOST_UNDER_LOAD)
+        self.assertLess(self.store_under_readers(3, 0.05, 24), MAX_UNDER_LOAD)
         self.await_empty_wal()
 
 
@@ -229,7 +229,7 @@ class LimitTests(WalTestCase):
         super().setUp()
 
     def test_limit(self) -> None:
-        """A WAL that a reader made grow is cut back to the limit as soon as it starts anew."""
+        """A WAL that grew because of a reader is cut back to the limit when it starts again."""
         with self.reader():
             while not self.sent or self.wal_bytes() < 6 << 20:
                 self.store(rows=4000)

@@ -368,7 +368,7 @@ Files = dict[str, list[tuple[Any, ...]]]
 
 
 def write_exports(folder: Path, files: Mapping[str, int]) -> Files:
-    """Write CSV files with so many rows each, no two of which are the same."""
+    """Write CSV files with the given numbers of rows, no two of which are the same."""
     exports: Files = {}
     for name, amount in files.items():
         path = folder / name

@@ -240,7 +240,7 @@ class Gate:
         case.addCleanup(self.open, 1000)
 
     def close(self) -> None:
-        """Begin anew: the next transaction is the first, and waits."""
+        """Start over: the next transaction is the first, and waits."""
         self.transactions = 0
         self._waiting = Semaphore(0)
         self._let_through = Semaphore(0)

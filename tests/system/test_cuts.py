@@ -135,7 +135,7 @@ class CutTests(TestCase):
         self.assertEqual(store.execute("SELECT count(*) FROM users").fetchone(), (rows,))
 
     def _assert_stored(self, batches: int) -> None:
-        """The store has the first so many batches, each once and whole, in their order."""
+        """The store has this number of batches, the first ones, each once and whole, in order."""
         stored = [int(batch.rows[0][0]) for batch in read_store(self.server.store)]
         self.assertEqual(stored, list(range(batches)))
         for index, batch in enumerate(read_store(self.server.store)):

@@ -253,7 +253,7 @@ class CorruptTests(DiskTestCase):
         return before
 
     def touch(self) -> None:
-        """Write into the store as another program may: its pages are to be read anew."""
+        """Write into the store as another program may: its pages are read again."""
         with closing(sqlite3.connect(self.store, isolation_level=None)) as store:
             store.execute("UPDATE session SET finished_at = random()")
 

@@ -21,10 +21,10 @@ CLIENTS = 8
 WINDOW = 8
 
 SECONDS_PER_KILL = 3.0
-"""So long it takes at most to send again what was sent until a kill."""
+"""The longest time that it takes to send again what was sent before a kill."""
 
 FILE_BATCHES = 50
-"""After so many batches the numbers start again at 1, as at the next file of an agency."""
+"""The batches of a file: after them the numbers start again at 1."""
 
 
 def users(client: int, index: int) -> tuple[tuple[str, ...], ...]:
@@ -48,13 +48,13 @@ class Agency(threading.Thread):
     acknowledged.
 
     :param number: which of the clients.
-    :param most: how many batches it sends; endless if it is not given.
-    :ivar acknowledged: so many batches, the first ones, were acknowledged.
-    :ivar sent: so many batches, the first ones, may be in the store.
-    :ivar error: what it died of, if it was none of the cuts.
+    :param max_batches: how many batches it sends; endless by default.
+    :ivar acknowledged: how many batches, counted from the first, were acknowledged.
+    :ivar sent: how many batches, counted from the first, may be in the store.
+    :ivar error: what ended it, unless that was a cut.
     """
 
-    def __init__(self, port: int, number: int, client_id: UUID, most: float = float("inf")):
+    def __init__(self, port: int, number: int, client_id: UUID, max_batches: float = float("inf")):
         super().__init__(daemon=True)
         self.number = number
         self.client_id = client_id
@@ -62,12 +62,12 @@ class Agency(threading.Thread):
         self.sent = 0
         self.error: Exception | None = None
         self._port = port
-        self._most = most
+        self._max_batches = max_batches
         self._stopping = threading.Event()
 
     def run(self) -> None:
         """Send until it is stopped, or all is acknowledged."""
-        while self.acknowledged < self._most and not self._stopping.is_set():
+        while self.acknowledged < self._max_batches and not self._stopping.is_set():
             try:
                 with closing(RawClient(self._port, self.client_id)) as client:
                     self._send(client)
@@ -84,8 +84,8 @@ class Agency(threading.Thread):
 
     def _send(self, client: RawClient) -> None:
         unsent = self.acknowledged
-        while self.acknowledged < self._most:
-            while unsent < min(self.acknowledged + WINDOW, self._most):
+        while self.acknowledged < self._max_batches:
+            while unsent < min(self.acknowledged + WINDOW, self._max_batches):
                 # Before it is sent: what a cut leaves of it may be the whole of it.
                 self.sent = max(self.sent, unsent + 1)
                 client.send(encode(users_batch(self.number, unsent)))

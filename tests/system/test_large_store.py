@@ -16,7 +16,7 @@ from cafeteria_orch.store.sqlite import Database
 from tests.support.disks import ServerProcess, make_folder
 
 START_WITHIN = 10.0
-MOST_MEMORY = 150 << 20
+MAX_MEMORY = 150 << 20
 ROWS_PER_BATCH = 4000
 
 _COUNT = "WITH RECURSIVE n (i) AS (VALUES (0) UNION ALL SELECT i + 1 FROM n WHERE i < ? - 1) "
@@ -35,7 +35,7 @@ _ITEMS = (
 
 
 def make_store(path: Path, rows: int) -> None:
-    """A store as so many rows of transaction items would have left it; nothing of it cached."""
+    """A store with a number of transaction items, of which nothing is cached."""
     client_id = "00000000-0000-0000-0000-000000000001"
     Database(str(path)).close()
     with closing(sqlite3.connect(path, isolation_level=None)) as store:
@@ -84,7 +84,7 @@ class LargeStoreTests(SynchronousTestCase):
             f" {most / 2**20:.0f} MiB at most after 100 batches more"
         )
         self.assertLess(seconds, START_WITHIN)
-        self.assertLess(most, MOST_MEMORY)
+        self.assertLess(most, MAX_MEMORY)
         self.assertEqual(server.ask("SELECT max(rowid) FROM transaction_items"), [(rows,)])
         self.assertEqual(len(server.stored()), 100)
 

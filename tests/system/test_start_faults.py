@@ -26,7 +26,7 @@ from tests.support.older_stores import make_older_store
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All that is in a folder; what SQLite makes anew when it is missing is not."""
+    """The files of a folder, but for those that SQLite creates when they are missing."""
     return {
         path.name: path.read_bytes()
         for path in folder.iterdir()
@@ -161,6 +161,7 @@ class SecondServerTests(StartTestCase):
         lost = [server for server in servers if not server.is_running]
         for server in lost:
             self.assertIn("belongs to another server", server.log())
+            self.assertEqual(server.process.returncode, 1)
         (winner,) = [server for server in servers if server not in lost]
         wait_for(winner.listens, "the first listens")
         winner.connect(self).store(batch_number=1)

@@ -284,6 +284,8 @@ class SharingTests(MemoryCase):
                 self.pending.finish()
                 self.memory.change(-LIMIT // 2, 0)
                 self.factory.resumeProducing()
+                # No frame has begun: no client is waited for.
+                self.assertEqual(self.clock.getDelayedCalls(), [])
                 self.pending.finish()
                 self.assertEqual(transport.value(), message * 2)
                 self.assertFalse(self.is_paused(transport))

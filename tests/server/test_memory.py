@@ -260,8 +260,17 @@ class SharingTests(MemoryCase):
             protocol.dataReceived(self.rest())
             self.assertTrue(transport.value())
 
+    def test_what_a_paused_transport_still_delivers_is_counted(self) -> None:
+        """At once: others may have to wait for it."""
+        protocol, transport = self.connect(frame(bytes([PENDING])))
+        self.assertTrue(self.is_paused(transport))
+        protocol.dataReceived(self.half_frame())
+        protocol.dataReceived(self.rest())
+        self.assertEqual(self.memory.used, 1 + 4 + LONGEST)
+
     def test_what_a_paused_transport_still_delivers_is_processed(self) -> None:
         """TLS delivers what it has decrypted, though it is paused; memory was short before."""
+        self.timeouts = Timeouts(frame=30, processing=None)
         message = frame(bytes([SHARED]) + bytes(LONGEST - 1))
         for is_held in (False, True):
             with self.subTest(is_held=is_held):
@@ -275,6 +284,8 @@ class SharingTests(MemoryCase):
                 self.pending.finish()
                 self.memory.change(-LIMIT // 2, 0)
                 self.factory.resumeProducing()
+                # No frame has begun: no client is waited for.
+                self.assertEqual(self.clock.getDelayedCalls(), [])
                 self.pending.finish()
                 self.assertEqual(transport.value(), message * 2)
                 self.assertFalse(self.is_paused(transport))

@@ -136,6 +136,23 @@ class Output(SynchronousTestCase):
         pending.finish()
         self.assertEqual(self.transport.writes, [SUCCESS, numbered(1), SUCCESS * 2])
 
+    def test_many_answers_leave_before_the_chunk_ends(self) -> None:
+        """They do not gather in memory, and a transport that is full stops the rest."""
+        written: list[int] = []
+        producer = self.transport.producer
+        assert producer is not None
+
+        def write(data: bytes) -> None:
+            written.append(len(data))
+            producer.pauseProducing()
+
+        self.patch(self.transport, "write", write)
+        answer = frame(bytes([ECHO]) + bytes(20_000))
+        self.protocol.dataReceived(answer * 10)
+        self.assertEqual(written, [4 * len(answer)])
+        producer.resumeProducing()
+        self.assertEqual(written, [4 * len(answer)] * 2)
+
     def test_nothing_is_written_without_an_answer(self) -> None:
         """Nothing is written where there is nothing to say."""
         self.protocol.dataReceived(batch_frame()[:7])

@@ -127,6 +127,7 @@ class TimesOut(SynchronousTestCase):
             factory.register_processor(ECHO + 1, other, pipelined=True)
             protocol, transport = connect(factory)
             protocol.dataReceived(frame(bytes([ECHO + 1])) * others + frame(bytes([ECHO])))
+            self.assertEqual(len(clock.getDelayedCalls()), others)
             with capturedLogs() as events:
                 clock.pump([10] * 100)
             self.assertEqual(transport.value(), (FAIL + b"\x01") * others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations, product
 from typing import ClassVar
+from unittest.mock import patch
 
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer, ISSLTransport
@@ -163,6 +164,13 @@ class TurnTests(SynchronousTestCase):
             first.iterate(ITERATIONS)
             counts[number] += MAX_MESSAGES_IN_TURN
 
+    def test_a_turn_ends_with_its_delivery(self) -> None:
+        """What comes later takes the turn again, if it is free."""
+        protocol = Recorder()
+        protocol.dataReceived(frame(b"x") * (MAX_MESSAGES + 1))
+        protocol.dataReceived(frame(b"x") * 1000)
+        self.assertEqual(len(protocol.payloads), 2 * MAX_MESSAGES + 1)
+
     def test_time_counts_as_messages_do(self) -> None:
         """However few there were."""
         protocol = Recorder(always=lambda it: it.clock.advance(TURN_SECONDS / 2))
@@ -243,6 +251,8 @@ class CloseTests(SynchronousTestCase):
             self.assertEqual(
                 (transport.half_closed, transport.disconnecting), (not is_plain, is_plain)
             )
+            # A transport of TLS closes when its producer is gone.
+            self.assertIsNone(transport.producer)
             protocol.pause(Pause.MEMORY)
             self.assertEqual(protocol.is_read, not is_over)
             protocol.clock.advance(CLOSE_TIMEOUT)
@@ -331,9 +341,11 @@ class EndOfInputTests(SynchronousTestCase):
                 alsoProvides(protocol.transport, ISSLTransport)
             protocol.stopProducing()
             self.assertEqual(protocol.payloads, [] if is_tls else FEW)
-            # Once it is closed it reads nothing more.
-            protocol.close()
+            # It reads nothing more without memory, or once it is closed.
             handle.chunks = [STREAM]
+            with patch.object(Recorder, "may_grow", new=False):
+                protocol.stopProducing()
+            protocol.close()
             protocol.stopProducing()
             self.assertEqual(handle.chunks, [STREAM])
 

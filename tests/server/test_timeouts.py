@@ -213,6 +213,20 @@ class ReadingTests(SynchronousTestCase):
             self.wait(has_begun=True)
             self.assert_expires_in(5, Awaited.REST)
 
+    def test_a_client_that_has_read_its_answers_has_its_whole_time_the_next_time(self) -> None:
+        """Though another reason has paused the connection all the while."""
+        self.reading.pause(Pause.SINK)
+        for _ in range(3):
+            self.reading.pause(Pause.OUTPUT)
+            self.wait()
+            self.clock.advance(4)
+            self.reading.resume(Pause.OUTPUT)
+            self.wait()
+            self.clock.advance(4)
+        self.reading.pause(Pause.OUTPUT)
+        self.wait()
+        self.assert_expires_in(5, Awaited.ANSWERS)
+
     def test_no_timer_without_a_timeout_or_after_a_stop(self) -> None:
         """Nothing is left on the reactor."""
         patient = Reading(self.clock, Timeouts(None, None, None), lambda: 0, self.expired.append)

@@ -147,6 +147,15 @@ class Taking(PipelinedCase):
         self.assert_taken(*range(9))
         self.assertFalse(self.reads)
 
+    def test_a_message_behind_one_in_progress_keeps_its_place_when_it_is_done(self) -> None:
+        """So the connection stays paused until the first is done."""
+        self.send(self.numbered(*range(MAX_IN_PROGRESS)))
+        self.pending.in_progress.insert(0, self.pending.in_progress.pop(1))
+        self.pending.finish()
+        self.assertFalse(self.reads)
+        self.pending.finish()
+        self.assertTrue(self.reads)
+
     def test_the_rest_of_a_chunk_is_started_as_places_become_free(self) -> None:
         """What came in the same chunk behind the eighth is taken as places become free."""
         self.send(self.numbered(*range(20)))

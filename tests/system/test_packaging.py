@@ -121,7 +121,14 @@ class Workshop:
         found = ("--find-links", self._wheels)
         for command in (
             ("wheel", "-q", "--no-deps", "--wheel-dir", self._wheels, *build_requirements()),
-            ("install", "-q", "--no-compile", *found, *runtime_requirements(), *build_requirements()),
+            (
+                "install",
+                "-q",
+                "--no-compile",
+                *found,
+                *runtime_requirements(),
+                *build_requirements(),
+            ),
         ):
             needed = run(*pip, *command, folder=folder, check=False)
             if needed.returncode:

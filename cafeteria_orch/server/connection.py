@@ -33,7 +33,6 @@ LONG_PAYLOAD = 128 * 1024
 MAX_OUTGOING_BYTES = 64 * 1024
 """How many bytes of answers wait for each other to leave in one write."""
 
-_ANSWERING = (State.OPEN, State.ENDING)
 _TCP_ADDRESSES = (IPv4Address, IPv6Address)
 
 _log = Logger()
@@ -51,6 +50,8 @@ class OrchestratorProtocol(FrameReceiver):
     :ivar thread: the identifier of the reactor's thread.
     :ivar session: what is known of the client; from ``connectionMade`` on.
     :ivar limited_log: for what the client can cause again and again.
+    :ivar limit_hit: counts that a limit was hit, see :meth:`~.counters.Counters.limit_hit`.
+    :ivar processor_name: names the processor of an opcode for the log.
     :ivar batches: the number of its batches that were processed.
     :ivar rows: the number of rows in those.
     :ivar address: the client's; ``None`` if it is what the transport has for the peer.
@@ -83,6 +84,8 @@ class OrchestratorProtocol(FrameReceiver):
         self._processing = ProcessingTimeout(self, factory, self._window)
         self._tallies = factory.counters.tallies
         self.limited_log = factory.limited_log
+        self.limit_hit = factory.counters.limit_hit
+        self.processor_name = factory.processor_name
         self._outgoing = bytearray()
 
     def connectionMade(self) -> None:
@@ -214,7 +217,7 @@ class OrchestratorProtocol(FrameReceiver):
         In the reactor's thread. They leave together with the others of the same delivery.
         """
         answers = self._window.answers()
-        if self.state in _ANSWERING:
+        if self.state in (State.OPEN, State.ENDING):
             for answer in answers:
                 self._outgoing += self.encodeAnswer(answer)
             if not self._delivering or len(self._outgoing) >= MAX_OUTGOING_BYTES:
@@ -225,10 +228,6 @@ class OrchestratorProtocol(FrameReceiver):
             outgoing, self._outgoing = bytes(self._outgoing), bytearray()
             self.transport.write(outgoing)
 
-    def processor_name(self, opcode: int) -> str:
-        """Name the processor of an opcode for the log."""
-        return self._factory.processor_name(opcode)
-
     def _refuse(self, error: ProtocolError, exchange: Exchange) -> None:
         self.limited_log.error(
             "malformed",
@@ -238,9 +237,8 @@ class OrchestratorProtocol(FrameReceiver):
             opcode=exchange.opcode,
             error=error,
         )
-        opcode = exchange.opcode
-        is_known = opcode in self._factory.decoders
-        self._factory.counters.refused(opcode if is_known else UNKNOWN, Outcome.MALFORMED)
+        opcode = exchange.opcode if exchange.opcode in self._factory.decoders else UNKNOWN
+        self._factory.counters.refused(opcode, Outcome.MALFORMED)
         send_failure(exchange, error.reason)
         self.end()
 
@@ -359,13 +357,6 @@ class OrchestratorProtocol(FrameReceiver):
         self.reading.resume(Pause.MEMORY)
         self._processing.stop()
         super().connectionLost(reason)
-
-    def limit_hit(self, limit: str) -> None:
-        """Count that a limit was hit.
-
-        :param limit: the name of its option, with underscores.
-        """
-        self._factory.counters.limit_hit(limit)
 
     def _client_timed_out(self, awaited: Awaited) -> None:
         timeouts = self._factory.timeouts

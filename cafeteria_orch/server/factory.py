@@ -298,12 +298,10 @@ class OrchestratorFactory(ServerFactory):
         if self._paused:
             self._pause(connection)
         session = connection.session
-        if self.log_info and session.common_name is None:
-            _log.info("action: accept_connections | result: success | ip: {ip}", ip=session.ip)
-        elif self.log_info:
+        if self.log_info:
+            name = "" if session.common_name is None else " | common_name: {common_name}"
             _log.info(
-                "action: accept_connections | result: success | ip: {ip}"
-                " | common_name: {common_name}",
+                "action: accept_connections | result: success | ip: {ip}" + name,
                 ip=session.ip,
                 common_name=session.common_name,
             )

@@ -291,7 +291,7 @@ class FrameReceiver(Int32StringReceiver):
 
     def encodeAnswer(self, payload: bytes) -> bytes:
         """Frame an answer: of its body, as much as the peer can read."""
-        framing = self.framing or INT32
+        framing = self._decoder.framing or INT32
         return framing.encode(payload if framing.answers_have_bodies else payload[:1])
 
     def encodeFrame(self, payload: bytes) -> bytes:

@@ -20,6 +20,8 @@ from cafeteria_orch.wire.opcodes import FailReason, Opcode
 if TYPE_CHECKING:
     from .connection import OrchestratorProtocol
 
+_SUCCESS = bytes([Opcode.BATCH_RECV_SUCCESS])
+
 _log = Logger()
 
 
@@ -157,7 +159,7 @@ def send(client: Exchange, opcode: int, body: bytes = b"") -> None:
 
 def send_success(client: Exchange) -> None:
     """Answer BATCH_RECV_SUCCESS. From any thread."""
-    send(client, Opcode.BATCH_RECV_SUCCESS)
+    client.answer(_SUCCESS)
 
 
 def send_failure(client: Exchange, reason: FailReason | None = FailReason.REJECTED) -> None:

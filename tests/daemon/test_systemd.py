@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from contextlib import closing
+from pathlib import Path
 
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
@@ -149,7 +150,7 @@ class ServerTests(ProcessTestCase):
 
     def start_watched(self, *arguments: str) -> tuple[Server, Manager]:
         """Start a server with a watchdog, which it feeds ten times a second."""
-        address = f"@cafeorch-server-{os.getpid()}"
+        address = f"@cafeorch-server-{os.getpid()}-{'-'.join(self.starter.command)}"
         manager = Manager(f"\0{address[1:]}")
         self.addCleanup(manager.close)
         server = self.launch(
@@ -162,10 +163,13 @@ class ServerTests(ProcessTestCase):
 
     def test_a_clock_that_is_set_back(self) -> None:
         """The watchdog is fed, and the drain ends in time, however the server is started."""
-        (self.folder / "clock.py").write_text(CLOCK)
+        servers = []
         for starter in (FOREGROUND, DAEMON, TWIST):
             with self.subTest(starter.command):
                 self.starter = starter
+                self.folder = Path(self.mktemp()).absolute()
+                self.folder.mkdir()
+                (self.folder / "clock.py").write_text(CLOCK)
                 server, manager = self.start_watched("--processors=clock:register")
                 client = self.client(server)
                 client.send(frame(bytes([ECHO])))
@@ -174,10 +178,12 @@ class ServerTests(ProcessTestCase):
                     pass
                 self.assertEqual([manager.next() for _ in range(5)], [["WATCHDOG=1"]] * 5)
                 client.send(b"half a frame")
-                server.signal(signal.SIGTERM)
-                server.wait_until_gone()
-                manager.close()
-                server.log_file.unlink()
+                servers.append(server)
+        # Each waits a while for its client to close: all of them at once.
+        for server in servers:
+            server.signal(signal.SIGTERM)
+        for server in servers:
+            server.wait_until_gone()
 
     def test_told_by_the_server(self) -> None:
         """It is ready when it serves, alive from then on, and says when it stops."""

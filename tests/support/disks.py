@@ -8,7 +8,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,13 +103,19 @@ def delaying_syncs(process: int, seconds: float) -> Iterator[None]:
 class ServerProcess(Server):
     """A server on a store that a test damages.
 
+    :param launcher: a command that runs the server's command line, which follows it.
     :param wait: whether to wait until it listens.
     """
 
     def __init__(
-        self, test: SynchronousTestCase, store: Path, *options: str, wait: bool = True
+        self,
+        test: SynchronousTestCase,
+        store: Path,
+        *options: str,
+        launcher: Sequence[str] = (),
+        wait: bool = True,
     ) -> None:
-        super().__init__(test, store=store, options=options)
+        super().__init__(test, *launcher, store=store, options=options)
         self.start()
         if wait:
             self.wait_until_it_listens()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import pairwise
 
 from hypothesis import HealthCheck, settings
@@ -64,11 +65,14 @@ def tables() -> SearchStrategy[Table]:
     return st.sampled_from(TABLES)
 
 
+# Hypothesis checks each strategy when it is first drawn from, so those that do not change are kept.
+@cache
 def cells() -> SearchStrategy[str]:
     """Any text that UTF-8 can hold: empty, with NULs, from beyond the first 65,536 points."""
     return st.text(max_size=20)
 
 
+@cache
 def rows(table: Table) -> SearchStrategy[Row]:
     """A row of a table; an optional column is sometimes left out."""
     return st.tuples(

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -15,7 +16,7 @@ from twisted.logger import LogEvent, capturedLogs, formatEvent
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from cafeteria_orch.store import writer as writer_module
-from cafeteria_orch.store.outage import MAX_COMMIT_SECONDS, OUTAGE_INTERVAL
+from cafeteria_orch.store.outage import OUTAGE_INTERVAL
 from cafeteria_orch.wire.tables import STORES
 from tests.support.builders import SUCCESS, USER_ROW, batch_frame, connect
 from tests.support.disks import (
@@ -28,6 +29,15 @@ from tests.support.disks import (
 )
 from tests.support.faults import unused_port, wait_for
 from tests.support.stores import TRY_AGAIN, PassingTime, SinkTestCase
+
+IMPATIENT = """
+import runpy, sys
+from cafeteria_orch.store import outage
+outage.MAX_COMMIT_SECONDS = 1.0
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a server that does not wait for five seconds before it says that its store hangs."""
 
 LARGE = [USER_ROW] * 4000
 """Rows that need room wherever they come to rest."""
@@ -133,11 +143,11 @@ class LockedTests(DiskTestCase):
 class ReadinessTests(DiskTestCase):
     """What a load balancer asks: it sends nothing while the answer is no."""
 
-    def start(self, folder: Path | None = None) -> None:
+    def start(self, folder: Path | None = None, launcher: Sequence[str] = ()) -> None:
         self.store = make_folder(self) / "store.sqlite3"
         self.port = unused_port()
         metrics = f"--metrics=tcp:{self.port}:interface=127.0.0.1"
-        self.server = ServerProcess(self, self.store, metrics)
+        self.server = ServerProcess(self, self.store, metrics, launcher=launcher)
         self.client = self.server.connect(self)
         self.client.store(batch_number=1)
 
@@ -157,9 +167,8 @@ class ReadinessTests(DiskTestCase):
 
     def test_sync_that_hangs(self) -> None:
         """While a sync hangs the server is not ready, says no FAIL, and goes on afterwards."""
-        self.start()
-        hang = MAX_COMMIT_SECONDS + 3
-        with delaying_syncs(self.server.process.pid, hang):
+        self.start(launcher=(sys.executable, "-c", IMPATIENT))
+        with delaying_syncs(self.server.process.pid, 3):
             self.client.send_batch(batch_number=2)
             wait_for(lambda: not self.is_ready(), "it is not ready")
             self.assertIn("has not answered", self.reason)
@@ -169,7 +178,7 @@ class ReadinessTests(DiskTestCase):
         self.client.close()
         self.server.stop()
         began, ended = self.server.complaints()
-        self.assertIn("store | result: fail | error: the store has not answered for 5 s", began)
+        self.assertIn("store | result: fail | error: the store has not answered for 1 s", began)
         self.assertIn("store | result: success | refused: 0", ended)
 
 

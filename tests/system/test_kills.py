@@ -206,7 +206,7 @@ class KillTests(SynchronousTestCase):
                 lambda: sum(agency.acknowledged for agency in agencies) > before,
                 "a batch is acknowledged",
             )
-            time.sleep(moments.uniform(0.0, 0.4))
+            time.sleep(moments.uniform(0.0, 0.2))
         server.kill()
 
     def _assert_sound(self, figures: Figures, agencies: list[Agency]) -> None:

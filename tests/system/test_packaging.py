@@ -47,7 +47,11 @@ def run(
     settings: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command that sees nothing of this environment; its output, which a failure shows."""
-    hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CAFEORCH_PURE")
+    hidden = (
+        *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CAFEORCH_PURE"),
+        # Without it all of Twisted would be compiled by every program here.
+        "PYTHONDONTWRITEBYTECODE",
+    )
     shown = {name: value for name, value in os.environ.items() if name not in hidden}
     completed = subprocess.run(
         [str(part) for part in command],

@@ -313,7 +313,8 @@ class AnyBytesTests(CodecTestCase):
         """Random bytes are refused with a ProtocolError, or are rows indeed."""
         self.check(body, count, table)
 
-    @settings(max_examples=1000)
+    # Run on both codecs, which test_two_codecs compares with each other as well.
+    @settings(max_examples=400)
     @given(st.data())
     def test_mutated(self, data: DataObject) -> None:
         """Valid bytes with a few changes too."""

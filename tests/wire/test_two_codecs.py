@@ -115,7 +115,7 @@ class AgreementTests(Compiled):
         self.assertAgree("decode_rows", body, len(head), len(drawn), table)
 
     # The sanitizer's test compares many more; these are the ones that Hypothesis can shrink.
-    @settings(max_examples=500)
+    @settings(max_examples=1000)
     @given(st.data())
     def test_mutated(self, data: DataObject) -> None:
         """Of such rows with a few changes."""

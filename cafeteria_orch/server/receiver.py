@@ -179,7 +179,7 @@ class FrameReceiver(Int32StringReceiver):
 
     def _begin_turn(self) -> None:
         # With another pause reason the turn is passed on; it is asked for again after that.
-        self._has_turn = not self._delivering
+        self._has_turn = True
         self.resume(Pause.TURN)
 
     def pause(self, reason: Pause) -> None:

@@ -40,8 +40,8 @@ SWITCH_INTERVAL = 0.0005
 """Seconds that a thread may keep the interpreter lock while another one waits for it.
 
 The store's thread takes the lock several times for each commit, and a busy reactor would keep it
-for Python's 5 ms each time. Measured beside 40 clients that flood the server with small messages: a
-batch is acknowledged after 7 ms instead of 2 s. Without a flood the throughput is the same.
+for Python's 5 ms each time. Measured beside 40 clients that flood the server with small messages:
+a batch is acknowledged after 7 ms instead of 2 s. Without a flood the throughput is the same.
 """
 
 

@@ -520,7 +520,7 @@ class MemoryMachine(RuleBasedStateMachine):
     def lose(self, which: int) -> None:
         client = self.clients[which]
         lose(client.protocol)
-        # What is in hand stays there; a new client takes the place.
+        # Its messages in progress stay; a new client takes the place.
         self.clients[which] = Client(self.factory)
 
     @invariant()

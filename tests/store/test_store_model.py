@@ -297,13 +297,16 @@ class StoreModel(RuleBasedStateMachine):
         self.collect()
         counts = self.counts()
         committed, duplicates = counts[Outcome.COMMITTED], counts[Outcome.DUPLICATE]
-        in_hand = Counter(
+        in_progress = Counter(
             exchange.opcode
             for connection in self.factory.connections
             for exchange in connection._window.in_progress
         )
         for table in TABLES:
-            assert self.factory.counters.tallies[table.opcode].in_progress == in_hand[table.opcode]
+            assert (
+                self.factory.counters.tallies[table.opcode].in_progress
+                == in_progress[table.opcode]
+            )
         assert counts.received == committed + duplicates + counts.failed + counts.in_progress
         assert committed + duplicates >= self.committed
         assert 0 <= counts.in_progress <= len(self.sink._waiting)

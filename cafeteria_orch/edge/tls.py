@@ -109,7 +109,7 @@ class ServerTLS:
 
 
 def common_name(connection: Connection) -> str | None:
-    """Return the common name in a client's certificate; ``None`` if there is none.
+    """Return the common name in a client's certificate; ``None`` without one.
 
     Unprintable characters are escaped, and so are the backslash and the bar that separates the
     fields of a log line.

@@ -183,7 +183,7 @@ class Site(http.HTTPFactory):
         )
 
     def startFactory(self) -> None:
-        """Twisted opens its access log here: there is none."""
+        """Twisted opens its access log here; this server has no such log."""
 
     def stopFactory(self) -> None:
         """Nothing was started."""

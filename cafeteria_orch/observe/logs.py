@@ -26,7 +26,7 @@ _OLDER_FIELDS = frozenset({"format", "isError", "message", "system", "time", "wh
 _URGENT = frozenset({LogLevel.error, LogLevel.critical})
 
 Render = Callable[[LogEvent, str], str]
-"""Makes a line of an event and its time, without the line's end; empty if there is none."""
+"""Makes a line, without its end, of an event and its time; empty if the event has no text."""
 
 
 def as_text(event: LogEvent, time: str) -> str:

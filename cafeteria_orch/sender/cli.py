@@ -50,7 +50,9 @@ async def send_directory(reactor: Any, options: argparse.Namespace) -> int:
         with closing(Journal(state, options.connect)) as journal:
             tables, rows = _plan(exports, errors, journal, options)
             if not errors and journal.is_finished:
-                print(f"All had been acknowledged before. To send all anew, remove {state}.")
+                print(
+                    f"All had been acknowledged before. To send everything again, remove {state}."
+                )
             elif tables:
                 with _progress(rows) as acknowledged:
                     delivery = _delivery(reactor, journal, options, acknowledged)

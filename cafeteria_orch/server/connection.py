@@ -199,8 +199,7 @@ class OrchestratorProtocol(FrameReceiver):
 
     def _settle_unanswered(self, exchange: Exchange) -> None:
         if not self._factory.must_answer(exchange.opcode):
-            exchange.settled = True
-            self.answered(exchange)
+            exchange.close_slot()
             return
         self._warn(
             "no answer",
@@ -211,7 +210,7 @@ class OrchestratorProtocol(FrameReceiver):
         )
         send_failure(exchange)
 
-    def answered(self, exchange: Exchange) -> None:
+    def answered(self) -> None:
         """Send the answers up to the first message that has none.
 
         In the reactor's thread. They leave together with the others of the same delivery.

@@ -59,7 +59,7 @@ _REASONS = {FailReason.TRY_AGAIN: Outcome.TRY_AGAIN, FailReason.MALFORMED: Outco
 def outcome_of(answer: bytes) -> Outcome:
     """The outcome that an answer tells its client.
 
-    :param answer: its payload; empty if there is none.
+    :param answer: its payload; empty without an answer.
     """
     if answer == _SUCCESS or answer[:1] != _FAIL:
         return Outcome.PROCESSED

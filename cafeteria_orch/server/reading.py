@@ -68,7 +68,7 @@ class Reading:
         self._received = received
         self._expired = expired
         self._awaited = Awaited.FRAME
-        # Most of the time there is none: a client may be idle for ever by default.
+        # Created when it is needed: by default a client may be idle for any time.
         self._countdown: Countdown | None = None
 
     def pause(self, reason: Pause) -> None:

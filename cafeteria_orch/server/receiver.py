@@ -232,7 +232,7 @@ class FrameReceiver(Int32StringReceiver):
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         """The connection is gone. Messages that were read whole are still delivered."""
         if self.state is State.OPEN and not self._input_over:
-            # Many clients close TLS without a close_notify: that looks like a reset, and is none.
+            # Many clients close TLS without a close_notify, which looks like a reset.
             is_tls = ISSLTransport.providedBy(self.transport)
             is_closed = reason.check(ConnectionDone) is not None or is_tls
             self._input_end = "connection closed" if is_closed else "connection reset"
@@ -341,7 +341,7 @@ class FrameReceiver(Int32StringReceiver):
     def abort(self) -> None:
         """Close at once, whatever is on its way."""
         self.drop_input()
-        # A TLS transport does not bear to be told when the connection is lost.
+        # A TLS transport raises if it is aborted after the connection is lost.
         if self.state is not State.LOST:
             if self.state is not State.CLOSING:
                 self._enter(State.CLOSING)

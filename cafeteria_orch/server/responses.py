@@ -130,6 +130,11 @@ class Exchange:
         else:
             connection.reactor.callFromThread(self._settle, payload)
 
+    def close_slot(self) -> None:
+        """Leave the message without an answer. In the reactor's thread."""
+        self.settled = True
+        self._connection.answered()
+
     def _settle(self, payload: bytes) -> None:
         if self.settled:
             self._connection.limited_log.warn(
@@ -142,9 +147,8 @@ class Exchange:
                 why="took too long" if self.is_late else "has had its one answer",
             )
             return
-        self.settled = True
         self.payload = payload
-        self._connection.answered(self)
+        self.close_slot()
 
 
 def send(client: Exchange, opcode: int, body: bytes = b"") -> None:

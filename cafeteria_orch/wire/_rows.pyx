@@ -71,7 +71,7 @@ cdef class Keys:
             self.is_optional[number] = table.columns[number] in table.optional
 
     cdef inline int find(self, const char *text, Py_ssize_t size, int guess) noexcept:
-        """The number of a key, which may be the guess; -1 if there is none."""
+        """The number of a key, which may be the guess; -1 if no key fits."""
         cdef int number = guess
         cdef int tried
         for tried in range(self.amount):
@@ -121,7 +121,7 @@ def decode_rows(body, offset, count, table):
     if type(body) is bytes and type(offset) is int and type(count) is int:
         if 0 <= offset <= len(body) and 0 <= count <= len(body):
             rows = decode_plain(<bytes> body, offset, count, keys_of(table))
-    # What was decoded until then is gone before it is decoded anew.
+    # What was decoded so far is freed before the pure codec decodes it again.
     return pure.decode_rows(body, offset, count, table) if rows is None else rows
 
 
@@ -186,7 +186,7 @@ cdef inline tuple new_row(Py_ssize_t width):
     """A row whose cells are empty, which no other code ever sees."""
     cdef tuple row = PyTuple_New(width)
     # So that what the collector runs meanwhile cannot get at it. And it will hold strings alone:
-    # the collector would find that out by itself, each time anew.
+    # the collector would find that out by itself in each of its runs.
     PyObject_GC_UnTrack(<void *> row)
     return row
 

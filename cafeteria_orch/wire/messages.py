@@ -113,7 +113,7 @@ class TableBatch:
         return cls(table, batch_number, status, tuple(rows), body)
 
     def encode_body(self) -> bytes:
-        """Encode the rows anew (:attr:`body` plays no part in it).
+        """Encode the rows; :attr:`body` is not used.
 
         :raises ValueError: if a row does not fit the table.
         :raises struct.error: if a number does not fit its place.

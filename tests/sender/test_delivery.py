@@ -84,7 +84,8 @@ class OrderTests(SenderTestCase):
         self.assertEqual(len(self.server.links), 1)
         state = self.folder / STATE_NAME
         self.assertIn(
-            f"All had been acknowledged before. To send all anew, remove {state}.", self.output
+            f"All had been acknowledged before. To send everything again, remove {state}.",
+            self.output,
         )
         state.unlink()
         self.assertEqual(self.send(), 0)

@@ -299,11 +299,13 @@ class OrchestratorFactory(ServerFactory):
             self._pause(connection)
         session = connection.session
         if self.log_info:
-            name = "" if session.common_name is None else " | common_name: {common_name}"
+            name = session.common_name
+            fields = {} if name is None else {"common_name": name}
+            more = "" if name is None else " | common_name: {common_name}"
             _log.info(
-                "action: accept_connections | result: success | ip: {ip}" + name,
+                "action: accept_connections | result: success | ip: {ip}" + more,
                 ip=session.ip,
-                common_name=session.common_name,
+                **fields,
             )
 
     def connection_lost(self, connection: OrchestratorProtocol) -> None:

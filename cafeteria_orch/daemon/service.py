@@ -117,7 +117,11 @@ class OrchestratorService(Service):
         if self._state is _State.DRAINING:
             raise RuntimeError("the service still drains: wait for the Deferred of stopService")
         super().startService()
-        _log.info("action: start | result: success | row codec: {codec}", codec=CODEC)
+        _log.info(
+            "action: start | result: success | row codec: {codec} | store: {store}",
+            codec=CODEC,
+            store="none" if self._sink is None else self._sink.codec,
+        )
         if self._sink is not None:
             self._sink.start()
         if self._state is _State.STOPPED:

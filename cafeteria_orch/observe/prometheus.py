@@ -74,6 +74,7 @@ class Collector:
             "twisted": twisted_version,
             "sqlite": sqlite3.sqlite_version,
             "row_codec": CODEC,
+            "store": "none" if status.sink is None else status.sink.codec,
         }
 
     def collect(self) -> Iterator[Any]:

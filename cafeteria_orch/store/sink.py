@@ -28,6 +28,7 @@ from cafeteria_orch.wire.opcodes import FailReason, Opcode
 from cafeteria_orch.wire.tables import TABLES
 
 from .files import StoreLock, clear_blank, explaining
+from .insertion import store_codec
 from .outage import MAX_COMMIT_SECONDS, Outage, ProgressWatch
 from .sqlite import Database
 from .writer import Job, Report, Writer
@@ -125,6 +126,11 @@ class Sink:
         self._watch.stop()
         self._jobs.put(None)
         return self._stopped
+
+    @property
+    def codec(self) -> str:
+        """``compiled`` where SQLite reads the bodies itself; ``pure`` where Python does."""
+        return store_codec()
 
     @property
     def refusal(self) -> str | None:

@@ -7,21 +7,18 @@ thread at a time.
 from __future__ import annotations
 
 import sqlite3
-import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from enum import Enum, auto
-from functools import cache
 from hashlib import blake2b
-from itertools import chain
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import TableBatch
-from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import Table
 
 from .files import (
@@ -33,6 +30,7 @@ from .files import (
     real_path,
     sync_folder,
 )
+from .insertion import connect, insert_bodies, insert_decoded, store_codec
 from .schema import APPLICATION_ID, SCHEMA_VERSION, statements
 
 __all__ = ("Blame", "Database", "StoreError", "check_store")
@@ -48,10 +46,6 @@ CHECKPOINT_PATIENCE = 0.2
 
 WAL_SIZE_LIMIT = 64 * 1024 * 1024
 """What the WAL is cut back to, in bytes, once all that is in it is in the file."""
-
-# sqlite3 releases the interpreter lock at every statement, and a busy reactor can keep it for
-# milliseconds: few and large statements win.
-_MAX_ROWS_PER_STATEMENT = 1024
 
 # A statement that SQLite refuses for what it says, as where somebody has dropped its table.
 _SQLITE_ERROR = 1
@@ -93,8 +87,11 @@ class Database:
         # Sessions that have a row; those of the open transaction may still lose it.
         self._session_ids: WeakKeyDictionary[Session, int] = WeakKeyDictionary()
         self._new_sessions: list[Session] = []
+        self._insert = insert_bodies if store_codec() == "compiled" else insert_decoded
+        # Batches that have an entry, and no rows yet.
+        self._pending: defaultdict[Table, list[tuple[int, TableBatch]]] = defaultdict(list)
         with _explaining(path):
-            self._connection = sqlite3.connect(
+            self._connection = connect(
                 path,
                 timeout=BUSY_TIMEOUT,
                 isolation_level=None,
@@ -102,7 +99,6 @@ class Database:
                 cached_statements=256,
             )
             try:
-                self._max_variables = _max_variables(self._connection)
                 self._prepare(keep_version)
             except BaseException:
                 self.close()
@@ -118,11 +114,12 @@ class Database:
 
         :raises sqlite3.Error: if it could not be committed.
         """
-        with self._forgetting_sessions():
+        with self._forgetting_undone():
             try:
                 self._check_that_files_are_there()
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield
+                self._insert_rows()
                 self._connection.execute("COMMIT")
             except BaseException:
                 if self.in_transaction:
@@ -132,10 +129,11 @@ class Database:
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """Inside a transaction: undo what is written inside of this if it fails."""
-        with self._forgetting_sessions():
+        with self._forgetting_undone():
             self._connection.execute("SAVEPOINT one")
             try:
                 yield
+                self._insert_rows()
             except BaseException:
                 if self.in_transaction:
                     self._connection.execute("ROLLBACK TO one")
@@ -149,6 +147,7 @@ class Database:
         """Inside a transaction: undo what is written inside of this."""
         with suppress(_Rehearsed), self.savepoint():
             yield
+            self._insert_rows()
             raise _Rehearsed
 
     @property
@@ -198,6 +197,8 @@ class Database:
     def store_batch(self, batch: TableBatch, session: Session, received_at: float) -> bool:
         """Store a batch, inside a transaction.
 
+        Its rows go in when the savepoint or the transaction ends, with those of others.
+
         :param received_at: seconds since the epoch.
         :return: ``False`` if it is a duplicate, which is not stored again.
         """
@@ -219,7 +220,8 @@ class Database:
         )
         if not inserted.rowcount:
             return False
-        self._insert_rows(batch, inserted.lastrowid)
+        if batch.amount:
+            self._pending[batch.table].append((inserted.lastrowid or 0, batch))
         return True
 
     def end_table(self, table_name: str, session: Session, received_at: float) -> None:
@@ -239,22 +241,14 @@ class Database:
             (_timestamp(finished_at), session.agency_id, self._session_id(session)),
         )
 
-    def _insert_rows(self, batch: TableBatch, batch_id: int | None) -> None:
-        # One variable is the batch's id, which all rows of a statement share.
-        fitting = (self._max_variables - 1) // len(batch.columns)
-        max_rows = min(_MAX_ROWS_PER_STATEMENT, fitting)
-        start = 0
-        while start < batch.amount:
-            # Powers of two: a few statements serve batches of every size.
-            size = min(max_rows, 1 << (batch.amount - start).bit_length() - 1)
-            rows: tuple[Row, ...] = batch.rows[start : start + size]
-            inserted = self._connection.execute(
-                _insert_statement(batch.table, size), [batch_id, *chain.from_iterable(rows)]
-            )
-            if inserted.rowcount != size:
+    def _insert_rows(self) -> None:
+        while self._pending:
+            table, batches = self._pending.popitem()
+            inserted = self._insert(self._connection, table, batches)
+            rows = sum(batch.amount for _, batch in batches)
+            if inserted != rows:
                 # A trigger may leave rows out. What is acknowledged is stored wholly.
-                raise sqlite3.IntegrityError(f"{inserted.rowcount} of {size} rows went in")
-            start += size
+                raise sqlite3.IntegrityError(f"{inserted} of {rows} rows went in")
 
     def _session_id(self, session: Session) -> int:
         session_id = self._session_ids.get(session)
@@ -274,8 +268,8 @@ class Database:
         return session_id
 
     @contextmanager
-    def _forgetting_sessions(self) -> Iterator[None]:
-        """Forget the rows of sessions that were inserted inside, if they are undone."""
+    def _forgetting_undone(self) -> Iterator[None]:
+        """Forget what was written inside, if it is undone: sessions' rows, and pending batches."""
         known = len(self._new_sessions)
         try:
             yield
@@ -283,6 +277,7 @@ class Database:
             for session in self._new_sessions[known:]:
                 del self._session_ids[session]
             del self._new_sessions[known:]
+            self._pending.clear()
             raise
         if not self.in_transaction:
             self._new_sessions.clear()
@@ -367,20 +362,6 @@ def _explaining(path: str) -> Iterator[None]:
             yield
     except sqlite3.Error as error:
         raise StoreError(f"the store {path} cannot be opened: {error}") from error
-
-
-def _max_variables(connection: sqlite3.Connection) -> int:
-    if sys.version_info >= (3, 11):
-        return connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)
-    return 32_766 if sqlite3.sqlite_version_info >= (3, 32) else 999
-
-
-@cache
-def _insert_statement(table: Table, rows: int) -> str:
-    # By name: an operator may have added a column.
-    columns = ", ".join(table.columns)
-    row = f"(?1, {', '.join('?' * len(table.columns))})"
-    return f"INSERT INTO {table.name} (batch_id, {columns}) VALUES {', '.join([row] * rows)}"  # noqa: S608
 
 
 def _client_id(session: Session) -> str | None:

@@ -86,6 +86,8 @@ class Writer:
         self._jobs = jobs
         self._report = report
         self._ended = ended
+        # What is being written, or was last.
+        self._current: Job
         # What the store refused last, and why.
         self._refused: Job | None = None
         self._refusal: TryAgainLater | None = None
@@ -155,36 +157,40 @@ class Writer:
         """Write a group in one transaction, and report the outcomes."""
         self._wal_is_empty = False
         began = self._reactor.seconds()
-        outcomes: list[object] = []
-        job = group[0]
+        self._current = group[0]
         try:
             with self._database.transaction():
-                for job in group:
-                    outcomes.append(self._write(job))
+                outcomes = self._write(group)
         except Exception as error:
-            refusal = self._refuse(job, "takes nothing now", error)
+            refusal = self._refuse(self._current, "takes nothing now", error)
             self._tell([Failure(refusal)] * len(group))
         else:
             self._tell(outcomes, self._reactor.seconds() - began)
 
-    def _write(self, job: Job) -> object:
-        """Write one job of a group.
+    def _write(self, jobs: Sequence[Job]) -> list[object]:
+        """Write jobs; if that fails, each of them alone.
 
-        :return: its outcome; a Failure if the others survive it.
+        :return: their outcomes; a Failure where the others survive it.
         :raises Exception: if they do not survive it.
         """
         try:
             with self._database.savepoint():
-                return job.write(self._database)
+                return [self._write_one(job) for job in jobs]
         except Exception as error:
             blame = self._database.blame(error)
             if blame is Blame.STORE:
                 raise
+            if len(jobs) > 1:
+                return [outcome for job in jobs for outcome in self._write([job])]
             if blame is Blame.TABLE:
-                return Failure(self._refuse(job, "refuses some batches now", error))
+                return [Failure(self._refuse(jobs[0], "refuses some batches now", error))]
             rejection = BatchRejected(f"not storable: {type(error).__name__}")
             rejection.__cause__ = error
-            return Failure(rejection)
+            return [Failure(rejection)]
+
+    def _write_one(self, job: Job) -> object:
+        self._current = job
+        return job.write(self._database)
 
     def _refuse(self, job: Job, what: str, error: Exception) -> TryAgainLater:
         # The error itself is not kept: its traceback holds the whole group.

@@ -4,17 +4,15 @@
 It knows what is right, and only that: whatever it cannot decode or encode it hands to the pure
 codec, which is the specification and names what is wrong. So both give the same errors.
 
-The bytes come from the network. Every one of them is read through :func:`take`, which never
-moves past the end.
+How it walks a body stands in ``_rows.pxd``.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 from cpython.unicode cimport PyUnicode_DecodeUTF8
-from libc.stdint cimport uint32_t
-from libc.string cimport memcmp, memcpy
+from libc.stdint cimport uint64_t
+from libc.string cimport memcpy
 
 from functools import lru_cache
 
@@ -24,63 +22,58 @@ from . import rows as pure
 cdef extern from "Python.h":
     const char *PyUnicode_AsUTF8AndSize(object text, Py_ssize_t *size) except NULL
     void PyObject_GC_UnTrack(void *row)
-    # Not Cython's own, which takes it that the cell is not empty.
-    PyObject *PyTuple_GET_ITEM(object row, Py_ssize_t column)
 
 
 cdef enum:
-    LENGTH = 4
-    MOST_KEYS = 64
-    MOST_TABLES = 64
+    MAX_TABLES = 64
     # A longer row is left to the pure codec: no sum of sizes overflows, on 32 bits either.
-    MOST_BYTES = 1 << 30
+    MAX_BYTES = 1 << 30
 
 
-cdef struct Key:
-    const char *text
-    Py_ssize_t size
-    Py_ssize_t column
-
-
-cdef class Keys:
-    """The keys of a table, as what they are compared with; and the names of its columns."""
-
-    cdef Key keys[MOST_KEYS]
-    cdef Key names[MOST_KEYS]
-    cdef bint is_optional[MOST_KEYS]
-    cdef int amount
-    cdef Py_ssize_t width
-    # Whether there is room for them. A table that has more is left to the pure codec.
-    cdef bint fit
-    # What the pointers point into.
-    cdef object texts
+cdef class TableColumns:
+    """The keys of a table and the names of its columns, in the form that a body is walked with."""
 
     def __cinit__(self, table):
         cdef int number
+        cdef Columns *columns = &self.columns
         names = [column.encode() for column in table.columns]
-        self.texts = [*table.index_of_key, *names]
-        self.amount = len(table.index_of_key)
-        self.width = len(names)
-        self.fit = max(self.amount, self.width) <= MOST_KEYS
+        self._texts = [*table.index_of_key, *names]
+        columns.amount = len(table.index_of_key)
+        columns.width = len(names)
+        self.fit = max(columns.amount, columns.width) <= MAX_KEYS
         if not self.fit:
             return
         for number, text in enumerate(table.index_of_key):
-            self.keys[number] = key_of(text, table.index_of_key[text])
+            columns.keys[number] = key_of(text, table.index_of_key[text])
         for number, text in enumerate(names):
-            self.names[number] = key_of(text, number)
-            self.is_optional[number] = table.columns[number] in table.optional
+            columns.names[number] = key_of(text, number)
+            columns.all |= <uint64_t> 1 << number
+            if table.columns[number] in table.optional:
+                columns.optional |= <uint64_t> 1 << number
+        choose_guesses(columns)
 
-    cdef inline int find(self, const char *text, Py_ssize_t size, int guess) noexcept:
-        """The number of a key, which may be the guess; -1 if no key fits."""
-        cdef int number = guess
-        cdef int tried
-        for tried in range(self.amount):
-            if number >= self.amount:
-                number = 0
-            if self.keys[number].size == size and not memcmp(self.keys[number].text, text, size):
-                return number
-            number += 1
-        return -1
+
+cdef void choose_guesses(Columns *columns):
+    cdef int number, factor, best = 0
+    for factor in range(SLOTS):
+        number = count_slots(columns, factor)
+        if number > best:
+            best, columns.factor = number, factor
+    for number in range(columns.amount):
+        columns.guesses[slot_of_key(&columns.keys[number], columns.factor)] = number
+
+
+cdef int count_slots(const Columns *columns, unsigned int factor):
+    """How many slots the keys share."""
+    cdef uint64_t taken = 0
+    cdef int number
+    for number in range(columns.amount):
+        taken |= <uint64_t> 1 << slot_of_key(&columns.keys[number], factor)
+    return bin(taken).count("1")
+
+
+cdef inline unsigned int slot_of_key(const Key *key, unsigned int factor) noexcept:
+    return slot_of(key.text, key.size, factor)
 
 
 cdef Key key_of(bytes text, Py_ssize_t column):
@@ -88,118 +81,140 @@ cdef Key key_of(bytes text, Py_ssize_t column):
 
 
 # Tables live for ever as a rule; those of a program that makes one for each batch do not.
-keys_of = lru_cache(maxsize=MOST_TABLES)(Keys)
+columns_of = lru_cache(maxsize=MAX_TABLES)(TableColumns)
 
 
-cdef struct Cursor:
-    const char *at
-    Py_ssize_t left
+def check_rows(body, offset, count, table):
+    """As :func:`cafeteria_orch.wire.rows.check_rows`; makes no rows."""
+    if is_plain(body, offset, count):
+        if are_rows(<bytes> body, offset, count, columns_of(table)):
+            return None
+    return pure.check_rows(body, offset, count, table)
 
 
-cdef inline const char *take(Cursor *cursor, Py_ssize_t size) noexcept:
-    """The next bytes, and move past them; ``NULL`` if there are fewer."""
-    cdef const char *start = cursor.at
-    if size > cursor.left:
-        return NULL
-    cursor.at += size
-    cursor.left -= size
-    return start
+cdef bint is_plain(body, offset, count):
+    """Whether a body and two numbers are what they seem, and the numbers are within it.
+
+    A subclass of bytes or int may be anything: only what is known to be plain is read here.
+    """
+    if type(body) is bytes and type(offset) is int and type(count) is int:
+        return 0 <= offset <= len(body) and 0 <= count <= len(body)
+    return False
 
 
-cdef inline Py_ssize_t take_length(Cursor *cursor) noexcept:
-    """The next length; -1 if it is cut off. What the wire says below 0 is one no body has."""
-    cdef const unsigned char *at = <const unsigned char *> take(cursor, LENGTH)
-    if at == NULL:
-        return -1
-    return at[0] | at[1] << 8 | at[2] << 16 | (<uint32_t> at[3]) << 24
+cdef Cursor cursor_at(bytes body, Py_ssize_t offset):
+    return Cursor(PyBytes_AS_STRING(body) + offset, PyBytes_GET_SIZE(body) - offset)
+
+
+cdef bint are_rows(bytes body, Py_ssize_t offset, Py_ssize_t count, TableColumns table):
+    """Whether the body holds so many rows, and nothing else, from the offset on."""
+    cdef Cursor cursor = cursor_at(body, offset)
+    cdef Columns *columns = &table.columns
+    cdef Cell cells[MAX_KEYS]
+    cdef Py_ssize_t row, column
+    # As a rule one look at the whole body spares one at each cell.
+    cdef bint is_utf8 = is_ascii(cursor.at, cursor.left)
+    if not table.fit:
+        return False
+    for row in range(count):
+        if not take_row(&cursor, columns, cells):
+            return False
+        if not is_utf8:
+            for column in range(columns.width):
+                if cells[column].text != NULL and not is_text(&cells[column]):
+                    return False
+    return not cursor.left
+
+
+cdef bint is_ascii(const char *at, Py_ssize_t size) noexcept nogil:
+    cdef char seen = 0
+    cdef Py_ssize_t place
+    for place in range(size):
+        seen |= at[place]
+    return not seen & 0x80
+
+
+cdef bint is_text(const Cell *cell) noexcept nogil:
+    """Whether a cell is UTF-8 as Python takes it: the shortest form, and no surrogates."""
+    cdef const unsigned char *at = <const unsigned char *> cell.text
+    cdef const unsigned char *end = at + cell.size
+    cdef unsigned char lowest, highest
+    cdef int size
+    while at < end:
+        # What the second byte may be says what is too short, a surrogate, or too large.
+        lowest, highest = 0x80, 0xBF
+        if at[0] < 0x80:
+            at += 1
+            continue
+        elif 0xC2 <= at[0] <= 0xDF:
+            size = 2
+        elif 0xE0 <= at[0] <= 0xEF:
+            size = 3
+            if at[0] == 0xE0:
+                lowest = 0xA0
+            elif at[0] == 0xED:
+                highest = 0x9F
+        elif 0xF0 <= at[0] <= 0xF4:
+            size = 4
+            if at[0] == 0xF0:
+                lowest = 0x90
+            elif at[0] == 0xF4:
+                highest = 0x8F
+        else:
+            return False
+        if end - at < size or not lowest <= at[1] <= highest:
+            return False
+        if size > 2 and at[2] & 0xC0 != 0x80 or size > 3 and at[3] & 0xC0 != 0x80:
+            return False
+        at += size
+    return True
 
 
 def decode_rows(body, offset, count, table):
     """As :func:`cafeteria_orch.wire.rows.decode_rows`."""
     rows = None
-    # A subclass of bytes or int may be anything: only what is known to be plain is read here.
-    if type(body) is bytes and type(offset) is int and type(count) is int:
-        if 0 <= offset <= len(body) and 0 <= count <= len(body):
-            rows = decode_plain(<bytes> body, offset, count, keys_of(table))
+    if is_plain(body, offset, count):
+        rows = decode_plain(<bytes> body, offset, count, columns_of(table))
     # What was decoded so far is freed before the pure codec decodes it again.
     return pure.decode_rows(body, offset, count, table) if rows is None else rows
 
 
-cdef list decode_plain(bytes body, Py_ssize_t offset, Py_ssize_t count, Keys keys):
+cdef list decode_plain(bytes body, Py_ssize_t offset, Py_ssize_t count, TableColumns table):
     """The rows, or ``None`` if they are malformed; the offset is one in the body."""
-    cdef Cursor cursor
+    cdef Cursor cursor = cursor_at(body, offset)
+    cdef Cell cells[MAX_KEYS]
     cdef list rows = []
-    cdef tuple row
-    if not keys.fit:
+    if not table.fit:
         return None
-    cursor.at = PyBytes_AS_STRING(body) + offset
-    cursor.left = PyBytes_GET_SIZE(body) - offset
     for _ in range(count):
-        row = decode_row(&cursor, keys)
-        if row is None:
+        if not take_row(&cursor, &table.columns, cells):
             return None
-        rows.append(row)
+        try:
+            rows.append(row_of(cells, table.columns.width))
+        except UnicodeDecodeError:
+            return None
     return None if cursor.left else rows
 
 
-cdef tuple decode_row(Cursor *cursor, Keys keys):
-    """One row, or ``None`` if it is malformed."""
-    cdef tuple row = new_row(keys.width)
-    cdef Py_ssize_t pairs = take_length(cursor)
-    cdef Py_ssize_t pair, size, column
-    cdef const char *text
-    cdef int key = -1
-    if not 0 <= pairs <= keys.width:
-        return None
-    for pair in range(pairs):
-        size = take_length(cursor)
-        if size < 0:
-            return None
-        text = take(cursor, size)
-        if text == NULL:
-            return None
-        # Many a client sends the keys in the same order in every row.
-        key = keys.find(text, size, key + 1)
-        if key < 0:
-            return None
-        column = keys.keys[key].column
-        size = take_length(cursor)
-        if size < 0 or PyTuple_GET_ITEM(row, column) != NULL:
-            return None
-        text = take(cursor, size)
-        if text == NULL:
-            return None
-        try:
-            put(row, column, PyUnicode_DecodeUTF8(text, size, NULL))
-        except UnicodeDecodeError:
-            return None
-    if pairs < keys.width:
-        for column in range(keys.width):
-            if PyTuple_GET_ITEM(row, column) == NULL:
-                if not keys.is_optional[column]:
-                    return None
-                put(row, column, None)
-    return row
-
-
-cdef inline tuple new_row(Py_ssize_t width):
-    """A row whose cells are empty, which no other code ever sees."""
+cdef tuple row_of(const Cell *cells, Py_ssize_t width):
     cdef tuple row = PyTuple_New(width)
-    # So that what the collector runs meanwhile cannot get at it. And it will hold strings alone:
-    # the collector would find that out by itself in each of its runs.
+    cdef Py_ssize_t column
+    # So that what the collector runs meanwhile cannot get at a row whose cells are empty. And it
+    # will hold strings alone: the collector would find that out by itself in each of its runs.
     PyObject_GC_UnTrack(<void *> row)
+    for column in range(width):
+        if cells[column].text == NULL:
+            cell = None
+        else:
+            cell = PyUnicode_DecodeUTF8(cells[column].text, cells[column].size, NULL)
+        Py_INCREF(cell)
+        PyTuple_SET_ITEM(row, column, cell)
     return row
-
-
-cdef inline void put(tuple row, Py_ssize_t column, object cell) noexcept:
-    """Fill a cell that is still empty."""
-    Py_INCREF(cell)
-    PyTuple_SET_ITEM(row, column, cell)
 
 
 def encode_row(row, table):
     """As :func:`cafeteria_orch.wire.rows.encode_row`."""
-    encoded = encode_plain(row, keys_of(table))
+    encoded = encode_plain(row, columns_of(table))
     return pure.encode_row(row, table) if encoded is None else encoded
 
 
@@ -208,17 +223,18 @@ def encode_rows(rows, table):
     return b"".join([encode_row(row, table) for row in rows])
 
 
-cdef bytes encode_plain(row, Keys keys):
+cdef bytes encode_plain(row, TableColumns table):
     """The bytes of a row, or ``None`` if it is not a tuple of what the columns take."""
     cdef Py_ssize_t column, size, pairs = 0, total = LENGTH
     cdef const char *text
     cdef char *at
     cdef bytes encoded
-    if not keys.fit or type(row) is not tuple or len(row) != keys.width:
+    cdef Columns *columns = &table.columns
+    if not table.fit or type(row) is not tuple or len(row) != columns.width:
         return None
-    for column in range(keys.width):
+    for column in range(columns.width):
         cell = (<tuple> row)[column]
-        if cell is None and keys.is_optional[column]:
+        if cell is None and columns.optional >> column & 1:
             continue
         if type(cell) is not str:
             return None
@@ -227,17 +243,17 @@ cdef bytes encode_plain(row, Keys keys):
         except UnicodeEncodeError:
             return None
         pairs += 1
-        total += LENGTH + keys.names[column].size + LENGTH
-        if size > MOST_BYTES - total:
+        total += LENGTH + columns.names[column].size + LENGTH
+        if size > MAX_BYTES - total:
             return None
         total += size
     encoded = PyBytes_FromStringAndSize(NULL, total)
     at = put_length(PyBytes_AS_STRING(encoded), pairs)
-    for column in range(keys.width):
+    for column in range(columns.width):
         cell = (<tuple> row)[column]
         if cell is not None:
             text = PyUnicode_AsUTF8AndSize(cell, &size)
-            at = put_string(at, keys.names[column].text, keys.names[column].size)
+            at = put_string(at, columns.names[column].text, columns.names[column].size)
             at = put_string(at, text, size)
     return encoded
 

@@ -23,11 +23,11 @@ from .tables import END_OF_TABLE, TABLES, Table
 
 # The pure codec is the specification of the compiled one, which is there if it could be built.
 if os.environ.get("CAFEORCH_PURE", "0") in {"", "0"} and find_spec("cafeteria_orch.wire._rows"):
-    from ._rows import decode_rows, encode_row, encode_rows
+    from ._rows import check_rows, decode_rows, encode_row, encode_rows
 
     CODEC = "compiled"
 else:
-    from .rows import decode_rows, encode_row, encode_rows
+    from .rows import check_rows, decode_rows, encode_row, encode_rows
 
     CODEC = "pure"
 
@@ -60,6 +60,24 @@ BATCH_HEADER = Struct("<iqB")
 _AGENCY_ID = Struct("<i")
 
 
+class _Rows:
+    """The rows of a batch as a field: those of a batch that came are decoded on demand, once."""
+
+    def __get__(self, batch: TableBatch | None, owner: type[TableBatch]) -> tuple[Row, ...]:
+        if batch is None:
+            # What stands here is what a dataclass takes for the default: there is none.
+            raise AttributeError("rows")
+        attributes = batch.__dict__
+        if "rows" not in attributes:
+            decoded = decode_rows(batch.body, BATCH_HEADER.size, batch.amount, batch.table)
+            attributes["rows"] = tuple(decoded)
+        rows: tuple[Row, ...] = attributes["rows"]
+        return rows
+
+    def __set__(self, batch: TableBatch, rows: tuple[Row, ...]) -> None:
+        batch.__dict__["rows"] = rows
+
+
 @dataclass(frozen=True)
 class TableBatch:
     """Some rows of one table, or (the table is ``END_OF_TABLE``) the end of one.
@@ -69,15 +87,20 @@ class TableBatch:
         each file, so the number alone does not identify a batch.
     :ivar status: a :class:`~cafeteria_orch.wire.opcodes.BatchStatus`, or any other byte.
     :ivar rows: tuples in the order of :attr:`columns`; ``None`` for an optional column
-        that the row leaves out.
+        that the row leaves out. Those of a batch that came are decoded when they are asked for.
     :ivar body: the bytes that the batch was decoded from, empty for a batch made here.
+    :ivar amount: how many rows there are.
     """
 
     table: Table
     batch_number: int
     status: int
-    rows: tuple[Row, ...]
-    body: bytes = field(default=b"", repr=False, compare=False)
+    rows: _Rows = _Rows()
+    body: bytes = field(default=b"", init=False, repr=False, compare=False)
+    amount: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "amount", len(self.rows))
 
     @property
     def opcode(self) -> Opcode:
@@ -89,18 +112,13 @@ class TableBatch:
         """The names of the cells of a row."""
         return self.table.columns
 
-    @property
-    def amount(self) -> int:
-        """How many rows there are."""
-        return len(self.rows)
-
     def dicts(self) -> list[dict[str, str | None]]:
         """The rows by the names of their columns."""
         return [dict(zip(self.columns, row)) for row in self.rows]
 
     @classmethod
     def decode_body(cls, table: Table, body: bytes) -> TableBatch:
-        """Decode the body of a batch of ``table``.
+        """Check the body of a batch of ``table``.
 
         :raises ProtocolError: if it is malformed.
         """
@@ -109,8 +127,17 @@ class TableBatch:
         amount, batch_number, status = BATCH_HEADER.unpack_from(body)
         if table is END_OF_TABLE and amount != 1:
             raise ProtocolError("an EOF message has exactly one row")
-        rows = decode_rows(body, BATCH_HEADER.size, amount, table)
-        return cls(table, batch_number, status, tuple(rows), body)
+        rows = check_rows(body, BATCH_HEADER.size, amount, table)
+        batch = cls.__new__(cls)
+        attributes = batch.__dict__
+        attributes["table"] = table
+        attributes["batch_number"] = batch_number
+        attributes["status"] = status
+        attributes["body"] = body
+        attributes["amount"] = amount
+        if rows is not None:
+            attributes["rows"] = tuple(rows)
+        return batch
 
     def encode_body(self) -> bytes:
         """Encode the rows; :attr:`body` is not used.

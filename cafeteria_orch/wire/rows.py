@@ -83,6 +83,15 @@ def decode_rows(body: bytes, offset: int, count: int, table: Table) -> list[Row]
     return rows
 
 
+def check_rows(body: bytes, offset: int, count: int, table: Table) -> list[Row] | None:
+    """Check all the rows of a batch, as :func:`decode_rows` does.
+
+    :return: the rows where the check has decoded them, as it has here; else ``None``.
+    :raises ProtocolError: if these bytes are not ``count`` rows of ``table``.
+    """
+    return decode_rows(body, offset, count, table)
+
+
 def _length_error(what: str, length: int) -> ProtocolError:
     return ProtocolError(f"{what} {'runs past the body' if length < 2**31 else 'is negative'}")
 

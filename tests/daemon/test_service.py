@@ -66,7 +66,7 @@ class Starting(ServiceTestCase):
         with capturedLogs() as events:
             self.started(RecordingEndpoint())
         lines = [
-            f"action: start | result: success | row codec: {CODEC}",
+            f"action: start | result: success | row codec: {CODEC} | store: none",
             "action: listen | result: success | address: 127.0.0.1:4321",
         ]
         self.assertEqual(sorted(texts(events, LogLevel.info)), sorted(lines))

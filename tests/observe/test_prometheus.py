@@ -157,7 +157,8 @@ class Values(MetricsTestCase):
             if name == "cafeorch_build_info"
         ]
         self.assertEqual(labels["version"], __version__)
-        self.assertEqual(set(labels), {"version", "python", "twisted", "sqlite", "row_codec"})
+        names = {"version", "python", "twisted", "sqlite", "row_codec", "store"}
+        self.assertEqual(set(labels), names)
 
 
 class Format(MetricsTestCase):

@@ -19,11 +19,12 @@ from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store import sqlite as database_module
 from cafeteria_orch.wire.messages import TableBatch, decode, encode
 from cafeteria_orch.wire.tables import (
+    MENU_ITEMS,
     STORES,
     TRANSACTIONS,
     USERS,
 )
-from tests.support.builders import PEER, USER_ROW, received
+from tests.support.builders import PEER, received
 from tests.support.stores import CLIENT, NOW, NOW_TEXT, DatabaseTestCase, connecting
 from tests.support.strategies import table_batches
 
@@ -53,10 +54,13 @@ class Batches(DatabaseTestCase):
 
     def test_digest_of_the_body(self) -> None:
         """The digest is that of the bytes that came, not of what was made of them."""
-        batch = TableBatch(USERS, 1, 0, (USER_ROW,), b"as it came")
+        batch = received(table=MENU_ITEMS, rows=[("1",) * 7])
+        body = batch.body.replace(b"\x0a\0\0\0product_id", b"\x07\0\0\0item_id")
+        came = TableBatch.decode_body(MENU_ITEMS, body)
+        self.assertEqual(came, batch)
         with self.database.transaction():
-            self.database.store_batch(batch, self.session, NOW)
-        digest = blake2b(b"as it came", digest_size=16).digest()
+            self.database.store_batch(came, self.session, NOW)
+        digest = blake2b(body, digest_size=16).digest()
         self.assertEqual(self.query("SELECT digest FROM batch"), [(digest,)])
 
     def test_times_are_utc(self) -> None:
@@ -187,10 +191,11 @@ class Duplicates(DatabaseTestCase):
 
     def test_same_digest_under_another_number(self) -> None:
         """The number counts beside the digest, not only as a part of the bytes."""
+        self.patch(
+            database_module, "blake2b", lambda body, digest_size: blake2b(digest_size=digest_size)
+        )
         for number in (8, 9):
-            batch = TableBatch(USERS, number, 0, (USER_ROW,), b"the same")
-            with self.database.transaction():
-                self.assertIs(self.database.store_batch(batch, self.session, NOW), True)
+            self.assertIs(self.store(batch_number=number), True)
 
     def test_other_table(self) -> None:
         """The same bytes for another table are another batch."""

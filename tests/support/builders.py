@@ -155,7 +155,7 @@ def numbered(*numbers: int) -> bytes:
 
 
 def failing_at(number: int, error: BaseException) -> Callable[..., bool]:
-    """A ``Database.store_batch`` that raises for one batch, after its rows went in."""
+    """A ``Database.store_batch`` that raises for one batch, after it was stored."""
     store_batch = Database.store_batch
 
     def store(database: Database, batch: TableBatch, *rest: Any) -> bool:

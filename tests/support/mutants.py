@@ -1,4 +1,4 @@
-"""Feeds mutated bodies to the compiled row codec: a program of its own, run under a sanitizer.
+"""Feeds mutated bodies to all that is compiled: a program of its own, run under a sanitizer.
 
 ``python -m tests.support.mutants BODIES SEED`` prints how many of them were rows, and how many were not.
 """
@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import ctypes
+import sqlite3
 import struct
 import sys
+from array import array
 from random import Random
 
+from cafeteria_orch.store import insertion
 from cafeteria_orch.wire import _rows as compiled
 from cafeteria_orch.wire import rows as pure
 from cafeteria_orch.wire.errors import ProtocolError
+from cafeteria_orch.wire.messages import BATCH_HEADER
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import MENU_ITEMS, TRANSACTIONS, USERS, Table
 
@@ -37,15 +41,44 @@ class Guard:
             function.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
     def decode(self, body: bytes, count: int, table: Table) -> list[Row] | str:
-        """The rows, or what is wrong."""
+        """The rows, or what is wrong: whether they are decoded or only checked."""
         end = id(body) + HEADER + len(body)
         self._poison(end, 1)
         try:
-            return compiled.decode_rows(body, 0, count, table)
+            decoded: list[Row] | str = compiled.decode_rows(body, 0, count, table)
         except ProtocolError as error:
-            return str(error)
-        finally:
-            self._unpoison(end, 1)
+            decoded = str(error)
+        try:
+            compiled.check_rows(body, 0, count, table)
+        except ProtocolError as error:
+            agree = str(error) == decoded
+        else:
+            agree = not isinstance(decoded, str)
+        self._unpoison(end, 1)
+        if not agree:
+            raise AssertionError(f"{body!r}, {count}: checked otherwise than {decoded!r}")
+        return decoded
+
+
+class Query:
+    """Has SQLite read bodies, of which it makes copies of just their size."""
+
+    def __init__(self) -> None:
+        # Whether they work is not asked: with a mistake in them, they do not.
+        with insertion._functions():
+            self._connection = sqlite3.connect(":memory:")
+        # What is no UTF-8 is not for this function to find.
+        self._connection.text_factory = lambda text: text.decode(errors="replace")
+
+    def read(self, bodies: bytes, sizes: list[int], table: Table) -> list[Row] | None:
+        """The rows; ``None`` if they are malformed."""
+        query = f"SELECT {', '.join(table.columns)} FROM wire_{table.name}(?, ?)"
+        try:
+            return self._connection.execute(query, (array("q", sizes), bodies)).fetchall()
+        except sqlite3.OperationalError as error:
+            if "malformed" not in str(error):
+                raise
+            return None
 
 
 def valid(random: Random, table: Table, rows: int) -> bytearray:
@@ -85,6 +118,7 @@ def main(bodies: int, seed: int) -> None:
     """Decode so many bodies, and tell what came of them."""
     random = Random(seed)
     guard = Guard()
+    query = Query()
     right = compared = 0
     for number in range(bodies):
         table = random.choice(TABLES)
@@ -93,6 +127,13 @@ def main(bodies: int, seed: int) -> None:
         count = rows if random.random() < 0.9 else random.choice(NUMBERS)
         result = guard.decode(body, count, table)
         right += not isinstance(result, str)
+        whole = BATCH_HEADER.pack(min(count, 2**31 - 1), 1, 0) + body
+        sizes = [0, len(whole)]
+        if random.random() < 0.1:
+            sizes[random.randrange(2) :] = [random.choice(NUMBERS)] * random.randrange(3)
+        read = query.read(whole, sizes, table)
+        if sizes == [0, len(whole)] and read != result and not isinstance(result, str):
+            raise AssertionError(f"{body!r}, {count}: {result!r}, and SQLite reads {read!r}")
         if number % COMPARED == 0:
             try:
                 expected: list[Row] | str = pure.decode_rows(body, 0, count, table)

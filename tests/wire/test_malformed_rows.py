@@ -6,6 +6,7 @@ import contextlib
 import struct
 import traceback
 import tracemalloc
+from itertools import product
 from typing import Any
 from unittest import TestCase
 
@@ -98,10 +99,11 @@ class RowTestCase(CodecTestCase):
         self, text: str, body: bytes, *, count: int = 1, table: Table = USERS
     ) -> None:
         """These bytes are refused with exactly this text, which shows nothing of the data."""
-        with self.assertRaises(ProtocolError) as caught:
-            self.codec.decode_rows(body, 0, count, table)
-        self.assertEqual(str(caught.exception), text)
-        self.assertNotIn(SECRET, "".join(traceback.format_exception(caught.exception)))
+        for function in (self.codec.decode_rows, self.codec.check_rows):
+            with self.assertRaises(ProtocolError) as caught:
+                function(body, 0, count, table)
+            self.assertEqual(str(caught.exception), text)
+            self.assertNotIn(SECRET, "".join(traceback.format_exception(caught.exception)))
 
     def assertAllMalformed(self, cases: dict[str, tuple[str, bytes]]) -> None:
         """Each case, by its name: the text, and the bytes of one row of users."""
@@ -280,6 +282,22 @@ class MalformedTests(RowTestCase):
                     "row 1: the value of 'gender' is not UTF-8", replaced(1, pair)
                 )
 
+    def test_every_sequence_at_the_edges_of_utf8(self) -> None:
+        """What Python takes for UTF-8 is a value, and nothing else is: up to five bytes of them."""
+        edges = (0x00, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0)
+        leads = bytes(edges) + bytes.fromhex("C1C2DFE0E1ECEDEEEFF0F1F3F4F5FF")
+        row = wire_row([(name, "") for name in USERS.columns[1:]])[4:]
+        key = i32(4) + wire_string("user_id")
+        for size in range(1, 5):
+            for value in map(bytes, product(leads, *[edges] * (size - 1))):
+                for text in (value, value + b"a"):
+                    try:
+                        self.codec.check_rows(key + wire_string(text) + row, 0, 1, USERS)
+                    except ProtocolError:
+                        self.assertRaises(UnicodeDecodeError, text.decode)
+                    else:
+                        text.decode()
+
     def test_key_that_is_not_utf8(self) -> None:
         """Such a key is none that a table has."""
         for key in (b"\xff", b"user_id\xff", b"\xed\xa0\x80"):
@@ -290,9 +308,10 @@ class MalformedTests(RowTestCase):
         """A body that is cut off anywhere is malformed, as one row and as two."""
         body = ROW + ROW
         for end in range(len(body)):
-            with self.subTest(end=end), self.assertRaises(ProtocolError) as caught:
-                self.codec.decode_rows(body[:end], 0, 2, USERS)
-            self.assertNotIn(SECRET, str(caught.exception))
+            for function in (self.codec.decode_rows, self.codec.check_rows):
+                with self.subTest(end=end), self.assertRaises(ProtocolError) as caught:
+                    function(body[:end], 0, 2, USERS)
+                self.assertNotIn(SECRET, str(caught.exception))
 
 
 class AnyBytesTests(CodecTestCase):
@@ -303,10 +322,12 @@ class AnyBytesTests(CodecTestCase):
         try:
             expected = naive_decode(body, count, table)
         except ValueError:
-            with self.assertRaises(ProtocolError):
-                self.codec.decode_rows(body, 0, count, table)
+            for function in (self.codec.decode_rows, self.codec.check_rows):
+                with self.assertRaises(ProtocolError):
+                    function(body, 0, count, table)
         else:
             self.assertEqual(self.codec.decode_rows(body, 0, count, table), expected)
+            self.codec.check_rows(body, 0, count, table)
 
     @given(st.binary(max_size=100), st.integers(-1, 5) | I32, tables())
     def test_random(self, body: bytes, count: int, table: Table) -> None:

@@ -1,4 +1,4 @@
-"""The compiled row codec reads no byte beyond a body, whatever is in it: under a sanitizer."""
+"""What is compiled reads no byte beyond a body, whatever is in it: under a sanitizer."""
 
 from __future__ import annotations
 
@@ -36,12 +36,21 @@ static PyObject *checked_decode(const char *text, Py_ssize_t size, const char *e
 #define PyUnicode_DecodeUTF8 checked_decode
 """
 
+WALK = "wire/_rows.pxd"
+FUNCTIONS = "store/_wire_tables.pyx"
+
 MISTAKES = {
-    "no bound at all": ("if size > cursor.left:", "if size < 0:"),
-    "a byte too many": ("if size > cursor.left:", "if size > cursor.left + 1:"),
-    "a length cut off": ("take(cursor, LENGTH)", "take(cursor, 1)"),
+    "no bound at all": (WALK, "if size > cursor.left:", "if size < 0:"),
+    "a byte too many": (WALK, "if size > cursor.left:", "if size > cursor.left + 1:"),
+    "a length cut off": (
+        WALK,
+        "take(cursor, LENGTH)",
+        "take(cursor, LENGTH if cursor.left > LENGTH else cursor.left)",
+    ),
+    "a negative size": (FUNCTIONS, "if batch[1] < 0:", "if batch[1] < -(1 << 40):"),
+    "a copy too short": (FUNCTIONS, "malloc(cursor.left)", "malloc(cursor.left - 1)"),
 }
-"""What is changed in the codec, and must be caught."""
+"""What is changed in a file of the package, and must be caught."""
 
 
 def sanitizer() -> str:
@@ -57,20 +66,21 @@ def sanitizer() -> str:
 
 
 class SanitizedTests(SynchronousTestCase):
-    """The codec built with AddressSanitizer, each object with an allocation of its own."""
+    """What is compiled, built with AddressSanitizer, each object with an allocation of its own."""
 
-    def build(self, mistake: tuple[str, str] | None = None) -> Path:
-        """A copy of the package with such a codec."""
+    def build(self, mistake: tuple[str, str, str] | None = None) -> Path:
+        """A copy of the package that is built so."""
         folder = Path(self.mktemp()).absolute()
-        built = shutil.ignore_patterns("__pycache__", "*.so", "_rows.c")
+        built = shutil.ignore_patterns("__pycache__", "*.so", "_*.c")
         shutil.copytree(ROOT / "cafeteria_orch", folder / "cafeteria_orch", ignore=built)
         for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, folder)
-        source = folder / "cafeteria_orch" / "wire" / "_rows.pyx"
         if mistake:
+            name, right, wrong = mistake
+            source = folder / "cafeteria_orch" / name
             text = source.read_text()
-            self.assertEqual(text.count(mistake[0]), 1, mistake)
-            source.write_text(text.replace(*mistake))
+            self.assertEqual(text.count(right), 1, mistake)
+            source.write_text(text.replace(right, wrong))
         header = folder / "checked.h"
         header.write_text(CHECKED)
         flags = f"-fsanitize=address -g -O1 -include {header}"
@@ -83,7 +93,9 @@ class SanitizedTests(SynchronousTestCase):
             text=True,
             check=False,
         )
-        self.assertTrue(list(source.parent.glob("_rows.*.so")), completed.stdout)
+        self.assertEqual(
+            len(list((folder / "cafeteria_orch").glob("**/_*.so"))), 2, completed.stdout
+        )
         return folder
 
     def feed(self, folder: Path, bodies: int) -> subprocess.CompletedProcess[str]:
@@ -118,11 +130,11 @@ class SanitizedTests(SynchronousTestCase):
 
     @slow
     def test_mistakes_are_caught(self) -> None:
-        """The codec with a bound left out, or off by one, is stopped by the sanitizer."""
+        """With a bound left out, or off by one, it is stopped by the sanitizer."""
         sanitizer()
         for name, mistake in MISTAKES.items():
             completed = self.feed(self.build(mistake), FEW)
             self.assertNotEqual(completed.returncode, 0, name)
-            error = re.search("ERROR: AddressSanitizer: [a-z-]+", completed.stdout)
+            error = re.search("ERROR: AddressSanitizer: [A-Za-z-]+", completed.stdout)
             assert error is not None, completed.stdout
             print(f"\n{name}: {error[0]}")

@@ -4,10 +4,12 @@ from setuptools import Extension, setup
 
 setup(
     ext_modules=[
-        Extension(f"cafeteria_orch.{name}", [f"cafeteria_orch/{path}.pyx"], optional=True)
-        for name, path in (
-            ("wire._rows", "wire/_rows"),
-            ("store._wire_tables", "store/_wire_tables"),
+        Extension(
+            f"cafeteria_orch.{name}",
+            [f"cafeteria_orch/{name.replace('.', '/')}.pyx"],
+            depends=["cafeteria_orch/wire/_rows.pxd"],
+            optional=True,
         )
+        for name in ("wire._rows", "store._wire_tables")
     ],
 )

@@ -25,19 +25,21 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = ("cafeteria_orch", "twisted")
 PLUGIN = "twisted/plugins/cafeorch_plugin.py"
-CODEC_SOURCE = "cafeteria_orch/wire/_rows.pyx"
-CODEC = re.compile(r"cafeteria_orch/wire/_rows\..+\.(so|pyd)")
-"""What it is compiled to."""
+COMPILED = ("cafeteria_orch/wire/_rows", "cafeteria_orch/store/_wire_tables")
+SOURCES_OF_COMPILED = {*(f"{name}.pyx" for name in COMPILED), "cafeteria_orch/wire/_rows.pxd"}
+BUILT = re.compile(rf"({'|'.join(COMPILED)})\.[^.]+\.(so|pyd)")
+"""What they are compiled to."""
 
 QUICKLY = {"CFLAGS": "-O0"}
 """What is compiled here is looked at, not measured."""
 
 
 def has_compiler() -> bool:
-    """Whether there is what the row codec is compiled with."""
+    """Whether there is what the package is compiled with."""
     compiler = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    return shutil.which(compiler.split()[0]) is not None and header.is_file()
+    headers = (Path(sysconfig.get_path("include"), "Python.h"), Path("/usr/include/sqlite3ext.h"))
+    is_there = all(header.is_file() for header in headers)
+    return is_there and shutil.which(compiler.split()[0]) is not None
 
 
 def run(
@@ -150,7 +152,7 @@ class Workshop:
             if path.is_file():
                 shutil.copy(path, target)
         for source in SOURCES:
-            built = ("_rows.c", "_rows.*.so", "_rows.*.pyd")
+            built = ("_*.c", "_*.so", "_*.pyd")
             junk = shutil.ignore_patterns("__pycache__", "dropin.cache", *built)
             shutil.copytree(ROOT / source, target / source, ignore=junk)
         return target
@@ -229,33 +231,47 @@ class Packaging(SynchronousTestCase):
         environment = self.check_install("-e", self.workshop.copy("editable"))
         self.assertFalse((environment.packages / PLUGIN).exists())
 
-    def codec(self, environment: Environment, **settings: str) -> str:
-        """Which row codec is taken by what is installed there."""
-        code = "from cafeteria_orch.wire.messages import CODEC; print(CODEC)"
+    def codecs(self, environment: Environment, **settings: str) -> list[str]:
+        """Which row codec and which store are taken by what is installed there."""
+        code = (
+            "from cafeteria_orch.wire.messages import CODEC;"
+            "from cafeteria_orch.store.insertion import store_codec;"
+            "print(CODEC, store_codec())"
+        )
         command = (environment.programs / "python", "-c", code)
-        return run(*command, folder=self.workshop.elsewhere, settings=settings).stdout.strip()
+        return run(*command, folder=self.workshop.elsewhere, settings=settings).stdout.split()
 
     def test_with_a_compiler(self) -> None:
-        """Where it can be, the row codec is compiled, and taken unless the pure one is asked for."""
+        """Where they can be, both are compiled, and taken unless the pure ones are asked for."""
         if not has_compiler():
-            raise SkipTest("there is no C compiler, or no Python.h")
-        self.assertEqual(len(list(filter(CODEC.fullmatch, contents(self.workshop.wheel)))), 1)
+            raise SkipTest("there is no C compiler, or no header of Python's or SQLite's")
+        self.assertEqual(len(list(filter(BUILT.fullmatch, contents(self.workshop.wheel)))), 2)
         environment = self.check_install(self.workshop.wheel)
-        self.assertEqual(self.codec(environment), "compiled")
-        self.assertEqual(self.codec(environment, CAFEORCH_PURE="1"), "pure")
+        self.assertEqual(self.codecs(environment), ["compiled", "compiled"])
+        self.assertEqual(self.codecs(environment, CAFEORCH_PURE="1"), ["pure", "pure"])
 
     def test_without_a_compiler(self) -> None:
-        """Where there is none, the build succeeds all the same, and the pure codec serves."""
+        """Where there is none, the build succeeds all the same, and the pure ones serve."""
         wheel = self.workshop.build("wheel", "without_compiler", CC="false")
-        self.assertEqual(list(filter(CODEC.fullmatch, contents(wheel))), [])
-        self.assertEqual(self.codec(self.check_install(wheel)), "pure")
+        self.assertEqual(list(filter(BUILT.fullmatch, contents(wheel))), [])
+        self.assertEqual(self.codecs(self.check_install(wheel)), ["pure", "pure"])
+
+    def test_without_the_header_of_sqlite(self) -> None:
+        """Where only that is missing, the row codec is compiled."""
+        if not has_compiler():
+            raise SkipTest("there is no C compiler, or no header of Python's or SQLite's")
+        broken = self.workshop.folder / "broken"
+        broken.mkdir()
+        (broken / "sqlite3ext.h").write_text("#error not here")
+        wheel = self.workshop.build("wheel", "without_header", CFLAGS=f"-O0 -I{broken}")
+        self.assertEqual(self.codecs(self.check_install(wheel)), ["compiled", "pure"])
 
     def test_wheel(self) -> None:
         """The wheel has all of the package, its type marker, the plugin, and no more."""
         names = {
             name
             for name in contents(self.workshop.wheel)
-            if "-info/" not in name and not CODEC.fullmatch(name)
+            if "-info/" not in name and not BUILT.fullmatch(name)
         }
         source = self.workshop.source
         expected = {
@@ -265,7 +281,7 @@ class Packaging(SynchronousTestCase):
             if path.is_file()
         }
         # What it is compiled from is of no use to those who install it.
-        self.assertEqual(names, expected - {CODEC_SOURCE})
+        self.assertEqual(names, expected - SOURCES_OF_COMPILED)
         self.assertIn("cafeteria_orch/py.typed", names)
         self.assertIn("cafeteria_orch/wire/_rows.pyi", names)
         self.assertIn(PLUGIN, names)
@@ -282,12 +298,12 @@ class Packaging(SynchronousTestCase):
         self.assertEqual(set(rebuilt), set(built))
         # The compiled module differs by the folder that it was built in.
         differing = {name for name in built if rebuilt[name] != built[name]}
-        self.assertEqual({name for name in differing if not CODEC.fullmatch(name)}, set())
+        self.assertEqual({name for name in differing if not BUILT.fullmatch(name)}, set())
         with tarfile.open(self.workshop.sdist) as archive:
             names = {name.partition("/")[2] for name in archive.getnames()}
-        for needed in (CODEC_SOURCE, "cafeteria_orch/wire/_rows.pyi", "cafeteria_orch/py.typed"):
-            self.assertIn(needed, names)
-        self.assertNotIn("cafeteria_orch/wire/_rows.c", names)
+        needed = {"cafeteria_orch/wire/_rows.pyi", "cafeteria_orch/py.typed"}
+        self.assertLessEqual(needed | SOURCES_OF_COMPILED, names)
+        self.assertEqual([name for name in names if name.endswith(".c")], [])
 
     def test_metadata(self) -> None:
         """Twisted alone is needed to run; the version is the package's."""

@@ -47,7 +47,7 @@ MISTAKES = {
         "take(cursor, LENGTH)",
         "take(cursor, LENGTH if cursor.left > LENGTH else cursor.left)",
     ),
-    "a negative size": (FUNCTIONS, "if batch[1] < 0:", "if batch[1] < -(1 << 40):"),
+    "a size that nobody checks": (FUNCTIONS, "take(&cursor.rest, batch[1])", "cursor.rest.at"),
     "a copy too short": (FUNCTIONS, "malloc(cursor.left)", "malloc(cursor.left - 1)"),
 }
 """What is changed in a file of the package, and must be caught."""

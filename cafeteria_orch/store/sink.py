@@ -30,7 +30,7 @@ from cafeteria_orch.wire.tables import TABLES
 from .files import StoreLock, clear_blank, explaining
 from .insertion import store_codec
 from .outage import MAX_COMMIT_SECONDS, Outage, ProgressWatch
-from .sqlite import Database
+from .sqlite import Arrival, Database
 from .writer import Job, Report, Writer
 
 MAX_WAITING_BATCHES = 1024
@@ -146,12 +146,8 @@ class Sink:
 
     def _store_batch(self, batch: TableBatch, client: Exchange) -> Deferred[Outcome | bool]:
         self._factory.log_data_message(batch, client)
-        now = self._factory.wall_time()
-
-        def write(database: Database) -> bool:
-            return database.store_batch(batch, client.session, now)
-
-        return self._answer(self._submit(write, len(batch.body)), client)
+        arrival = Arrival(batch, client.session, self._factory.wall_time())
+        return self._answer(self._submit(arrival, len(batch.body)), client)
 
     def _end_table(self, end: TableBatch, client: Exchange) -> Deferred[Outcome | bool]:
         self._factory.log_data_message(end, client)
@@ -207,13 +203,15 @@ class Sink:
 
         return done.addCallbacks(committed, not_now)
 
-    def _submit(self, write: Callable[[Database], object], size: int = 0) -> Deferred[Any]:
+    def _submit(
+        self, task: Arrival | Callable[[Database], object], size: int = 0
+    ) -> Deferred[Any]:
         """Give the writer a job; fires in the reactor's thread after its commit."""
         if self._thread is None:
             refusal = self._death or TryAgainLater("the store is closed")
             self._note(refusal, 1)
             return fail(refusal)
-        job = Job(write, size, Deferred())
+        job = Job(task, size, Deferred())
         self._waiting.append(job)
         self._waiting_bytes += size
         self._jobs.put(job)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from enum import Enum, auto
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from cafeteria_orch.server.responses import Session
@@ -33,7 +34,7 @@ from .files import (
 from .insertion import connect, insert_bodies, insert_decoded, store_codec
 from .schema import APPLICATION_ID, SCHEMA_VERSION, statements
 
-__all__ = ("Blame", "Database", "StoreError", "check_store")
+__all__ = ("Arrival", "Blame", "Database", "StoreError", "check_store")
 
 MIN_SQLITE = (3, 24, 0)
 """The oldest SQLite that knows ``ON CONFLICT``."""
@@ -64,6 +65,18 @@ class Blame(Enum):
     """The file, the disk or the memory: the whole transaction is undone."""
 
 
+class Arrival(NamedTuple):
+    """A batch that has come.
+
+    :ivar session: of the connection that it came by.
+    :ivar received_at: when, in seconds since the epoch.
+    """
+
+    batch: TableBatch
+    session: Session
+    received_at: float
+
+
 class _Rehearsed(Exception):
     """Undoes what has succeeded."""
 
@@ -87,9 +100,8 @@ class Database:
         # Sessions that have a row; those of the open transaction may still lose it.
         self._session_ids: WeakKeyDictionary[Session, int] = WeakKeyDictionary()
         self._new_sessions: list[Session] = []
-        self._insert = insert_bodies if store_codec() == "compiled" else insert_decoded
-        # Batches that have an entry, and no rows yet.
-        self._pending: defaultdict[Table, list[tuple[int, TableBatch]]] = defaultdict(list)
+        compiled = store_codec() == "compiled"
+        self._insert_rows = insert_bodies if compiled else insert_decoded
         with _explaining(path):
             self._connection = connect(
                 path,
@@ -114,12 +126,11 @@ class Database:
 
         :raises sqlite3.Error: if it could not be committed.
         """
-        with self._forgetting_undone():
+        with self._forgetting_sessions():
             try:
                 self._check_that_files_are_there()
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield
-                self._insert_rows()
                 self._connection.execute("COMMIT")
             except BaseException:
                 if self.in_transaction:
@@ -129,11 +140,10 @@ class Database:
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """Inside a transaction: undo what is written inside of this if it fails."""
-        with self._forgetting_undone():
+        with self._forgetting_sessions():
             self._connection.execute("SAVEPOINT one")
             try:
                 yield
-                self._insert_rows()
             except BaseException:
                 if self.in_transaction:
                     self._connection.execute("ROLLBACK TO one")
@@ -147,7 +157,6 @@ class Database:
         """Inside a transaction: undo what is written inside of this."""
         with suppress(_Rehearsed), self.savepoint():
             yield
-            self._insert_rows()
             raise _Rehearsed
 
     @property
@@ -194,14 +203,28 @@ class Database:
         except OSError:
             return 0
 
-    def store_batch(self, batch: TableBatch, session: Session, received_at: float) -> bool:
-        """Store a batch, inside a transaction.
+    def store(self, arrivals: Iterable[Arrival]) -> list[bool]:
+        """Store batches, inside a transaction.
 
-        Its rows go in when the savepoint or the transaction ends, with those of others.
-
-        :param received_at: seconds since the epoch.
-        :return: ``False`` if it is a duplicate, which is not stored again.
+        :return: for each, ``False`` if it is a duplicate, which is not stored again.
         """
+        outcomes = []
+        new: defaultdict[Table, list[tuple[int, TableBatch]]] = defaultdict(list)
+        for arrival in arrivals:
+            batch_id = self._insert_batch(arrival)
+            outcomes.append(batch_id is not None)
+            if batch_id is not None:
+                new[arrival.batch.table].append((batch_id, arrival.batch))
+        for table, batches in new.items():
+            inserted = self._insert_rows(self._connection, table, batches)
+            rows = sum(batch.amount for _, batch in batches)
+            if inserted != rows:
+                # A trigger may leave rows out. What is acknowledged is stored wholly.
+                raise sqlite3.IntegrityError(f"{inserted} of {rows} rows went in")
+        return outcomes
+
+    def _insert_batch(self, arrival: Arrival) -> int | None:
+        batch, session, received_at = arrival
         inserted = self._connection.execute(
             "INSERT INTO batch (session_id, client_id, opcode, batch_number, status, amount,"
             " digest, received_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
@@ -218,11 +241,7 @@ class Database:
                 _timestamp(received_at),
             ),
         )
-        if not inserted.rowcount:
-            return False
-        if batch.amount:
-            self._pending[batch.table].append((inserted.lastrowid or 0, batch))
-        return True
+        return inserted.lastrowid if inserted.rowcount else None
 
     def end_table(self, table_name: str, session: Session, received_at: float) -> None:
         """Note that no more batches of a table come in this session, inside a transaction."""
@@ -240,15 +259,6 @@ class Database:
             "UPDATE session SET finished_at = ?, agency_id = ? WHERE id = ?",
             (_timestamp(finished_at), session.agency_id, self._session_id(session)),
         )
-
-    def _insert_rows(self) -> None:
-        while self._pending:
-            table, batches = self._pending.popitem()
-            inserted = self._insert(self._connection, table, batches)
-            rows = sum(batch.amount for _, batch in batches)
-            if inserted != rows:
-                # A trigger may leave rows out. What is acknowledged is stored wholly.
-                raise sqlite3.IntegrityError(f"{inserted} of {rows} rows went in")
 
     def _session_id(self, session: Session) -> int:
         session_id = self._session_ids.get(session)
@@ -268,8 +278,8 @@ class Database:
         return session_id
 
     @contextmanager
-    def _forgetting_undone(self) -> Iterator[None]:
-        """Forget what was written inside, if it is undone: sessions' rows, and pending batches."""
+    def _forgetting_sessions(self) -> Iterator[None]:
+        """Forget the rows of sessions that were inserted inside, if they are undone."""
         known = len(self._new_sessions)
         try:
             yield
@@ -277,7 +287,6 @@ class Database:
             for session in self._new_sessions[known:]:
                 del self._session_ids[session]
             del self._new_sessions[known:]
-            self._pending.clear()
             raise
         if not self.in_transaction:
             self._new_sessions.clear()

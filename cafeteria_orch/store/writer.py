@@ -16,7 +16,7 @@ from cafeteria_orch.server.responses import describe
 from cafeteria_orch.wire.errors import BatchRejected, TryAgainLater
 
 from .files import StoreLock
-from .sqlite import Blame, Database
+from .sqlite import Arrival, Blame, Database
 
 MAX_GROUP_BYTES = 16 * 1024 * 1024
 """About how much one transaction commits: what comes later waits for it."""
@@ -36,12 +36,13 @@ _log = Logger()
 class Job(NamedTuple):
     """Something to write.
 
-    :ivar write: writes it, inside a transaction; its result is the job's outcome.
+    :ivar task: a batch to store; or what writes something else, inside a transaction, and returns
+        the job's outcome.
     :ivar size: about how many bytes it writes.
     :ivar done: fires with the outcome, in the reactor's thread.
     """
 
-    write: Callable[[Database], object]
+    task: Arrival | Callable[[Database], object]
     size: int
     done: Deferred[Any]
 
@@ -86,8 +87,6 @@ class Writer:
         self._jobs = jobs
         self._report = report
         self._ended = ended
-        # What is being written, or was last.
-        self._current: Job
         # What the store refused last, and why.
         self._refused: Job | None = None
         self._refusal: TryAgainLater | None = None
@@ -157,12 +156,11 @@ class Writer:
         """Write a group in one transaction, and report the outcomes."""
         self._wal_is_empty = False
         began = self._reactor.seconds()
-        self._current = group[0]
         try:
             with self._database.transaction():
                 outcomes = self._write(group)
         except Exception as error:
-            refusal = self._refuse(self._current, "takes nothing now", error)
+            refusal = self._refuse(group[-1], "takes nothing now", error)
             self._tell([Failure(refusal)] * len(group))
         else:
             self._tell(outcomes, self._reactor.seconds() - began)
@@ -175,7 +173,7 @@ class Writer:
         """
         try:
             with self._database.savepoint():
-                return [self._write_one(job) for job in jobs]
+                return self._outcomes(jobs)
         except Exception as error:
             blame = self._database.blame(error)
             if blame is Blame.STORE:
@@ -188,9 +186,18 @@ class Writer:
             rejection.__cause__ = error
             return [Failure(rejection)]
 
-    def _write_one(self, job: Job) -> object:
-        self._current = job
-        return job.write(self._database)
+    def _outcomes(self, jobs: Sequence[Job]) -> list[object]:
+        outcomes: list[object] = []
+        # Batches that come one behind the other are stored together.
+        arrivals: list[Arrival] = []
+        for job in jobs:
+            if isinstance(job.task, Arrival):
+                arrivals.append(job.task)
+            else:
+                outcomes += self._database.store(arrivals)
+                arrivals = []
+                outcomes.append(job.task(self._database))
+        return outcomes + self._database.store(arrivals)
 
     def _refuse(self, job: Job, what: str, error: Exception) -> TryAgainLater:
         # The error itself is not kept: its traceback holds the whole group.
@@ -207,7 +214,7 @@ class Writer:
             with self._database.transaction():
                 # Only a rehearsal: its client was told that it is not stored.
                 with self._database.rehearsal():
-                    job.write(self._database)
+                    self._outcomes([job])
                 self._database.touch()
         except Exception:
             self._retry_due = self._reactor.seconds() + RETRY_INTERVAL

@@ -25,7 +25,7 @@ from cafeteria_orch.observe.log_files import LogStream
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Session
-from cafeteria_orch.store.sqlite import Database
+from cafeteria_orch.store.sqlite import Arrival, Database
 from cafeteria_orch.wire import messages as row_codec
 from cafeteria_orch.wire import rows
 from cafeteria_orch.wire.framing import INT32, FrameDecoder
@@ -328,12 +328,12 @@ def store(effort: Effort) -> list[Figure]:
     def ours() -> float:
         with tempfile.TemporaryDirectory() as folder:
             database = Database(f"{folder}/store")
-            session = Session("127.0.0.1", 0.0)
+            arrival = Arrival(batch, Session("127.0.0.1", 0.0), 0.0)
 
             def work() -> None:
                 for _ in range(batches):
                     with database.transaction():
-                        database.store_batch(batch, session, 0.0)
+                        database.store([arrival])
 
             with closing(database):
                 return elapsed(work, time.perf_counter)

@@ -260,7 +260,7 @@ class Sums(SinkTestCase):
     def test_the_sums_are_right_at_every_scrape(self) -> None:
         """What was received is committed, duplicate, failed or in progress, by table, at any moment."""
         rejected = failing_at(13, ValueError("a fault of the test"))
-        self.patch(Database, "store_batch", rejected)
+        self.patch(Database, "store", rejected)
         self.start(FaultyConnection)
         assert isinstance(self.connection, FaultyConnection)
         clients = []

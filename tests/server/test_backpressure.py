@@ -101,7 +101,7 @@ class BackpressureTests(GroupTestCase):
     def test_a_store_that_fails_lets_connections_go_on(self) -> None:
         """It answers the batches that wait."""
         self.limit(batches=2)
-        self.patch(Database, "store_batch", self.fail_to_store)
+        self.patch(Database, "store", self.fail_to_store)
         transports = self.connect_many(6, 2)
         self.gate.open(12)
         self.reactor.pump_until(lambda: all(part.value() == TRY_AGAIN * 2 for part in transports))

@@ -66,7 +66,7 @@ class PipelinedSinkTests(GroupTestCase):
 
     def test_one_fails(self) -> None:
         """One that cannot be stored costs itself alone, and its FAIL leaves in its place."""
-        self.patch(Database, "store_batch", failing_at(2, ValueError("two")))
+        self.patch(Database, "store", failing_at(2, ValueError("two")))
         self.send_ahead(*self.batches(0, 1, 2, 3))
         self.let_commit(2, SUCCESS * 2 + REJECTED + SUCCESS)
         self.assertEqual(self.batch_numbers(), [0, 1, 3])

@@ -25,7 +25,7 @@ from cafeteria_orch.wire.tables import (
     USERS,
 )
 from tests.support.builders import PEER, received
-from tests.support.stores import CLIENT, NOW, NOW_TEXT, DatabaseTestCase, connecting
+from tests.support.stores import CLIENT, NOW, NOW_TEXT, DatabaseTestCase, connecting, store_batch
 from tests.support.strategies import table_batches
 
 
@@ -41,7 +41,7 @@ class Batches(DatabaseTestCase):
         self.session.client_id = CLIENT
         batch = received(table=STORES, rows=[("é",) * 8] * 3, batch_number=-5, status=9)
         with self.database.transaction():
-            self.assertIs(self.database.store_batch(batch, self.session, NOW), True)
+            self.assertIs(store_batch(self.database, batch, self.session, NOW), True)
         digest = blake2b(batch.body, digest_size=16).digest()
         self.assertEqual(
             self.query(
@@ -59,7 +59,7 @@ class Batches(DatabaseTestCase):
         came = TableBatch.decode_body(MENU_ITEMS, body)
         self.assertEqual(came, batch)
         with self.database.transaction():
-            self.database.store_batch(came, self.session, NOW)
+            store_batch(self.database, came, self.session, NOW)
         digest = blake2b(body, digest_size=16).digest()
         self.assertEqual(self.query("SELECT digest FROM batch"), [(digest,)])
 
@@ -77,7 +77,7 @@ class Batches(DatabaseTestCase):
         os.environ["TZ"] = "XYZ-9"
         time.tzset()
         with self.database.transaction():
-            self.database.store_batch(received(), self.session, NOW)
+            store_batch(self.database, received(), self.session, NOW)
             self.database.end_table("users", self.session, NOW)
             self.database.finish_session(self.session, NOW)
         for column, table in {
@@ -134,7 +134,7 @@ class Batches(DatabaseTestCase):
         """Whatever batch comes in, its text comes back, row by row, and its entry fits it."""
         batch: TableBatch = decode(encode(sent))
         with self.database.transaction():
-            self.assertTrue(self.database.store_batch(batch, self.session, NOW))
+            self.assertTrue(store_batch(self.database, batch, self.session, NOW))
         (entry,) = self.query(
             "SELECT id, opcode, batch_number, status, amount FROM batch ORDER BY id DESC LIMIT 1"
         )
@@ -171,7 +171,7 @@ class Duplicates(DatabaseTestCase):
         """Nor if the first of the two is not committed yet."""
         batch = received(batch_number=2)
         with self.database.transaction():
-            stored = [self.database.store_batch(batch, self.session, NOW) for _ in range(2)]
+            stored = [store_batch(self.database, batch, self.session, NOW) for _ in range(2)]
         self.assertEqual(stored, [True, False])
         self.assert_batches(2)
 
@@ -204,13 +204,13 @@ class Duplicates(DatabaseTestCase):
         self.assertEqual(empty.body, other.body)
         with self.database.transaction():
             for batch in (empty, other):
-                self.assertIs(self.database.store_batch(batch, self.session, NOW), True)
+                self.assertIs(store_batch(self.database, batch, self.session, NOW), True)
 
     def test_rolled_back(self) -> None:
         """A batch that was not committed was not sent before."""
         batch = received(batch_number=2)
         with self.assertRaises(Boom), self.database.transaction():
-            self.database.store_batch(batch, self.session, NOW)
+            store_batch(self.database, batch, self.session, NOW)
             raise Boom
         self.assertIs(self.store(batch_number=2), True)
         self.assert_batches(2)
@@ -303,7 +303,7 @@ class Transactions(DatabaseTestCase):
     def test_rollback(self) -> None:
         """What raises inside a transaction is raised, and nothing of it is in the store."""
         with self.assertRaises(Boom), self.database.transaction():
-            self.database.store_batch(received(), self.session, NOW)
+            store_batch(self.database, received(), self.session, NOW)
             self.database.end_table("users", self.session, NOW)
             self.database.finish_session(self.session, NOW)
             raise Boom
@@ -313,7 +313,7 @@ class Transactions(DatabaseTestCase):
     def test_session_after_a_rollback(self) -> None:
         """A session whose row was rolled back gets it with the next commit."""
         with self.assertRaises(Boom), self.database.transaction():
-            self.database.store_batch(received(), self.session, NOW)
+            store_batch(self.database, received(), self.session, NOW)
             raise Boom
         self.store()
         joined = self.query("SELECT ip, amount FROM batch JOIN session ON session.id = session_id")
@@ -324,7 +324,7 @@ class Transactions(DatabaseTestCase):
         """A rollback does not cost the session a row that it had before."""
         self.store()
         with self.assertRaises(Boom), self.database.transaction():
-            self.database.store_batch(received(batch_number=2), self.session, NOW)
+            store_batch(self.database, received(batch_number=2), self.session, NOW)
             raise Boom
         self.store(batch_number=3)
         self.assertEqual(self.count("session"), 1)
@@ -335,7 +335,7 @@ class Transactions(DatabaseTestCase):
     def test_not_seen_before_the_commit(self) -> None:
         """Another program sees a batch whole or not at all."""
         with self.database.transaction():
-            self.database.store_batch(received(), self.session, NOW)
+            store_batch(self.database, received(), self.session, NOW)
             self.assertEqual((self.count("batch"), self.count("users")), (0, 0))
         self.assertEqual((self.count("batch"), self.count("users")), (1, 1))
 

@@ -139,7 +139,7 @@ class GroupTests(GroupTestCase):
 
     def test_rejected_batch_leaves_its_neighbours(self) -> None:
         """A batch that no store can take is rejected, also after its rows went in."""
-        self.patch(Database, "store_batch", failing_at(3, ValueError("three")))
+        self.patch(Database, "store", failing_at(3, ValueError("three")))
         self.assert_one_batch_fails_alone(REJECTED)
         self.assertIsNone(self.sink.refusal)
 
@@ -204,7 +204,7 @@ class FaultTests(GroupTestCase):
 
     def test_session_of_a_bad_batch_is_written_again(self) -> None:
         """A session's row that was undone with the savepoint comes with the next batch."""
-        self.patch(Database, "store_batch", failing_at(1, ValueError("one")))
+        self.patch(Database, "store", failing_at(1, ValueError("one")))
         self.assert_session_follows(REJECTED)
         self.flushLoggedErrors(BatchRejected)
 

@@ -14,6 +14,7 @@ from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.messages import TableBatch, encode
 from cafeteria_orch.wire.tables import STORES, USERS, Table
 from tests.support.builders import PEER, USER_ROW, batch
+from tests.support.stores import store_batch
 
 STORE_ROW = ("1", "G Coffee", "Jalan 1", "50480", "Kuala Lumpur", "KL", "3.1", "101.7")
 NOON = 1_735_732_800.0
@@ -41,7 +42,7 @@ class IngestStatusTests(SynchronousTestCase):
         message = batch(table=table, rows=[row] * rows, batch_number=self.numbers)
         decoded = TableBatch.decode_body(table, encode(message)[1:])
         with self.database.transaction():
-            self.assertTrue(self.database.store_batch(decoded, session, self.now))
+            self.assertTrue(store_batch(self.database, decoded, session, self.now))
 
     def end(self, session: Session, table: Table = USERS) -> None:
         self.now += 1
@@ -207,7 +208,7 @@ class IngestStatusTests(SynchronousTestCase):
         message = TableBatch.decode_body(USERS, encode(batch())[1:])
         for expected in (True, False):
             with self.database.transaction():
-                stored = self.database.store_batch(message, self.session(CLIENT), self.now)
+                stored = store_batch(self.database, message, self.session(CLIENT), self.now)
                 self.assertEqual(stored, expected)
         self.assertEqual(self.status("session_id", "batches", "rows"), [(1, 1, 1)])
 

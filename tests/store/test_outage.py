@@ -216,7 +216,7 @@ class WriterTests(OutageTestCase):
 
     def test_writer_that_ends(self) -> None:
         """What waits gets FAIL 1, so does what comes later, at once; the store is not ready."""
-        self.patch(Database, "store_batch", failing_at(1, Ending(SECRET)))
+        self.patch(Database, "store", failing_at(1, Ending(SECRET)))
         clients = [connect(self.factory) for _ in range(3)]
         with capturedLogs() as events:
             for protocol, _ in clients:
@@ -259,7 +259,7 @@ class WriterTests(OutageTestCase):
 
     def test_started_again(self) -> None:
         """After a stop the sink can be started again, also where its writer had ended."""
-        with patch.object(Database, "store_batch", side_effect=Ending):
+        with patch.object(Database, "store", side_effect=Ending):
             self.assertEqual(self.send(), TRY_AGAIN)
         self.stop()
         for number in (2, 3):

@@ -20,7 +20,7 @@ from cafeteria_orch.wire.tables import TRANSACTION_ITEMS
 from tests.support.builders import PEER, query, received
 from tests.support.disks import make_folder
 from tests.support.older_stores import make_older_store
-from tests.support.stores import Fault, FaultyConnection, connecting
+from tests.support.stores import Fault, FaultyConnection, connecting, store_batch
 
 NOW = 1_700_000_000.25
 CLIENT = UUID(int=7)
@@ -102,8 +102,8 @@ class Upgrade(UpgradeTestCase):
         database = self.open()
         session = Session(PEER, NOW, CLIENT, common_name="agency-7")
         with database.transaction():
-            self.assertIs(database.store_batch(received(), session, NOW), False)
-            self.assertIs(database.store_batch(received(batch_number=2), session, NOW), True)
+            self.assertIs(store_batch(database, received(), session, NOW), False)
+            self.assertIs(store_batch(database, received(batch_number=2), session, NOW), True)
         found = query(str(self.path), "SELECT common_name FROM ingest_status ORDER BY session_id")
         self.assertEqual(found, [(None,), (None,), ("agency-7",)])
 
@@ -114,7 +114,7 @@ class Upgrade(UpgradeTestCase):
         row = ("1", "2", "03", "10.50", "n/a", "2024-01-11")
         items = received(table=TRANSACTION_ITEMS, rows=[row])
         with database.transaction():
-            database.store_batch(items, Session(PEER, NOW), NOW)
+            store_batch(database, items, Session(PEER, NOW), NOW)
         self.assertEqual(columns(self.path, "transaction_items"), before)
         found = query(
             str(self.path), "SELECT quantity, unit_price, subtotal FROM transaction_items"

@@ -17,7 +17,7 @@ from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.sqlite import Database, StoreError, check_store
 from cafeteria_orch.wire.tables import TABLES, TRANSACTIONS
 from tests.support.builders import PEER, query, received
-from tests.support.stores import NOW, DatabaseTestCase, PumpedReactor
+from tests.support.stores import NOW, DatabaseTestCase, PumpedReactor, store_batch
 
 COLUMNS = {
     "session": [
@@ -267,7 +267,7 @@ class Checking(SynchronousTestCase):
         """A store that is there stays as it is."""
         database = Database(str(self.path))
         with database.transaction():
-            database.store_batch(received(), Session(PEER, NOW), NOW)
+            store_batch(database, received(), Session(PEER, NOW), NOW)
         database.close()
         before = self.path.read_bytes()
         check_store(str(self.path))

@@ -26,7 +26,7 @@ from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
 from cafeteria_orch.server.timeouts import Timeouts
-from cafeteria_orch.store.sqlite import Database
+from cafeteria_orch.store.sqlite import Arrival, Database
 from cafeteria_orch.wire.messages import RawMessage, TableBatch, decode, encode
 from cafeteria_orch.wire.tables import USERS, Table
 
@@ -154,17 +154,17 @@ def numbered(*numbers: int) -> bytes:
     return b"".join(frame(bytes([ECHO, number])) for number in numbers)
 
 
-def failing_at(number: int, error: BaseException) -> Callable[..., bool]:
-    """A ``Database.store_batch`` that raises for one batch, after it was stored."""
-    store_batch = Database.store_batch
+def failing_at(number: int, error: BaseException) -> Callable[..., list[bool]]:
+    """A ``Database.store`` that raises for one batch, after it was stored with others."""
+    store = Database.store
 
-    def store(database: Database, batch: TableBatch, *rest: Any) -> bool:
-        stored = store_batch(database, batch, *rest)
-        if batch.batch_number == number:
+    def fail(database: Database, arrivals: Iterable[Arrival]) -> list[bool]:
+        stored = store(database, arrivals)
+        if any(arrival.batch.batch_number == number for arrival in arrivals):
             raise error
         return stored
 
-    return store
+    return fail
 
 
 class Pending:

@@ -21,7 +21,8 @@ from cafeteria_orch.server.counters import Outcome, Tally
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store.sink import Sink
-from cafeteria_orch.store.sqlite import Database
+from cafeteria_orch.store.sqlite import Arrival, Database
+from cafeteria_orch.wire.messages import TableBatch
 
 from .builders import (
     FAIL,
@@ -123,6 +124,14 @@ NOW_TEXT = "2023-11-14 22:13:20.250"
 CLIENT = UUID(int=7)
 
 
+def store_batch(
+    database: Database, batch: TableBatch, session: Session, received_at: float
+) -> bool:
+    """Store one batch, inside a transaction; whether it was new."""
+    (is_new,) = database.store([Arrival(batch, session, received_at)])
+    return is_new
+
+
 class DatabaseTestCase(SynchronousTestCase):
     """An open store in a file of its own."""
 
@@ -138,7 +147,7 @@ class DatabaseTestCase(SynchronousTestCase):
     def store(self, session: Session | None = None, **changes: Any) -> bool:
         """Store a batch in a transaction of its own."""
         with self.database.transaction():
-            return self.database.store_batch(received(**changes), session or self.session, NOW)
+            return store_batch(self.database, received(**changes), session or self.session, NOW)
 
     def query(self, sql: str) -> list[tuple[Any, ...]]:
         """What another program reads in the store at this moment."""

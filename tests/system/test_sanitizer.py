@@ -47,7 +47,11 @@ MISTAKES = {
         "take(cursor, LENGTH)",
         "take(cursor, LENGTH if cursor.left > LENGTH else cursor.left)",
     ),
-    "a size that nobody checks": (FUNCTIONS, "take(&cursor.rest, batch[1])", "cursor.rest.at"),
+    "a size that nobody checks": (
+        FUNCTIONS,
+        "take(&cursor.rest, batch[1])",
+        "cursor.rest.at; cursor.rest.left = 0",
+    ),
     "a copy too short": (FUNCTIONS, "malloc(cursor.left)", "malloc(cursor.left - 1)"),
 }
 """What is changed in a file of the package, and must be caught."""

@@ -202,9 +202,8 @@ def rabbitmq(payloads: Sequence[bytes]) -> Iterator[Side]:
         from amqp import Message  # noqa: PLC0415 (it may be missing)
 
         channel = administration.channel()
-        channel.queue_declare(
-            queue, durable=True, auto_delete=False, arguments={"x-queue-type": "quorum"}
-        )
+        one_node = {"x-queue-type": "quorum", "x-quorum-initial-group-size": 1}
+        channel.queue_declare(queue, durable=True, auto_delete=False, arguments=one_node)
         try:
             version = administration.server_properties["version"]
             yield Side(

@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from . import endtoend, micro
+from . import endtoend, micro, peers
 from .report import Benchmark, BenchmarkError, Effort, Figure, machine, table
 
-BENCHMARKS: dict[str, Benchmark] = micro.BENCHMARKS | endtoend.BENCHMARKS
+BENCHMARKS: dict[str, Benchmark] = micro.BENCHMARKS | endtoend.BENCHMARKS | peers.BENCHMARKS
 
 _QUICK = Effort(seconds=1.0, repeat=1, scale=0.1)
 
@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Measure the server against the design that it replaces, or against a"
         " limit, and print one table. The ratio is ours by the other; both are measured in"
         " turns, and the figures are medians. TMPDIR chooses the disk.",
-        epilog=f"The benchmarks: {', '.join(BENCHMARKS)}.",
+        epilog=f"The benchmarks: {', '.join(BENCHMARKS)}. The URLs of the peers are in"
+        " BENCHMARK_POSTGRESQL and BENCHMARK_RABBITMQ; by default, they are on this machine.",
     )
     full = Effort()
     parser.add_argument(

@@ -112,20 +112,26 @@ def _by_codec(
 
 
 def small_batches(effort: Effort) -> list[Figure]:
-    """Batches of one row from many clients, which show the cost of a message."""
-
-    def rate(target: Target) -> float:
-        return measure(target, effort.seconds, _BATCHES, clients=MANY, window=8, rows=1)
-
+    """Batches of one row, which show the cost of a message."""
+    many = {"clients": MANY, "window": 8}
+    alone = {"clients": 1, "window": 1}
+    quiet = ("--log-level", "warn")
     figures = []
     with TemporaryDirectory() as folder:
-        for logged, ours, other, goal in (
-            ("nothing logged", ["--log-level", "warn"], [], 5.0),
-            ("two lines logged for each", [], ["--log", f"{folder}/log"], 2.5),
+        to_file = ("--log", f"{folder}/log")
+        for who, load, log, ours, other, goal in (
+            (f"{MANY} clients", many, "nothing logged", quiet, (), 5.0),
+            (f"{MANY} clients", many, "two lines logged for each", (), to_file, 2.5),
+            ("1 client, one at a time", alone, "nothing logged", quiet, (), 1.0),
         ):
             with orchestrator(*NO_STORE, *ours) as new, thread_per_client(*other) as old:
-                new_rate, old_rate = effort.interleave(partial(rate, new), partial(rate, old))
-            what = f"one-row batches, no store, {MANY} clients, {logged}"
+                new_rate, old_rate = effort.interleave(
+                    *(
+                        partial(measure, target, effort.seconds, _BATCHES, rows=1, **load)
+                        for target in (new, old)
+                    )
+                )
+            what = f"one-row batches, no store, {who}, {log}"
             figures.append(Figure(what, "batches/s", new_rate, old_rate, Goal(goal)))
     return figures
 

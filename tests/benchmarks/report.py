@@ -44,7 +44,7 @@ class Figure(NamedTuple):
     :ivar ours: ``None`` if it was not measured: :attr:`remark` says why.
     :ivar other: the figure that it is compared with.
     :ivar goal: ``None`` if the figure is for information only.
-    :ivar remark: a note on the other figure.
+    :ivar remark: a note on the other figure, or why there is none.
     """
 
     what: str
@@ -62,7 +62,8 @@ class Figure(NamedTuple):
     def cells(self) -> tuple[str, ...]:
         """The row as texts, one for each of :data:`HEADINGS`."""
         ours = self.remark if self.ours is None else f"{_number(self.ours)} {self.unit}"
-        other = ratio = goal = "-"
+        ratio = goal = "-"
+        other = (self.ours is not None and self.remark) or "-"
         if self.other is not None:
             other = f"{_number(self.other)} {self.unit}"
             if self.ours is not None and self.remark:

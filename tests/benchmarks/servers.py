@@ -1,4 +1,4 @@
-"""Both servers and the load generator, as processes."""
+"""The servers and the load generator, as processes."""
 
 from __future__ import annotations
 
@@ -73,9 +73,26 @@ def thread_per_client(*arguments: str) -> Iterator[Target]:
     :raises BenchmarkError: if it does not start.
     """
     core = max(os.sched_getaffinity(0))
-    command = [sys.executable, "-m", "tests.benchmarks.baseline", "--port", "0", "--one-write"]
+    options = ("--port", "0", "--one-write", "--cpu", str(core), *arguments)
+    with _listening("baseline", "opcode-first", *options) as target:
+        yield target
+
+
+@contextmanager
+def plain_receiver() -> Iterator[Target]:
+    """Twisted's own receiver of frames, which acknowledges them and does nothing else.
+
+    :raises BenchmarkError: if it does not start.
+    """
+    with _listening("plain_receiver", "int32") as target:
+        yield target
+
+
+@contextmanager
+def _listening(module: str, framing: str, *arguments: str) -> Iterator[Target]:
+    """A module of this package as a server; its first line of output ends with its port."""
     process = subprocess.Popen(
-        [*command, "--cpu", str(core), *arguments],
+        [sys.executable, "-m", f"tests.benchmarks.{module}", *arguments],
         env=_ENVIRONMENT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -86,8 +103,8 @@ def thread_per_client(*arguments: str) -> Iterator[Target]:
             assert process.stdout is not None
             line = process.stdout.readline()
             if not line:
-                raise BenchmarkError("the baseline does not start: its error is above")
-            yield Target(int(line.split()[-1]), process.pid, "opcode-first")
+                raise BenchmarkError(f"the {module} does not start: its error is above")
+            yield Target(int(line.split()[-1]), process.pid, framing)
         finally:
             process.kill()
 

@@ -150,13 +150,20 @@ class EndToEndTests(SynchronousTestCase):
 
     def test_small_batches(self) -> None:
         """Each server is compared with a baseline that logs as much; a batch has one row."""
-        quiet, logged = self.play("small-batches")
+        quiet, logged, _ = self.play("small-batches")
         self.assertEqual((quiet.ratio, logged.ratio), (6, 6))
-        first, old, second, old_logged = self.servers
+        first, old, second, old_logged, *_ = self.servers
         self.assertIn("warn", first)
         self.assertNotIn("--log-level", second)
         self.assertEqual((len(old), old_logged[1]), (1, "--log"))
         self.assertEqual({load["rows"] for load in self.loads}, {1})
+
+    def test_one_small_batch_at_a_time(self) -> None:
+        """The last of them has one client, which waits for each acknowledgement."""
+        *_, figure = self.play("small-batches")
+        self.assertEqual((figure.ratio, figure.goal), (6, Goal(1)))
+        loads = [(load["clients"], load["window"]) for load in self.loads]
+        self.assertEqual(loads, [(64, 8)] * 4 + [(1, 1)] * 2)
 
     def test_latency(self) -> None:
         """The limit is for a server without a store; with one, the figure is information."""

@@ -86,7 +86,7 @@ def makeService(options: Options) -> IService:
             check_store(options["store"])
         except StoreError as error:
             raise refusal(str(error)) from error
-        sink = Sink(reactor, options["store"])
+        sink = Sink(reactor, options["store"], options["store-patience"])
         sink.register(factory)
     for name in options["processors"]:
         _load_processors(name, factory)

@@ -69,6 +69,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "interface": str,
     "backlog": number(int, 1, 65535),
     "store": _or_none(_path),
+    "store-patience": number(float, 0, 10**6),
     "tls-cert": _or_none(_path),
     "tls-key": _or_none(_path),
     "tls-client-ca": _or_none(_path),
@@ -130,6 +131,12 @@ class Options(usage.Options):
             "networks of the load balancers (CIDR,...): others may use local sockets only",
         ],
         ["store", "s", "cafeorch.sqlite3", "the embedded store's file, or none"],
+        [
+            "store-patience",
+            None,
+            "30",
+            "seconds that batches wait while the store takes nothing, before they get FAIL",
+        ],
         ["max-frame-bytes", None, str(DEFAULT_MAX_FRAME_BYTES), "limit of a frame, in bytes"],
         [
             "framing",

@@ -58,11 +58,14 @@ class Sink:
 
     :param reactor: measures the time, and takes reports from the writer's thread.
     :param path: the store's file.
+    :param patience: how long, in seconds, batches wait while the store takes nothing. Then they
+        get FAIL, reason 1, until it takes something again.
     """
 
-    def __init__(self, reactor: Any, path: str) -> None:
+    def __init__(self, reactor: Any, path: str, patience: float = 0.0) -> None:
         self._reactor = reactor
         self._path = path
+        self._patience = patience
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         # What the writer has not reported yet, in the order of the jobs.
         self._waiting: deque[Job] = deque()
@@ -113,6 +116,7 @@ class Sink:
             self._jobs,
             report=self._report,
             ended=self._writer_ended,
+            patience=self._patience,
         )
         # A daemon: a disk that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=writer.run, name="cafeorch-store", daemon=True)

@@ -100,6 +100,8 @@ class Database:
         # Sessions that have a row; those of the open transaction may still lose it.
         self._session_ids: WeakKeyDictionary[Session, int] = WeakKeyDictionary()
         self._new_sessions: list[Session] = []
+        # Of the transaction that is open, or whose commit has raised.
+        self._newest_batch_id: int | None = None
         compiled = store_codec() == "compiled"
         self._insert_rows = insert_bodies if compiled else insert_decoded
         with _explaining(path):
@@ -132,10 +134,19 @@ class Database:
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield
                 self._connection.execute("COMMIT")
+                self._newest_batch_id = None
             except BaseException:
                 if self.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+
+    def was_committed(self) -> bool:
+        """Whether the transaction before is on disk, though its commit has raised.
+
+        In the next transaction, before anything is written.
+        """
+        (newest,) = self._connection.execute("SELECT max(id) FROM batch").fetchone()
+        return newest is not None and newest == self._newest_batch_id
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -241,7 +252,10 @@ class Database:
                 _timestamp(received_at),
             ),
         )
-        return inserted.lastrowid if inserted.rowcount else None
+        if not inserted.rowcount:
+            return None
+        self._newest_batch_id = inserted.lastrowid
+        return inserted.lastrowid
 
     def end_table(self, table_name: str, session: Session, received_at: float) -> None:
         """Note that no more batches of a table come in this session, inside a transaction."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from queue import Empty, SimpleQueue
@@ -69,6 +70,7 @@ class Writer:
     :param jobs: ends with ``None``.
     :param report: is called in the reactor's thread after each transaction.
     :param ended: is called there at the end, with the error if the end came too early.
+    :param patience: how long, in seconds, an outage is waited out before batches are refused.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Writer:
         *,
         report: Callable[[Report], object],
         ended: Callable[[BaseException | None], object],
+        patience: float = 0.0,
     ) -> None:
         self._reactor = reactor
         self._database = database
@@ -87,10 +90,13 @@ class Writer:
         self._jobs = jobs
         self._report = report
         self._ended = ended
+        self._patience = patience
         # What the store refused last, and why.
         self._refused: Job | None = None
         self._refusal: TryAgainLater | None = None
         self._retry_due = 0.0
+        # Since when it has taken nothing at all.
+        self._outage_began: float | None = None
         self._checkpoint_due = reactor.seconds() + CHECKPOINT_INTERVAL
         self._wal_is_empty = False
         self._blocked_since: float | None = None
@@ -153,17 +159,36 @@ class Writer:
         return seconds
 
     def commit(self, group: Sequence[Job]) -> None:
-        """Write a group in one transaction, and report the outcomes."""
+        """Write a group in one transaction, and report the outcomes.
+
+        While the store takes nothing, the group is tried again until the patience is over.
+        """
         self._wal_is_empty = False
-        began = self._reactor.seconds()
-        try:
-            with self._database.transaction():
-                outcomes = self._write(group)
-        except Exception as error:
-            refusal = self._refuse(group[-1], "takes nothing now", error)
-            self._tell([Failure(refusal)] * len(group))
-        else:
-            self._tell(outcomes, self._reactor.seconds() - began)
+        earlier = self._refused, self._refusal
+        outcomes: list[object] = []
+        while True:
+            self._refused, self._refusal = earlier
+            began = self._reactor.seconds()
+            try:
+                with self._database.transaction():
+                    # Whoever does not say who it is has no key by which a duplicate is told.
+                    if not (outcomes and self._database.was_committed()):
+                        outcomes = self._write(group)
+            except Exception as error:
+                refusal = self._refuse(group[-1], "takes nothing now", error)
+            else:
+                self._outage_began = None
+                self._tell(outcomes, self._reactor.seconds() - began)
+                return
+            now = self._reactor.seconds()
+            # Somebody may set the clock back where the reactor's is not monotonic.
+            began = now if self._outage_began is None else min(self._outage_began, now)
+            self._outage_began = began
+            if now - began >= self._patience:
+                self._tell([Failure(refusal)] * len(group))
+                return
+            self._tell([])
+            time.sleep(RETRY_INTERVAL)
 
     def _write(self, jobs: Sequence[Job]) -> list[object]:
         """Write jobs; if that fails, each of them alone.
@@ -219,7 +244,7 @@ class Writer:
         except Exception:
             self._retry_due = self._reactor.seconds() + RETRY_INTERVAL
         else:
-            self._refused = self._refusal = None
+            self._refused = self._refusal = self._outage_began = None
         self._tell([])
 
     def _tell(self, outcomes: Sequence[object], seconds: float | None = None) -> None:

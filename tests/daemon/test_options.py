@@ -28,6 +28,7 @@ DEFAULTS = {
     "tls-client-ca": None,
     "proxy-protocol": False,
     "proxy-from": parse_networks("127.0.0.0/8,::1"),
+    "store-patience": 30.0,
     "max-frame-bytes": 1048576,
     "framing": None,
     "max-connections": 1000,
@@ -52,6 +53,8 @@ SINGLE = (
     ("backlog", "1", 1),
     ("store", "none", None),
     ("store", "/srv/tables.db", "/srv/tables.db"),
+    ("store-patience", "0", 0.0),
+    ("store-patience", "2.5", 2.5),
     ("max-frame-bytes", "16", 16),
     ("max-frame-bytes", "2147483647", 2**31 - 1),
     ("framing", "auto", None),
@@ -94,6 +97,7 @@ SHORT = {"port": "p", "interface": "i", "backlog": "b", "store": "s", "listen": 
 BAD = (
     ("port", ("x", "80.5", "-1", "65536", "8080 8081")),
     ("backlog", ("x", "0", "-1", "1e3")),
+    ("store-patience", ("x", "-1", "none", "inf")),
     ("max-frame-bytes", ("x", "0", "-1", "2147483648", "1MiB")),
     ("max-connections", ("x", "0", "-1", "none")),
     ("max-connections-per-host", ("x", "0", "-1")),
@@ -299,7 +303,7 @@ class Help(OptionsTestCase):
         shown = {"store": "cafeorch.sqlite3", "log-level": "info", "drain-timeout": "10"}
         shown |= {"log-format": "text", "framing": "auto", "max-connections-per-host": "none"}
         shown |= {"idle-timeout": "none", "frame-timeout": "30", "processing-timeout": "60"}
-        shown |= {"metrics": "none"}
+        shown |= {"metrics": "none", "store-patience": "30"}
         shown |= dict.fromkeys(PATHS, "none") | {"proxy-from": "127.0.0.0/8,::1"}
         for name in FLAGS:
             self.assertRegex(text, rf"(?m)^ +--{name} ")

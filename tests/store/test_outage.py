@@ -11,7 +11,9 @@ from typing import Any
 from unittest.mock import patch
 
 from twisted.logger import LogEvent, LogLevel, capturedLogs
+from twisted.trial.unittest import SkipTest
 
+from cafeteria_orch.store import sink as sink_module
 from cafeteria_orch.store import writer as writer_module
 from cafeteria_orch.store.outage import MAX_COMMIT_SECONDS
 from cafeteria_orch.store.sqlite import Database
@@ -40,6 +42,7 @@ from tests.support.stores import (
 
 INTERVAL = 0.02
 SECRET = "2003-06-13"
+END = frame(encode(end_of_table("users")))
 
 
 class Ending(BaseException):
@@ -176,6 +179,114 @@ class OperatorTests(OutageTestCase):
         protocol.dataReceived(batch_frame() + frame(encode(end_of_table("users"))))
         self.reactor.pump_until(lambda: transport.value() == SUCCESS * 2)
         self.assertEqual(self.query("SELECT user_id, seen, remark FROM users"), [("7", 0, None)])
+
+
+class PatienceTests(OutageTestCase):
+    """A short outage is waited out: clients in the field never send again what got FAIL."""
+
+    patience = 3600.0
+
+    def start(self, connection_class: type[sqlite3.Connection] = FaultyConnection) -> None:
+        self.sink._patience = self.patience
+        super().start(connection_class)
+        assert isinstance(self.connection, FaultyConnection)
+        self.faulty = self.connection
+
+    def send_without_waiting(self, **changes: Any) -> TCPTransport:
+        protocol, transport = connect(self.factory)
+        protocol.dataReceived(batch_frame(**changes))
+        return transport
+
+    def await_refusal(self) -> None:
+        self.reactor.pump_until(lambda: self.sink.refusal is not None)
+
+    def test_lock_of_another_process(self) -> None:
+        """Nobody sees a FAIL, the log and the readiness say why at once, and all is stored once."""
+        with capturedLogs() as events:
+            with holding(Path(self.path), "BEGIN IMMEDIATE"):
+                transports = [self.send_without_waiting(batch_number=1)]
+                self.await_refusal()
+                transports += [self.send_without_waiting(batch_number=number) for number in (2, 3)]
+                self.assertIn("locked", str(self.sink.refusal))
+                self.reactor.pump_for(5 * INTERVAL)
+                self.assertEqual({transport.value() for transport in transports}, {b""})
+            self.assertEqual(self.pump_answers(*transports), [SUCCESS] * 3)
+        self.assertIsNone(self.sink.refusal)
+        self.assertEqual(self.batch_numbers(), [1, 2, 3])
+        (began,) = texts(events, LogLevel.error)
+        self.assertIn("locked", began)
+        (ended,) = [line for line in texts(events, LogLevel.warn) if "action: store" in line]
+        self.assertIn("refused: 0", ended)
+        self.assert_accounts(committed=3)
+
+    def test_clients_are_held_back(self) -> None:
+        """What waits is bounded: beyond that no connection is read until the outage is over."""
+        self.patch(sink_module, "MAX_WAITING_BATCHES", 2)
+        with holding(Path(self.path), "BEGIN IMMEDIATE"):
+            transports = [self.send_without_waiting(batch_number=number) for number in (1, 2)]
+            self.await_refusal()
+            self.assertEqual({each.producerState for each in transports}, {"paused"})
+        self.assertEqual(self.pump_answers(*transports), [SUCCESS] * 2)
+        self.assertEqual({each.producerState for each in transports}, {"producing"})
+
+    def test_patience_that_is_over(self) -> None:
+        """Then what waits gets FAIL 1, what comes later gets it at once, and it heals by itself."""
+        self.connection.execute("PRAGMA query_only = ON")
+        first = self.send_without_waiting(batch_number=1)
+        self.await_refusal()
+        self.reactor.offset = self.patience
+        self.assertEqual(self.pump_answers(first), [TRY_AGAIN])
+        self.assertEqual(self.send(batch_number=2), TRY_AGAIN)
+        self.connection.execute("PRAGMA query_only = OFF")
+        self.await_recovery()
+        self.assertEqual(self.send(batch_number=3), SUCCESS)
+        self.assertEqual(self.batch_numbers(), [3])
+
+    def test_each_outage_has_its_own_patience(self) -> None:
+        """An outage that was over does not shorten the next one's."""
+        for number in (1, 2):
+            self.connection.execute("PRAGMA query_only = ON")
+            transport = self.send_without_waiting(batch_number=number)
+            self.await_refusal()
+            self.reactor.offset += self.patience * 0.6
+            self.reactor.pump_for(3 * INTERVAL)
+            self.assertEqual(transport.value(), b"")
+            self.connection.execute("PRAGMA query_only = OFF")
+            self.assertEqual(self.pump_answers(transport), [SUCCESS])
+
+    def test_commit_whose_answer_was_lost(self) -> None:
+        """What is on disk is not stored again, though its client has not said who it is."""
+        self.faulty.fault = Fault("COMMIT", "done")
+        self.assertEqual(self.send(batch_number=1), SUCCESS)
+        self.assertIsNone(self.sink.refusal)
+        self.assertEqual(self.batch_numbers(), [1])
+
+    def test_commit_that_failed(self) -> None:
+        """What is not on disk is stored, the end of a table too."""
+        self.assertEqual(self.send(batch_number=1), SUCCESS)
+        for outcome in ("failed", "undone"):
+            for number, message in ((0, END), (2, batch_frame(batch_number=2))):
+                with self.subTest(outcome=outcome, number=number):
+                    self.execute(
+                        "DELETE FROM table_eof",
+                        "DELETE FROM users WHERE batch_id > 1",
+                        "DELETE FROM batch WHERE id > 1",
+                    )
+                    protocol, transport = connect(self.factory)
+                    self.faulty.fault = Fault("COMMIT", outcome)
+                    protocol.dataReceived(message)
+                    self.assertEqual(self.pump_answers(transport), [SUCCESS])
+                    self.assertIsNone(self.faulty.fault)
+                    stored = self.query("SELECT count(*) FROM table_eof"), self.batch_numbers()
+                    self.assertEqual(stored, ([0], [1, 2]) if number else ([1], [1]))
+
+    def test_what_one_table_refuses_is_answered_at_once(self) -> None:
+        """It is no outage of the store: the batches of the other tables do not wait for it."""
+        if sys.version_info < (3, 11):
+            raise SkipTest("Python 3.10 cannot tell what one table refuses")
+        self.execute("DROP TABLE users")
+        self.assertEqual(self.send(), TRY_AGAIN)
+        self.assertEqual(self.send(table=STORES, rows=[("",) * 8]), SUCCESS)
 
 
 class WriterTests(OutageTestCase):

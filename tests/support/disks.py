@@ -101,7 +101,7 @@ def delaying_syncs(process: int, seconds: float) -> Iterator[None]:
 
 
 class ServerProcess(Server):
-    """A server on a store that a test damages.
+    """A server on a store that a test damages; unless it is told to, it waits out no outage.
 
     :param launcher: a command that runs the server's command line, which follows it.
     :param wait: whether to wait until it listens.
@@ -115,6 +115,7 @@ class ServerProcess(Server):
         launcher: Sequence[str] = (),
         wait: bool = True,
     ) -> None:
+        options = ("--store-patience=0", *options)
         super().__init__(test, *launcher, store=store, options=options)
         self.start()
         if wait:

@@ -218,16 +218,20 @@ class Sender:
 
 
 class RawClient:
-    """A client that blocks, has said CLIENT_HELLO, and sends what it is given."""
+    """A client that blocks, and sends what it is given.
 
-    def __init__(self, port: int, client_id: UUID) -> None:
+    :param client_id: who it says it is; ``None``: it does not, as the clients in the field.
+    """
+
+    def __init__(self, port: int, client_id: UUID | None = None) -> None:
         self._socket = socket.create_connection((LOOPBACK, port), PATIENCE)
         self._received = b""
         try:
             # Batches are to leave when they are sent, not when the last one was acknowledged.
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.send(encode(ClientHello(client_id)))
-            self.expect_success()
+            if client_id is not None:
+                self.send(encode(ClientHello(client_id)))
+                self.expect_success()
         except BaseException:
             self._socket.close()
             raise

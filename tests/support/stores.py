@@ -20,6 +20,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.server.counters import Outcome, Tally
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Session
+from cafeteria_orch.store.insertion import store_codec
 from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.sqlite import Arrival, Database
 from cafeteria_orch.wire.messages import TableBatch
@@ -79,6 +80,8 @@ class PassingTime(PumpedReactor):
 def connecting(connection_class: type[sqlite3.Connection]) -> Iterator[list[sqlite3.Connection]]:
     """Have a store that is opened inside use a connection of some class; those it made."""
     connections: list[sqlite3.Connection] = []
+    # Once in a process it opens a database of its own, for a trial.
+    store_codec()
     real_connect = sqlite3.connect
 
     def connect(*args: Any, **options: Any) -> sqlite3.Connection:

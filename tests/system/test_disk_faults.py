@@ -17,8 +17,9 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from cafeteria_orch.store import writer as writer_module
 from cafeteria_orch.store.outage import OUTAGE_INTERVAL
+from cafeteria_orch.wire.messages import encode
 from cafeteria_orch.wire.tables import STORES
-from tests.support.builders import SUCCESS, USER_ROW, batch_frame, connect
+from tests.support.builders import SUCCESS, USER_ROW, batch, batch_frame, connect
 from tests.support.disks import (
     ServerProcess,
     delaying_syncs,
@@ -27,7 +28,7 @@ from tests.support.disks import (
     make_folder,
     mount_small_disk,
 )
-from tests.support.faults import unused_port, wait_for
+from tests.support.faults import RawClient, slow, unused_port, wait_for
 from tests.support.stores import TRY_AGAIN, PassingTime, SinkTestCase
 
 IMPATIENT = """
@@ -138,6 +139,58 @@ class LockedTests(DiskTestCase):
             time.sleep(0.2)
         self.assertEqual(self.client.receive(), b"\x01")
         self.assertEqual(self.server.complaints(), [])
+
+
+class PatienceTests(DiskTestCase):
+    """Outages that are waited out: clients in the field, which never send again, lose nothing."""
+
+    def start(self, folder: Path | None = None) -> None:
+        self.store = (folder or make_folder(self)) / "store.sqlite3"
+        self.server = ServerProcess(self, self.store, "--store-patience=30")
+        self.clients = [RawClient(self.server.port) for _ in range(8)]
+        for client in self.clients:
+            self.addCleanup(client.close)
+
+    def assert_waited_out(
+        self, begin: Callable[[], object], end: Callable[[], object], seconds: float
+    ) -> None:
+        """Batches are sent before, during and after; each gets its SUCCESS, and is stored."""
+        begin()
+        for number, client in enumerate(self.clients):
+            client.send(encode(batch(batch_number=number, rows=LARGE)))
+        time.sleep(seconds)
+        for client in self.clients:
+            self.assertRaises(TimeoutError, client.receive, 0.01)
+        end()
+        for number, client in enumerate(self.clients, 8):
+            client.expect_success()
+            client.send(encode(batch(batch_number=number)))
+            client.expect_success()
+        self.assertEqual(sorted(self.server.stored()), [*range(16)])
+        self.server.stop()
+        self.assertIn("result: success | refused: 0", self.server.complaints()[-1])
+
+    def test_lock(self) -> None:
+        """Another process holds a lock for longer than SQLite waits."""
+        self.start()
+        holder = holding(self.store, "BEGIN IMMEDIATE")
+        self.assert_waited_out(holder.__enter__, lambda: holder.__exit__(None, None, None), 2)
+
+    def test_full_disk(self) -> None:
+        """The disk is full for a while."""
+        folder = mount_small_disk(self, "64m")
+        self.start(folder)
+        self.assert_waited_out(lambda: fill_disk(folder), (folder / "filler").unlink, 2)
+
+    @slow
+    def test_ten_seconds(self) -> None:
+        """Both again, each for ten seconds."""
+        self.start()
+        holder = holding(self.store, "BEGIN IMMEDIATE")
+        self.assert_waited_out(holder.__enter__, lambda: holder.__exit__(None, None, None), 10)
+        folder = mount_small_disk(self, "64m")
+        self.start(folder)
+        self.assert_waited_out(lambda: fill_disk(folder), (folder / "filler").unlink, 10)
 
 
 class ReadinessTests(DiskTestCase):

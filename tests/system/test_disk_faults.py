@@ -182,6 +182,22 @@ class PatienceTests(DiskTestCase):
         self.start(folder)
         self.assert_waited_out(lambda: fill_disk(folder), (folder / "filler").unlink, 2)
 
+    def test_stop_during_an_outage(self) -> None:
+        """A stop waits for the drain's time at most, and nothing is acknowledged or refused."""
+        self.store = make_folder(self) / "store.sqlite3"
+        options = ("--store-patience=30", "--drain-timeout=0.5")
+        self.server = ServerProcess(self, self.store, *options)
+        client = RawClient(self.server.port)
+        self.addCleanup(client.close)
+        with holding(self.store, "BEGIN IMMEDIATE"):
+            client.send(encode(batch(batch_number=1)))
+            self.assertRaises(TimeoutError, client.receive, 1)
+            began = time.monotonic()
+            self.server.stop()
+            self.assertLess(time.monotonic() - began, 5)
+            self.assertRaises(ConnectionError, client.receive)
+        self.assertEqual(self.server.stored(), [])
+
     @slow
     def test_ten_seconds(self) -> None:
         """Both again, each for ten seconds."""

@@ -264,7 +264,8 @@ class Packaging(SynchronousTestCase):
         broken.mkdir()
         (broken / "sqlite3ext.h").write_text("#error not here")
         wheel = self.workshop.build("wheel", "without_header", CFLAGS=f"-O0 -I{broken}")
-        self.assertEqual(self.codecs(self.check_install(wheel)), ["compiled", "pure"])
+        (built,) = filter(BUILT.fullmatch, contents(wheel))
+        self.assertIn("_rows", built)
 
     def test_wheel(self) -> None:
         """The wheel has all of the package, its type marker, the plugin, and no more."""

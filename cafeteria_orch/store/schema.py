@@ -6,8 +6,14 @@ from collections.abc import Iterator
 
 from cafeteria_orch.wire.tables import TABLES
 
-SCHEMA_VERSION = 3
-"""Of a new store. Version 1 has no common names; before version 3, some columns are numeric."""
+from .views import typed_views
+
+SCHEMA_VERSION = 4
+"""Of a new store.
+
+Version 1 has no common names; before version 3, some columns are numeric; before version 4, there
+are no typed views.
+"""
 
 APPLICATION_ID = 0x63616665
 """Tells a store from the databases of other programs: ``PRAGMA application_id``."""
@@ -99,6 +105,7 @@ def statements(version: int) -> Iterator[str]:
     yield "DROP VIEW IF EXISTS ingest_status"
     cases = " ".join(f"WHEN {table.opcode} THEN '{table.name}'" for table in TABLES)
     yield _VIEW.replace("{table_name}", f"CASE batch.opcode {cases} END")
+    yield from typed_views()
     yield f"PRAGMA user_version = {SCHEMA_VERSION}"
 
 

@@ -76,7 +76,7 @@ class UpgradeTestCase(SynchronousTestCase):
         Database(str(new)).close()
         self.assertEqual(version(path), SCHEMA_VERSION)
         self.assertEqual(contents(path), self.before)
-        for table in ("session", "batch", "table_eof", "users", "ingest_status"):
+        for table in ("session", "batch", "table_eof", "users", "ingest_status", "users_typed"):
             self.assertEqual(columns(path, table), columns(new, table), table)
         self.assertEqual(query(str(path), "PRAGMA integrity_check"), [("ok",)])
 

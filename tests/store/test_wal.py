@@ -173,6 +173,8 @@ class ReaderTests(WalTestCase):
 
     def test_short_readers(self) -> None:
         """Readers that come and go are not logged, however many there are."""
+        # Each of them blocks a checkpoint, which does not wait for its end.
+        self.patch(database_module, "CHECKPOINT_PATIENCE", 0.0)
         with capturedLogs() as events:
             for _ in range(8):
                 with self.reader():

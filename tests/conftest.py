@@ -1,4 +1,4 @@
-"""Under pytest, tests run in a temporary folder, as Twisted's trial has it, the longest first."""
+"""Under pytest, tests run in a temporary folder, as trial has it, and the longest come first."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ CHECKS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
     ("mypy",),
-    ("coverage", "run", "-m", "pytest"),
-    ("coverage", "report"),
+    # Two workers, since a good part of the tests wait for processes.
+    ("pytest", "-n", "2", "--dist", "loadgroup", "--cov"),
 )
 
 

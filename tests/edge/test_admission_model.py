@@ -34,6 +34,7 @@ from cafeteria_orch.server.timeouts import Timeouts
 from tests.support.admission import BALANCER, BALANCERS, V1, V2, Wire
 from tests.support.builders import ECHO, echo, numbered
 from tests.support.certificates import Files, MemoryClient, client_context
+from tests.support.tracing import untraced
 
 MAX_PENDING = 4
 FRAME = numbered(7)
@@ -219,6 +220,7 @@ class Peers(RuleBasedStateMachine):
 class ModelTests(SynchronousTestCase):
     """Any number of bytes, and any pauses."""
 
+    @untraced
     def test_bounds_hold_against_any_peers(self) -> None:
         """Nothing that peers do exceeds a bound of admission, or keeps an honest peer out."""
         run_state_machine_as_test(

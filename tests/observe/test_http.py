@@ -430,6 +430,7 @@ class RealServer(ProcessTestCase):
         self.assertIn(in_progress, text)
         (self.folder / "let_go").touch()
         self.assertEqual(client.read(5), b"\0\0\0\1\1")
+        client.close()
         server.wait_until_gone()
         self.assertIn("Server Shut Down.", server.log)
         self.assertNotIn("GET /", server.log)

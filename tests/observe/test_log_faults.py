@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tests.support.builders import SUCCESS, batch_frame
 from tests.support.disks import fill_disk, mount_small_disk
-from tests.support.processes import Client, ProcessTestCase, Server, free_port, wait_until
+from tests.support.ports import reserve_port
+from tests.support.processes import Client, ProcessTestCase, Server, wait_until
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (\[[\w.]+#\w+\]|\[-\]) \S.*")
 LOST = re.compile(r"(?m)^\S+ \[[\w.]+#error\] (\d+) lines were lost$")
@@ -25,7 +26,7 @@ class LogFaultTestCase(ProcessTestCase):
     """A server that can be talked to without its log."""
 
     def serve(self, *arguments: str, twistd: tuple[str, ...] = ()) -> Server:
-        port = free_port()
+        port = reserve_port(self)
         server = self.launch("--port", str(port), "--store=none", *arguments, twistd=twistd)
         server.port = port
         server.wait_until_served()

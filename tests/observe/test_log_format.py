@@ -118,6 +118,7 @@ class ServerTests(ProcessTestCase):
         client = self.client(server)
         client.send(HELLO)
         self.assertEqual(client.read(5), SUCCESS)
+        client.close()
         server.signal(signal.SIGTERM)
         server.wait_until_gone()
         lines = [json.loads(line) for line in server.log.splitlines()]

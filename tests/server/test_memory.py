@@ -33,6 +33,7 @@ from tests.support.builders import (
     lose,
     texts,
 )
+from tests.support.tracing import untraced
 
 LONGEST = 100
 LIMIT = 10 * LONGEST
@@ -554,6 +555,7 @@ class MemoryMachine(RuleBasedStateMachine):
 class MemoryModelTests(SynchronousTestCase):
     """The machine above."""
 
+    @untraced
     def test_whatever_happens(self) -> None:
         """It stays bounded, and nobody starves."""
         run_state_machine_as_test(

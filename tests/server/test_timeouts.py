@@ -38,6 +38,7 @@ from tests.support.builders import (
     numbered,
     texts,
 )
+from tests.support.tracing import untraced
 
 
 class IteratedClock(Clock):
@@ -130,6 +131,7 @@ class CountdownMachine(RuleBasedStateMachine):
 class CountdownTests(SynchronousTestCase):
     """The timer of a client by itself."""
 
+    @untraced
     def test_it_expires_as_a_model_says(self) -> None:
         """Started, suspended, resumed and cancelled in any order, with progress at any time."""
         run_state_machine_as_test(

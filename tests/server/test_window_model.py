@@ -33,6 +33,7 @@ from cafeteria_orch.server.window import MAX_IN_PROGRESS as WINDOW
 from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
 from cafeteria_orch.wire.messages import RawMessage
 from tests.support.builders import connect, frame, lose, opcode_first
+from tests.support.tracing import untraced
 
 FINISHED = 3
 ALONE, QUICK, BROKEN, ALONE_CRASHING = 40, 41, 42, 43
@@ -538,6 +539,7 @@ class Connection(RuleBasedStateMachine):
 class ModelTests(SynchronousTestCase):
     """Whatever happens in whatever order."""
 
+    @untraced
     def test_a_connection_does_what_a_model_of_it_does(self) -> None:
         """A connection does what a simple model of it does."""
         self.patch(protocol_module, "LONG_PAYLOAD", LONG_BYTES)

@@ -43,6 +43,7 @@ from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_t
 from cafeteria_orch.wire.tables import STORES, USERS
 from tests.support.builders import TCPTransport, batch_frame, connect, frame
 from tests.support.stores import Fault, FaultyConnection, connecting
+from tests.support.tracing import untraced
 
 CLIENTS = (None, UUID(int=1), UUID(int=2))
 TABLES = (USERS, STORES)
@@ -401,6 +402,7 @@ class StoreModel(RuleBasedStateMachine):
 class StoreModelTests(SynchronousTestCase):
     """The store, driven by Hypothesis."""
 
+    @untraced
     def test_model(self) -> None:
         """Store = acknowledged batches and possibly those in flight; the counts add up."""
         self.run_model(80)

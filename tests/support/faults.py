@@ -34,6 +34,7 @@ from cafeteria_orch.wire.opcodes import Opcode
 from cafeteria_orch.wire.tables import TABLES
 
 from .builders import frame
+from .ports import reserve_port
 
 LOOPBACK = "127.0.0.1"
 
@@ -88,22 +89,6 @@ def new_folder(test: SynchronousTestCase) -> Path:
     return folder
 
 
-def unused_port() -> int:
-    """A port that a server can have, and have again after it was killed.
-
-    Not one that the system hands out to clients: one that tries to connect to it while no
-    server is there would sooner or later be given this very port, and talk to itself.
-    """
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind((LOOPBACK, port))
-            except OSError:
-                continue
-            return port
-
-
 class Server:
     """A real server process with a store, that can be killed and started again.
 
@@ -119,7 +104,7 @@ class Server:
         store: Path | None = None,
         options: Sequence[str] = ("--log-level=warn",),
     ) -> None:
-        self.port = unused_port()
+        self.port = reserve_port(test)
         self._folder = new_folder(test)
         self.store = store or self._folder / "store.sqlite3"
         self._log = self._folder / "log"

@@ -28,7 +28,8 @@ from tests.support.disks import (
     make_folder,
     mount_small_disk,
 )
-from tests.support.faults import RawClient, slow, unused_port, wait_for
+from tests.support.faults import RawClient, slow, wait_for
+from tests.support.ports import reserve_port
 from tests.support.stores import TRY_AGAIN, PassingTime, SinkTestCase
 
 IMPATIENT = """
@@ -214,7 +215,7 @@ class ReadinessTests(DiskTestCase):
 
     def start(self, folder: Path | None = None, launcher: Sequence[str] = ()) -> None:
         self.store = make_folder(self) / "store.sqlite3"
-        self.port = unused_port()
+        self.port = reserve_port(self)
         metrics = f"--metrics=tcp:{self.port}:interface=127.0.0.1"
         self.server = ServerProcess(self, self.store, metrics, launcher=launcher)
         self.client = self.server.connect(self)

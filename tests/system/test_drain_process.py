@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tests.support.builders import ECHO, SUCCESS, batch_frame, frame
 from tests.support.crowds import Crowd, stored_batches
+from tests.support.faults import new_folder
 from tests.support.processes import (
     DAEMON,
     FOREGROUND,
+    PATIENCE,
     ROOT,
     TWIST,
     Client,
@@ -149,72 +152,91 @@ class TwistedsOwn(ProcessTestCase):
             self.assertFalse(server.pid_file.exists())
 
 
-class HangingTests(Tests):
-    """A processor that hangs, in whatever way, holds nothing for long."""
+class Hanging(NamedTuple):
+    """A server with a message in progress that never ends, and a client with honest batches."""
 
-    def hang(self, kind: str, drain_timeout: float) -> None:
-        """Start a server with a message in progress that never ends, and honest batches."""
-        (self.folder / "kinds.py").write_text(PROCESSORS)
-        (self.folder / "kind").write_text(kind)
-        options = (f"--drain-timeout={drain_timeout}", "--processors=kinds:register")
-        self.server = self.start(*options)
-        self.honest, *others = (self.client(self.server) for _ in range(4))
+    server: Server
+    honest: Client
+
+
+class HangingTests(Tests):
+    """A processor that hangs, in whatever way, holds nothing for long.
+
+    The servers of a test run side by side: each of them spends its time waiting.
+    """
+
+    def hang(self, kinds: Iterable[str], drain_timeout: float) -> dict[str, Hanging]:
+        """Start a server for each kind of processor, and have the processor hang."""
+        servers = {}
+        for kind in kinds:
+            self.folder = new_folder(self)
+            (self.folder / "kinds.py").write_text(PROCESSORS)
+            (self.folder / "kind").write_text(kind)
+            options = (f"--drain-timeout={drain_timeout}", "--processors=kinds:register")
+            servers[kind] = self.launch("--port=0", *options)
+        return {kind: self.occupy(server) for kind, server in servers.items()}
+
+    def occupy(self, server: Server) -> Hanging:
+        """Send honest batches, and then messages for the processor that hangs."""
+        server.wait_until_served()
+        honest, *others = (self.client(server) for _ in range(4))
         # Some of them are still to be acknowledged when the other processor hangs.
-        self.honest.send(b"".join(batch_frame(batch_number=number) for number in range(50)))
-        self.assertEqual(self.honest.read(5), SUCCESS)
+        honest.send(b"".join(batch_frame(batch_number=number) for number in range(50)))
+        self.assertEqual(honest.read(5), SUCCESS)
         for other in others:
             other.send(frame(bytes([ECHO])))
-        wait_until((self.folder / "in-progress").exists, "the message is in progress")
+        wait_until((server.folder / "in-progress").exists, "the message is in progress")
+        return Hanging(server, honest)
 
-    def stop(self, seconds: float, status: signal.Signals = signal.SIGTERM) -> None:
-        """Send SIGTERM: the server ends within some seconds, by a signal, without a pid file."""
+    def stop(
+        self,
+        hanging: Mapping[str, Hanging],
+        seconds: float,
+        status: signal.Signals = signal.SIGTERM,
+    ) -> None:
+        """Send SIGTERM: each ends within some seconds, by a signal, without a pid file."""
         began = time.monotonic()
-        self.server.signal(signal.SIGTERM)
-        self.server.wait_until_gone()
-        taken = time.monotonic() - began
-        acknowledged = 1 + len(self.honest.read_to_the_end()) // len(SUCCESS)
-        stored = len(stored_batches(self.folder / STORE))
-        figures = f"{taken:.2f} s, acknowledged: {acknowledged}, stored: {stored}"
-        self.assertLess(taken, seconds, figures)
-        self.assertLessEqual(acknowledged, stored, figures)
-        self.assertFalse(self.server.pid_file.exists())
-        if not self.starter.is_daemon:
-            self.assertEqual(self.server.status(), -status)
-        self.assertEqual(self.server.text("stderr"), "")
+        for server, _ in hanging.values():
+            server.signal(signal.SIGTERM)
+        for kind, (server, honest) in hanging.items():
+            with self.subTest(kind):
+                server.wait_until_gone(PATIENCE)
+                taken = time.monotonic() - began
+                acknowledged = 1 + len(honest.read_to_the_end()) // len(SUCCESS)
+                stored = len(stored_batches(server.folder / STORE))
+                figures = f"{taken:.2f} s, acknowledged: {acknowledged}, stored: {stored}"
+                self.assertLess(taken, seconds, figures)
+                self.assertLessEqual(acknowledged, stored, figures)
+                self.assertFalse(server.pid_file.exists())
+                if not self.starter.is_daemon:
+                    self.assertEqual(server.status(), -status)
+                self.assertEqual(server.text("stderr"), "")
 
-    def check_timeout(self, kind: str, line: str) -> None:
+    def check_timeout(self, lines: Mapping[str, str]) -> dict[str, Hanging]:
         """One signal and the drain timeout are enough, and the log is whole."""
-        self.hang(kind, 1)
-        self.stop(2.0)
-        self.assertIn(line, self.server.log)
-        ended = self.starter.last_line if line == GIVEN_UP else line
-        self.assertIn(ended, self.server.log.splitlines()[-1])
+        hanging = self.hang(lines, 1)
+        self.stop(hanging, 4.0)
+        for kind, line in lines.items():
+            with self.subTest(kind):
+                log = hanging[kind].server.log
+                self.assertIn(line, log)
+                ended = self.starter.last_line if line == GIVEN_UP else line
+                self.assertIn(ended, log.splitlines()[-1])
+        return hanging
 
-    def check_second(self, kind: str, line: str) -> None:
-        """A second signal ends it at once, as the first would have."""
-        self.hang(kind, 60)
-        # Two of a kind, or in the same moment, might become one or change places.
-        self.server.signal(signal.SIGINT)
-        time.sleep(0.1)
-        self.stop(1.0, signal.SIGINT)
-        self.assertIn(line, self.server.log)
-
-    def test_plain(self) -> None:
-        """One that waits in the reactor's thread is ended with the process, and named last."""
-        self.check_timeout("plain", f"{ENDED}kinds.py:11")
-
-    def test_swallowing(self) -> None:
-        """So is one that catches whatever is raised in it."""
-        self.check_timeout("swallowing", f"{ENDED}kinds.py:17")
+    def test_what_hangs_in_the_thread_of_the_reactor(self) -> None:
+        """It is ended with the process and named last, even if it catches all that is raised."""
+        self.check_timeout({"plain": f"{ENDED}kinds.py:11", "swallowing": f"{ENDED}kinds.py:17"})
 
     def test_busy(self) -> None:
         """A reactor that is busy beyond the drain timeout is not taken for one that hangs."""
-        self.hang("busy", 2)
+        hanging = self.hang(["busy"], 2)
+        server, _ = hanging["busy"]
         # Three are in progress already, at 0.2 s each.
-        self.client(self.server).send(frame(bytes([ECHO])) * 8)
-        self.stop(3.0)
-        self.assertNotIn("result: fail | error", self.server.log)
-        self.assertIn(self.starter.last_line, self.server.log.splitlines()[-1])
+        self.client(server).send(frame(bytes([ECHO])) * 8)
+        self.stop(hanging, 4.0)
+        self.assertNotIn("result: fail | error", server.log)
+        self.assertIn(self.starter.last_line, server.log.splitlines()[-1])
 
 
 class Foreground(HangingTests, ProcessTestCase):
@@ -224,19 +246,22 @@ class Foreground(HangingTests, ProcessTestCase):
 
     def test_what_hangs_elsewhere(self) -> None:
         """A blocking processor and a Deferred do not hold it, nor does the reactor's own pool."""
-        for kind, line in (("thread", GIVEN_UP), ("deferred", GIVEN_UP), ("pool", ENDED)):
-            with self.subTest(kind):
-                self.setUp()
-                self.check_timeout(kind, line)
-                self.assertIn(GIVEN_UP, self.server.log)
+        lines = {"thread": GIVEN_UP, "deferred": GIVEN_UP, "pool": ENDED}
+        for kind, (server, _) in self.check_timeout(lines).items():
+            self.assertIn(GIVEN_UP, server.log, kind)
 
     def test_second_signal(self) -> None:
-        """A second signal does not wait for any of them."""
+        """A second signal does not wait for any of them: it ends them as the first would have."""
         lines = {"plain": ENDED, "swallowing": ENDED, "thread": GIVEN_UP, "deferred": GIVEN_UP}
-        for kind, line in {**lines, "pool": GIVEN_UP}.items():
-            with self.subTest(kind):
-                self.setUp()
-                self.check_second(kind, line)
+        lines |= {"pool": GIVEN_UP}
+        hanging = self.hang(lines, 60)
+        # Two of a kind, or in the same moment, might become one or change places.
+        for server, _ in hanging.values():
+            server.signal(signal.SIGINT)
+        time.sleep(0.1)
+        self.stop(hanging, 3.0, signal.SIGINT)
+        for kind, line in lines.items():
+            self.assertIn(line, hanging[kind].server.log, kind)
 
 
 class Daemon(HangingTests, ProcessTestCase):

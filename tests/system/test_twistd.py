@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.support.builders import ECHO, SUCCESS, batch_frame, frame
+from tests.support.faults import new_folder
+from tests.support.ports import reserve_port
 from tests.support.processes import (
     DAEMON,
     FOREGROUND,
@@ -18,7 +20,6 @@ from tests.support.processes import (
     TWIST,
     ProcessTestCase,
     Server,
-    free_port,
     wait_until,
 )
 
@@ -128,30 +129,32 @@ class EveryStarter(Tests):
         again = self.start("--store=none", "--port", str(server.port))
         self.assertEqual(again.port, server.port)
 
-    def check_refused(self, *arguments: str, naming: str) -> None:
+    def check_refused(self, server: Server, naming: str) -> None:
         """It ends with one line on standard error and status 1, and leaves nothing behind."""
-        before = {path.name for path in self.folder.iterdir()}
-        server = self.launch(*arguments)
         self.assertEqual(server.status(), 1)
         server.wait_until_gone()
         self.assertRegex(server.text("stderr"), r"\Acafeorch: [^\n]+\n\Z")
         self.assertIn(naming, server.text("stderr"))
         self.assertEqual(server.text("stdout"), "")
-        after = {path.name for path in self.folder.iterdir()}
-        self.assertEqual(after - before - {"stdout", "stderr"}, set())
+        left = {path.name for path in server.folder.iterdir()}
+        self.assertEqual(left, {"stdout", "stderr"})
 
     def test_mistakes(self) -> None:
         """A taken port, a store that cannot be, bad processors, options and endpoints."""
         with socket.create_server(("127.0.0.1", 0)) as other:
             port = str(other.getsockname()[1])
-            self.check_refused("--port", port, naming=port)
-        for *arguments, naming in (
-            ("--port=0", "--store=missing/cafe.db", "missing/cafe.db"),
-            ("--port=0", "--processors=missing:register", "missing"),
-            ("--port=x", "--port"),
-            ("--listen=unix:missing/x", "--store=none", "missing/x"),
-        ):
-            self.check_refused(*arguments, naming=naming)
+            servers = []
+            for *arguments, naming in (
+                ("--port", port, port),
+                ("--port=0", "--store=missing/cafe.db", "missing/cafe.db"),
+                ("--port=0", "--processors=missing:register", "missing"),
+                ("--port=x", "--port"),
+                ("--listen=unix:missing/x", "--store=none", "missing/x"),
+            ):
+                self.folder = new_folder(self)
+                servers.append((self.launch(*arguments), naming))
+            for server, naming in servers:
+                self.check_refused(server, naming)
 
 
 class Foreground(EveryStarter, ProcessTestCase):
@@ -233,7 +236,7 @@ class Logging(ProcessTestCase):
 
     def launch_unseen(self, *twistd: str) -> Server:
         """Start a server whose log the test cannot read."""
-        port = free_port()
+        port = reserve_port(self)
         where = ("--port", str(port), "--store=none")
         environment = {"PYTHONPATH": f"{Path(__file__).parent.parent.parent}:{self.folder}"}
         server = self.launch(*where, twistd=twistd, environment=environment)

@@ -35,6 +35,7 @@ from cafeteria_orch.wire.messages import encode
 from tests.support.builders import frame, opcode_first
 from tests.support.framings import CountedBytes, in_chunks
 from tests.support.strategies import chunkings, cut, messages
+from tests.support.tracing import untraced
 
 FEW = [b"one", b"\x02", b"three", b"\0\0\0\1", b"5"]
 """Some payloads, one of which looks like a length."""
@@ -580,6 +581,7 @@ class OpcodeFirstMachine(DecoderMachine):
 class ModelTests(SynchronousTestCase):
     """Runs the machines."""
 
+    @untraced
     def test_anything_in_any_order(self) -> None:
         """Frames, chunks, iterations that are left and clears: as the model says."""
         for machine in (DecoderMachine, OpcodeFirstMachine):

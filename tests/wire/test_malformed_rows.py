@@ -33,6 +33,7 @@ from tests.support.strategies import (
     wire_rows,
     wire_string,
 )
+from tests.support.tracing import untraced
 
 SECRET = "hush-4711"
 """Stands in the data of whatever is malformed, and must not stand in the error."""
@@ -335,6 +336,7 @@ class AnyBytesTests(CodecTestCase):
         self.check(body, count, table)
 
     # Run on both codecs, which test_two_codecs compares with each other as well.
+    @untraced
     @settings(max_examples=400)
     @given(st.data())
     def test_mutated(self, data: DataObject) -> None:

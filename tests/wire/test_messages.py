@@ -49,6 +49,7 @@ from tests.support.strategies import (
     wire_messages,
     wire_row,
 )
+from tests.support.tracing import untraced
 
 SECRET = "hush-4711"
 CLIENT_ID = UUID("00112233-4455-6677-8899-aabbccddeeff")
@@ -324,6 +325,7 @@ class MalformedTests(TestCase):
         """Any bytes after an opcode that is known too."""
         self.check(bytes([opcode]) + body)
 
+    @untraced
     @settings(max_examples=500)
     @given(st.data())
     def test_mutated_messages(self, data: DataObject) -> None:

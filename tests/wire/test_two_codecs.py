@@ -22,6 +22,7 @@ from cafeteria_orch.wire.opcodes import Opcode
 from cafeteria_orch.wire.tables import END_OF_TABLE, TABLES, USERS, Table
 from tests.support.codecs import Compiled
 from tests.support.strategies import I32, mutations, wire_row, wire_rows
+from tests.support.tracing import untraced
 
 OPTIONAL = Table(
     Opcode.DATA_BATCH, "optional", ("a", "b"), frozenset({"a", "b"}), aliases={"c": "b", "d": "b"}
@@ -117,6 +118,7 @@ class AgreementTests(Compiled):
         self.assertAgree("decode_rows", body, len(head), len(drawn), table)
 
     # The sanitizer's test compares many more; these are the ones that Hypothesis can shrink.
+    @untraced
     @settings(max_examples=1000)
     @given(st.data())
     def test_mutated(self, data: DataObject) -> None:

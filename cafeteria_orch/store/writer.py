@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from queue import Empty, SimpleQueue
@@ -188,7 +188,7 @@ class Writer:
                 self._tell([Failure(refusal)] * len(group))
                 return
             self._tell([])
-            time.sleep(RETRY_INTERVAL)
+            threading.Event().wait(RETRY_INTERVAL)
 
     def _write(self, jobs: Sequence[Job]) -> list[object]:
         """Write jobs; if that fails, each of them alone.

@@ -10,7 +10,7 @@ CHECKS = (
     ("ruff", "format", "--check", "."),
     ("mypy",),
     # Two workers, since a good part of the tests wait for processes.
-    ("pytest", "-n", "2", "--dist", "loadgroup", "--cov"),
+    ("pytest", "-n", "2", "--dist", "loadscope", "--no-loadscope-reorder", "--cov"),
 )
 
 

@@ -15,7 +15,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pytest
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from cafeteria_orch.wire.messages import encode, end_of_table
@@ -249,7 +248,6 @@ class Handler(BaseHTTPRequestHandler):
         """Not to the tests' output."""
 
 
-@pytest.mark.xdist_group("status page")
 class AnyPage(SynchronousTestCase):
     """The page in all states, at all widths."""
 

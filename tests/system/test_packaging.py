@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import ClassVar
 from zipfile import ZipFile
 
-import pytest
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 ROOT = Path(__file__).parent.parent.parent
@@ -182,7 +181,6 @@ class Workshop:
         return built
 
 
-@pytest.mark.xdist_group("packaging")
 class Packaging(SynchronousTestCase):
     """What is built, and what is installed of it."""
 

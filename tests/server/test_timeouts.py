@@ -22,11 +22,14 @@ from cafeteria_orch.server import responses
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.reading import Awaited, Pause, Reading
+from cafeteria_orch.server.receiver import FrameReceiver
 from cafeteria_orch.server.timeouts import Countdown, Timeouts
+from cafeteria_orch.server.turns import Turns
 from cafeteria_orch.wire.opcodes import Opcode
 from tests.support.builders import (
     ECHO,
     FAIL,
+    PATIENT,
     SUCCESS,
     Pending,
     TCPTransport,
@@ -143,7 +146,12 @@ class ReadingTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.expired: list[Awaited] = []
-        self.reading = Reading(self.clock, Timeouts(9, 5, None), lambda: 0, self.expired.append)
+        self.reading = self.reading_of(Timeouts(9, 5, None))
+
+    def reading_of(self, timeouts: Timeouts) -> Reading:
+        client = FrameReceiver(self.clock, Turns(self.clock), timeouts, 1, None)
+        client.client_timed_out = self.expired.append  # type: ignore[method-assign,assignment]
+        return client.reading
 
     def wait(
         self, *, is_idle: bool = True, has_begun: bool = False, has_sent: bool = False
@@ -229,7 +237,7 @@ class ReadingTests(SynchronousTestCase):
 
     def test_no_timer_without_a_timeout_or_after_a_stop(self) -> None:
         """Nothing is left on the reactor."""
-        patient = Reading(self.clock, Timeouts(None, None, None), lambda: 0, self.expired.append)
+        patient = self.reading_of(PATIENT)
         for has_begun in (False, True):
             patient.wait_for_client(True, has_begun, False)
         patient.pause(Pause.OUTPUT)

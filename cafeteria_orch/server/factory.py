@@ -17,6 +17,7 @@ from twisted.python.reflect import fullyQualifiedName
 from zope.interface import implementer
 
 from cafeteria_orch.common.clock import WallTime
+from cafeteria_orch.common.quick_log import log_info
 from cafeteria_orch.common.rate_limit import RateLimitedLog
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, SNIFFABLE_BELOW, Framing
 from cafeteria_orch.wire.messages import DECODERS, Decoder, RawMessage
@@ -251,7 +252,8 @@ class OrchestratorFactory(ServerFactory):
             return
         status = getattr(message, "status", None)
         status_text = "-" if status is None else self.get_status_text(status)
-        _log.info(
+        log_info(
+            _log,
             "action: data_message_received | opcode: {opcode} | amount: {amount}"
             " | status: {status}",
             opcode=client.opcode,

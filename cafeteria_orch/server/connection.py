@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +12,7 @@ from twisted.internet.interfaces import IAddress, ITCPTransport
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from cafeteria_orch.common.quick_log import log_info
 from cafeteria_orch.wire.errors import FrameTooLong, ProtocolError
 from cafeteria_orch.wire.messages import TableBatch, decode
 
@@ -76,6 +78,7 @@ class OrchestratorProtocol(FrameReceiver):
 
     def connectionMade(self) -> None:
         """A client has connected."""
+        super().connectionMade()
         transport = self.transport
         is_tcp = isinstance(transport.getPeer(), (IPv4Address, IPv6Address))
         if is_tcp and ITCPTransport.providedBy(transport):
@@ -112,7 +115,8 @@ class OrchestratorProtocol(FrameReceiver):
             self._crash(Failure(), exchange)
         else:
             if factory.log_info:
-                _log.info(
+                log_info(
+                    _log,
                     "action: receive_message | result: success | ip: {ip} | opcode: {opcode}",
                     ip=self.session.ip,
                     opcode=exchange.opcode,
@@ -209,13 +213,15 @@ class OrchestratorProtocol(FrameReceiver):
         if self.state in _ANSWERING:
             for answer in answers:
                 self._outgoing += self.encodeAnswer(answer)
-            if not self._delivering or len(self._outgoing) >= MAX_OUTGOING_BYTES:
-                self._flush()
+            if answers and not self._delivering:
+                # Processors are often done with several messages at the same time.
+                self._flush(self.send_joined)
+            elif len(self._outgoing) >= MAX_OUTGOING_BYTES:
+                self._flush(self.send)
 
-    def _flush(self) -> None:
-        if self._outgoing:
-            outgoing, self._outgoing = self._outgoing, b""
-            self.transport.write(outgoing)
+    def _flush(self, send: Callable[[bytes], None]) -> None:
+        outgoing, self._outgoing = self._outgoing, b""
+        send(outgoing)
 
     def _refuse(self, error: ProtocolError, exchange: Exchange) -> None:
         self.factory.limited_log.error(
@@ -248,7 +254,7 @@ class OrchestratorProtocol(FrameReceiver):
     def delivered(self) -> None:
         """All that can be delivered now is: send the answers, and see what comes next."""
         if self._outgoing:
-            self._flush()
+            self._flush(self.send)
         memory, window, reading = self._memory, self._window, self.reading
         buffered, max_missing = self.holds()
         may_grow = memory.update(buffered, window.bytes, max_missing)

@@ -16,6 +16,7 @@ from twisted.internet.interfaces import (
     ISSLTransport,
     ITCPTransport,
 )
+from twisted.internet.tcp import Connection
 from twisted.protocols.basic import Int32StringReceiver
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -104,6 +105,8 @@ class FrameReceiver(Int32StringReceiver):
     # A payload that came out of its frame and has to wait.
     _held: bytes | None = None
     _abort_call: IDelayedCall | None = None
+    # Whether the socket has taken all that was sent, so that the transport holds nothing.
+    _is_direct = False
 
     def __init__(
         self,
@@ -118,6 +121,10 @@ class FrameReceiver(Int32StringReceiver):
         self.reading = Reading(self)
         self._turns = turns
         self._decoder = FrameDecoder(max_length, framing)
+
+    def connectionMade(self) -> None:
+        """There is a transport."""
+        self._is_direct = isinstance(self.transport, Connection)
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes from the transport; deliver the payloads that are whole."""
@@ -314,7 +321,29 @@ class FrameReceiver(Int32StringReceiver):
 
     def sendString(self, string: bytes) -> None:
         """Send a frame."""
-        self.transport.write(self.encodeFrame(string))
+        self.send_joined(self.encodeFrame(string))
+
+    def send(self, data: bytes) -> None:
+        """Send at once what the socket takes, and leave the rest to the transport.
+
+        The transport alone would do so in the reactor's next iteration, at twice the cost. When it
+        has sent all it does not tell: what follows a rest is left to it too, to come after that.
+        """
+        if self._is_direct:
+            try:
+                sent = self.transport.getHandle().send(data)
+            except OSError:
+                # It takes nothing now, or is broken: the transport finds out which.
+                sent = 0
+            if sent == len(data):
+                return
+            data = data[sent:]
+        self.send_joined(data)
+
+    def send_joined(self, data: bytes) -> None:
+        """Send with what else is sent before the reactor's next iteration."""
+        self._is_direct = False
+        self.transport.write(data)
 
     def holds(self) -> tuple[int, int]:
         """Tell what it has not delivered yet.

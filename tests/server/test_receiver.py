@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from itertools import combinations, product
-from typing import ClassVar
+from socket import socketpair
+from typing import ClassVar, cast
 from unittest.mock import patch
 
 from twisted.internet.error import ConnectionDone, ConnectionLost
-from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer, ISSLTransport
+from twisted.internet.interfaces import (
+    IHalfCloseableProtocol,
+    IPushProducer,
+    IReactorFDSet,
+    ISSLTransport,
+)
+from twisted.internet.main import CONNECTION_LOST
+from twisted.internet.tcp import Connection
 from twisted.internet.testing import StringTransport
 from twisted.protocols.basic import Int32StringReceiver
 from twisted.python.failure import Failure
@@ -348,6 +357,73 @@ class EndOfInputTests(SynchronousTestCase):
             protocol.close()
             protocol.stopProducing()
             self.assertEqual(handle.chunks, [STREAM])
+
+
+class _Selectables:
+    """What a connection asks of its reactor: here it only notes whether there is more to write."""
+
+    writes = False
+
+    def addWriter(self, _: object) -> None:
+        self.writes = True
+
+    def removeWriter(self, _: object) -> None:
+        self.writes = False
+
+
+class SendingTests(SynchronousTestCase):
+    """What is sent over a socket, and when."""
+
+    def setUp(self) -> None:
+        ours, self.peer = socketpair()
+        for end in (ours, self.peer):
+            self.addCleanup(end.close)
+            end.setblocking(False)
+        self.reactor = _Selectables()
+        self.protocol = Recorder()
+        self.transport = Connection(ours, self.protocol, cast("IReactorFDSet", self.reactor))
+        self.transport.connected = 1
+        self.protocol.makeConnection(self.transport)
+
+    def read(self) -> bytes:
+        data = b""
+        with contextlib.suppress(BlockingIOError):
+            while part := self.peer.recv(2**16):
+                data += part
+        return data
+
+    def test_it_is_sent_at_once(self) -> None:
+        """It does not wait for the reactor's next iteration."""
+        for data in (b"one", b"two"):
+            self.protocol.send(data)
+            self.assertEqual((self.read(), self.reactor.writes), (data, False))
+
+    def test_what_is_joined_waits_for_the_reactor(self) -> None:
+        """And all behind it is sent after it."""
+        self.protocol.send_joined(b"one")
+        self.protocol.send(b"two")
+        self.assertEqual((self.read(), self.reactor.writes), (b"", True))
+        self.transport.doWrite()
+        self.assertEqual(self.read(), b"onetwo")
+
+    def test_what_the_socket_does_not_take_is_left_to_the_transport(self) -> None:
+        """All arrives, in its order, though the peer does not read for a while."""
+        parts = [bytes([number]) * 100_000 for number in range(20)]
+        for part in parts:
+            self.protocol.send(part)
+        self.assertTrue(self.reactor.writes)
+        received = self.read()
+        while self.reactor.writes:
+            self.assertIsNone(self.transport.doWrite())
+            received += self.read()
+        self.assertTrue(received == b"".join(parts))
+
+    def test_a_broken_socket_is_left_to_the_transport(self) -> None:
+        """It reports the loss, when the reactor asks it to write."""
+        self.peer.close()
+        self.protocol.send(b"one")
+        self.assertTrue(self.reactor.writes)
+        self.assertIs(self.transport.doWrite(), CONNECTION_LOST)
 
 
 class InterfaceTests(SynchronousTestCase):

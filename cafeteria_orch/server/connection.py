@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
 
 LONG_PAYLOAD = 128 * 1024
 """A longer payload, in bytes, is decoded when it is the connection's turn."""
-
-MAX_OUTGOING_BYTES = 64 * 1024
-"""How many bytes of answers wait for each other to leave in one write."""
 
 _ANSWERING = (State.OPEN, State.ENDING)
 
@@ -60,16 +56,16 @@ class OrchestratorProtocol(FrameReceiver):
     _last_opcode: int | None = None
     # Whether a whole frame has come since the client was last waited for.
     _frame_came = False
-    _outgoing = b""
     _processing: ProcessingTimeout | None = None
 
     def __init__(self, factory: OrchestratorFactory, address: IAddress | None) -> None:
         super().__init__(
             factory.reactor,
             factory.turns,
+            factory.outbox,
             factory.timeouts,
-            factory.max_frame_bytes,
-            factory.framing,
+            max_length=factory.max_frame_bytes,
+            framing=factory.framing,
         )
         self.factory = factory
         self.session = Session(getattr(address, "host", "unix"), factory.wall_time())
@@ -165,10 +161,10 @@ class OrchestratorProtocol(FrameReceiver):
 
     def _go_on(self, _: object) -> None:
         # A message behind one that is not done keeps its place: the window may be full still.
-        if self._window.is_busy:
-            self.settle()
-        else:
+        if self.reading.reasons & BUSY and not self._window.is_busy:
             self.resume(BUSY)
+        else:
+            self.settle()
 
     def _fail(self, failure: Failure, message: Any, exchange: Exchange) -> bool:
         return handle_processing_error(message, exchange, cast("BaseException", failure.value))
@@ -179,7 +175,7 @@ class OrchestratorProtocol(FrameReceiver):
         if not self._window.done(exchange):
             return
         tally = self.factory.counters.tallies[exchange.opcode]
-        rows = message.amount if type(message) is TableBatch else 0
+        rows = len(message.rows) if type(message) is TableBatch else 0
         tally.finish(keep if type(keep) is Outcome else outcome_of(exchange.payload), rows)
         if tally.is_batch:
             self.batches += 1
@@ -207,21 +203,14 @@ class OrchestratorProtocol(FrameReceiver):
     def answered(self) -> None:
         """Send the answers up to the first message that has none.
 
-        In the reactor's thread. They leave together with the others of the same delivery.
+        In the reactor's thread.
         """
         answers = self._window.answers()
         if self.state in _ANSWERING:
             for answer in answers:
-                self._outgoing += self.encodeAnswer(answer)
-            if answers and not self._delivering:
-                # Processors are often done with several messages at the same time.
-                self._flush(self.send_joined)
-            elif len(self._outgoing) >= MAX_OUTGOING_BYTES:
-                self._flush(self.send)
-
-    def _flush(self, send: Callable[[bytes], None]) -> None:
-        outgoing, self._outgoing = self._outgoing, b""
-        send(outgoing)
+                self.output.send(self.encodeAnswer(answer))
+            if not self._delivering:
+                self.output.settle()
 
     def _refuse(self, error: ProtocolError, exchange: Exchange) -> None:
         self.factory.limited_log.error(
@@ -252,9 +241,7 @@ class OrchestratorProtocol(FrameReceiver):
         self.end()
 
     def delivered(self) -> None:
-        """All that can be delivered now is: send the answers, and see what comes next."""
-        if self._outgoing:
-            self._flush(self.send)
+        """All that can be delivered now is: see what comes next."""
         memory, window, reading = self._memory, self._window, self.reading
         buffered, max_missing = self.holds()
         may_grow = memory.update(buffered, window.bytes, max_missing)

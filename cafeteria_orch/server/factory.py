@@ -28,6 +28,7 @@ from .connection import OrchestratorProtocol
 from .counters import Counters
 from .limits import ConnectionLimits
 from .memory import DEFAULT_MAX_IN_FLIGHT_BYTES, MemoryBudget
+from .outbox import Outbox
 from .reading import Pause
 from .responses import Exchange
 from .threads import ProcessorThreads
@@ -126,6 +127,7 @@ class OrchestratorFactory(ServerFactory):
         self.log_debug: bool = log_level <= LogLevel.debug
         self.decoders: dict[int, Decoder] = dict(DECODERS)
         self.turns = Turns(reactor)
+        self.outbox = Outbox(reactor)
         self.counters = Counters()
         self.limited_log = RateLimitedLog(reactor, _log, MAX_LINES)
         self.timeouts = timeouts

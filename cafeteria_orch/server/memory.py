@@ -181,7 +181,7 @@ class MemoryShare:
             changed, self.used = used - self.used, used
             moved, self._in_progress = in_progress - self._in_progress, in_progress
             self._budget.change(changed, moved)
-        return not held or self.may_grow
+        return not held or self._pace is not None or not self._budget.is_short
 
     @property
     def may_grow(self) -> bool:

@@ -16,14 +16,14 @@ from twisted.internet.interfaces import (
     ISSLTransport,
     ITCPTransport,
 )
-from twisted.internet.tcp import Connection
 from twisted.protocols.basic import Int32StringReceiver
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from cafeteria_orch.wire.errors import FrameTooLong
-from cafeteria_orch.wire.framing import INT32, FrameDecoder, Framing
+from cafeteria_orch.wire.framing import INT32, SUCCESS, FrameDecoder, Framing
 
+from .outbox import Outbox, Output
 from .reading import Awaited, Pause, Reading
 from .timeouts import Timeouts
 from .turns import Turns
@@ -84,15 +84,18 @@ class FrameReceiver(Int32StringReceiver):
 
     :param reactor: for time.
     :param turns: of all connections.
+    :param outbox: of all connections.
     :param timeouts: how long the client is waited for.
     :param max_length: the longest payload, in bytes.
     :param framing: ``None`` leaves it to the first byte.
     :ivar reading: the pause reasons of this connection.
+    :ivar output: what it sends; from ``connectionMade`` on.
     :ivar state: what the connection still does.
     :ivar received_bytes: the number of bytes that have come.
     """
 
     transport: Any
+    output: Output
     state = State.OPEN
     received_bytes = 0
 
@@ -105,14 +108,14 @@ class FrameReceiver(Int32StringReceiver):
     # A payload that came out of its frame and has to wait.
     _held: bytes | None = None
     _abort_call: IDelayedCall | None = None
-    # Whether the socket has taken all that was sent, so that the transport holds nothing.
-    _is_direct = False
 
     def __init__(
         self,
         reactor: Any,
         turns: Turns,
+        outbox: Outbox,
         timeouts: Timeouts,
+        *,
         max_length: int,
         framing: Framing | None,
     ) -> None:
@@ -120,11 +123,12 @@ class FrameReceiver(Int32StringReceiver):
         self.timeouts = timeouts
         self.reading = Reading(self)
         self._turns = turns
+        self._outbox = outbox
         self._decoder = FrameDecoder(max_length, framing)
 
     def connectionMade(self) -> None:
         """There is a transport."""
-        self._is_direct = isinstance(self.transport, Connection)
+        self.output = Output(self._outbox, self.transport)
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes from the transport; deliver the payloads that are whole."""
@@ -251,6 +255,7 @@ class FrameReceiver(Int32StringReceiver):
             is_closed = reason.check(ConnectionDone) is not None or is_tls
             self._input_end = "connection closed" if is_closed else "connection reset"
         self._enter(State.LOST)
+        self.output.drop()
         self._input_over = True
         if self._abort_call is not None and self._abort_call.active():
             self._abort_call.cancel()
@@ -289,6 +294,7 @@ class FrameReceiver(Int32StringReceiver):
         """All that can be delivered now is: see what comes next."""
         if self._delivering:
             return
+        self.output.settle()
         self.delivered()
         reasons, state = self.reading.reasons, self.state
         reads = not reasons if state is OPEN else state is State.CLOSING
@@ -313,7 +319,10 @@ class FrameReceiver(Int32StringReceiver):
 
     def encodeAnswer(self, payload: bytes) -> bytes:
         """Frame an answer: of its body, as much as the peer can read."""
-        return (self._decoder.framing or INT32).encode_answer(payload)
+        framing = self._decoder.framing or INT32
+        if payload == SUCCESS:
+            return framing.success
+        return framing.encode(payload if framing.answers_have_bodies else payload[:1])
 
     def encodeFrame(self, payload: bytes) -> bytes:
         """Frame a payload as a client of this connection does."""
@@ -321,29 +330,9 @@ class FrameReceiver(Int32StringReceiver):
 
     def sendString(self, string: bytes) -> None:
         """Send a frame."""
-        self.send_joined(self.encodeFrame(string))
-
-    def send(self, data: bytes) -> None:
-        """Send at once what the socket takes, and leave the rest to the transport.
-
-        The transport alone would do so in the reactor's next iteration, at twice the cost. When it
-        has sent all it does not tell: what follows a rest is left to it too, to come after that.
-        """
-        if self._is_direct:
-            try:
-                sent = self.transport.getHandle().send(data)
-            except OSError:
-                # It takes nothing now, or is broken: the transport finds out which.
-                sent = 0
-            if sent == len(data):
-                return
-            data = data[sent:]
-        self.send_joined(data)
-
-    def send_joined(self, data: bytes) -> None:
-        """Send with what else is sent before the reactor's next iteration."""
-        self._is_direct = False
-        self.transport.write(data)
+        self.output.send(self.encodeFrame(string))
+        if not self._delivering:
+            self.output.settle()
 
     def holds(self) -> tuple[int, int]:
         """Tell what it has not delivered yet.
@@ -372,6 +361,7 @@ class FrameReceiver(Int32StringReceiver):
         """
         self._enter(State.CLOSING)
         self.drop_input()
+        self.output.flush()
         self.transport.unregisterProducer()
         self._abort_call = self.reactor.callLater(CLOSE_TIMEOUT, self.abort)
         if not self._is_read:

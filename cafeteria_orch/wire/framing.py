@@ -59,12 +59,6 @@ class Framing(NamedTuple):
             raise ValueError("a payload begins with its opcode")
         return payload[:lead] + self.length.pack(len(payload) - lead) + payload[lead:]
 
-    def encode_answer(self, payload: bytes) -> bytes:
-        """Frame an answer: of its body, as much as the peer can read."""
-        if payload == SUCCESS:
-            return self.success
-        return self.encode(payload if self.answers_have_bodies else payload[:1])
-
 
 INT32 = Framing(
     "int32",

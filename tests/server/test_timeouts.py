@@ -21,6 +21,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.server import responses
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.outbox import Outbox
 from cafeteria_orch.server.reading import Awaited, Pause, Reading
 from cafeteria_orch.server.receiver import FrameReceiver
 from cafeteria_orch.server.timeouts import Countdown, Timeouts
@@ -149,7 +150,9 @@ class ReadingTests(SynchronousTestCase):
         self.reading = self.reading_of(Timeouts(9, 5, None))
 
     def reading_of(self, timeouts: Timeouts) -> Reading:
-        client = FrameReceiver(self.clock, Turns(self.clock), timeouts, 1, None)
+        client = FrameReceiver(
+            self.clock, Turns(self.clock), Outbox(self.clock), timeouts, max_length=1, framing=None
+        )
         client.client_timed_out = self.expired.append  # type: ignore[method-assign,assignment]
         return client.reading
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from twisted.internet.task import Clock
 
+from cafeteria_orch.server.outbox import Outbox
 from cafeteria_orch.server.reading import Pause
 from cafeteria_orch.server.receiver import FrameReceiver
 from cafeteria_orch.server.turns import Turns
@@ -36,7 +37,14 @@ class Recorder(FrameReceiver):
         framing: Any = INT32,
     ) -> None:
         self.clock = Clock()
-        super().__init__(self.clock, Turns(self.clock), PATIENT, max_length, framing)
+        super().__init__(
+            self.clock,
+            Turns(self.clock),
+            Outbox(self.clock),
+            PATIENT,
+            max_length=max_length,
+            framing=framing,
+        )
         self.script = list(script)
         self.always = always
         self.payloads: list[bytes] = []

@@ -175,7 +175,7 @@ class OrchestratorProtocol(FrameReceiver):
         if not self._window.done(exchange):
             return
         tally = self.factory.counters.tallies[exchange.opcode]
-        rows = len(message.rows) if type(message) is TableBatch else 0
+        rows = message.amount if type(message) is TableBatch else 0
         tally.finish(keep if type(keep) is Outcome else outcome_of(exchange.payload), rows)
         if tally.is_batch:
             self.batches += 1

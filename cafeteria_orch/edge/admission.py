@@ -227,6 +227,6 @@ class _Candidate(Protocol):
             # Stays pending, and so has a timeout, until the connection is closed.
             self._stage = _Stage.CLOSING
             return None
-        client.common_name = name
+        client.session.common_name = name
         self._admission.remove(self)
         return client

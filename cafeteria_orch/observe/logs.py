@@ -90,7 +90,8 @@ class BufferedLogObserver:
     def __init__(
         self, file: LogStream, level: NamedConstant = LogLevel.info, render: Render = as_text
     ) -> None:
-        self._level = level
+        # Levels compare by a call.
+        self._dropped = frozenset(each for each in LogLevel.iterconstants() if each < level)
         self._render = render
         self._writer = LogWriter(file, self._describe_loss)
         self._time: tuple[int, str] = (0, formatTime(0))
@@ -98,7 +99,7 @@ class BufferedLogObserver:
     def __call__(self, event: LogEvent) -> None:
         """Take an event."""
         level = event.get("log_level", LogLevel.info)
-        if level < self._level:
+        if level in self._dropped:
             return
         second = int(event["log_time"])
         time = self._time

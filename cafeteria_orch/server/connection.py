@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from functools import partial
-from inspect import iscoroutine
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, cast
 
 from twisted.internet.address import IPv4Address, IPv6Address
@@ -13,14 +11,15 @@ from twisted.internet.interfaces import IAddress, ITCPTransport
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from cafeteria_orch.common.quick_log import log_info
 from cafeteria_orch.wire.errors import FrameTooLong, ProtocolError
 from cafeteria_orch.wire.messages import TableBatch, decode
 
 from .counters import UNKNOWN, Outcome, label_of, outcome_of
 from .memory import MemoryShare
 from .processing import ProcessingTimeout
-from .reading import Awaited, Pause, Reading
-from .receiver import FrameReceiver, State
+from .reading import BUSY, MEMORY, Awaited
+from .receiver import OPEN, FrameReceiver, State
 from .responses import Exchange, Session, handle_processing_error, send_failure
 from .window import Window
 
@@ -30,10 +29,7 @@ if TYPE_CHECKING:
 LONG_PAYLOAD = 128 * 1024
 """A longer payload, in bytes, is decoded when it is the connection's turn."""
 
-MAX_OUTGOING_BYTES = 64 * 1024
-"""How many bytes of answers wait for each other to leave in one write."""
-
-_TCP_ADDRESSES = (IPv4Address, IPv6Address)
+_ANSWERING = (State.OPEN, State.ENDING)
 
 _log = Logger()
 
@@ -47,57 +43,44 @@ class OrchestratorProtocol(FrameReceiver):
     :class:`~.window.Window`).
 
     :param factory: that made it.
-    :ivar thread: the identifier of the reactor's thread.
-    :ivar session: what is known of the client; from ``connectionMade`` on.
-    :ivar limited_log: for what the client can cause again and again.
-    :ivar limit_hit: counts that a limit was hit, see :meth:`~.counters.Counters.limit_hit`.
-    :ivar processor_name: names the processor of an opcode for the log.
+    :param address: the client's.
+    :ivar session: what is known of the client.
     :ivar batches: the number of its batches that were processed.
     :ivar rows: the number of rows in those.
-    :ivar address: the client's; ``None`` if it is what the transport has for the peer.
-    :ivar common_name: in the client's certificate.
     """
 
-    thread: int
-    session: Session
+    factory: OrchestratorFactory
     batches = 0
     rows = 0
-    address: IAddress | None = None
-    common_name: str | None = None
 
     _last_opcode: int | None = None
     # Whether a whole frame has come since the client was last waited for.
     _frame_came = False
+    _processing: ProcessingTimeout | None = None
 
-    def __init__(self, factory: OrchestratorFactory) -> None:
-        reading = Reading(
-            factory.reactor, factory.timeouts, lambda: self.received_bytes, self._client_timed_out
-        )
+    def __init__(self, factory: OrchestratorFactory, address: IAddress | None) -> None:
         super().__init__(
-            factory.reactor, factory.turns, reading, factory.max_frame_bytes, factory.framing
+            factory.reactor,
+            factory.turns,
+            factory.outbox,
+            factory.timeouts,
+            max_length=factory.max_frame_bytes,
+            framing=factory.framing,
         )
-        self._factory = factory
-        self.log_debug: bool = factory.log_debug
-        granted = partial(self.resume, Pause.MEMORY)
-        self._memory = MemoryShare(factory.memory, granted, self._memory_unused)
+        self.factory = factory
+        self.session = Session(getattr(address, "host", "unix"), factory.wall_time())
+        self._memory = MemoryShare(factory.memory, self)
         self._window = Window()
-        self._processing = ProcessingTimeout(self, factory, self._window)
-        self._tallies = factory.counters.tallies
-        self.limited_log = factory.limited_log
-        self.limit_hit = factory.counters.limit_hit
-        self.processor_name = factory.processor_name
-        self._outgoing = bytearray()
 
     def connectionMade(self) -> None:
         """A client has connected."""
-        self.thread = threading.get_ident()
-        peer = self.transport.getPeer()
-        if ITCPTransport.providedBy(self.transport) and isinstance(peer, _TCP_ADDRESSES):
-            self.transport.setTcpNoDelay(True)
-        ip = getattr(self.address or peer, "host", "unix")
-        self.session = Session(ip, self._factory.wall_time(), common_name=self.common_name)
-        self.transport.registerProducer(self, True)
-        self._factory.connection_made(self)
+        super().connectionMade()
+        transport = self.transport
+        is_tcp = isinstance(transport.getPeer(), (IPv4Address, IPv6Address))
+        if is_tcp and ITCPTransport.providedBy(transport):
+            transport.setTcpNoDelay(True)
+        transport.registerProducer(self, True)
+        self.factory.connection_made(self)
         self.settle()
 
     def stringReceived(self, payload: bytes) -> None:
@@ -105,33 +88,31 @@ class OrchestratorProtocol(FrameReceiver):
         self._frame_came = True
         opcode = payload[0] if payload else UNKNOWN
         window = self._window
-        if window.is_busy or (
-            window.in_progress and not self._factory.processing(opcode).pipelined
-        ):
-            self.hold(payload, Pause.BUSY)
+        if window.is_busy or (window.count and not self.factory.processing(opcode).pipelined):
+            self.hold(payload, BUSY)
         elif len(payload) <= LONG_PAYLOAD or not self.hold_for_turn(payload):
             self._receive(payload, Exchange(self, opcode, len(payload)))
 
     def lengthLimitExceeded(self, length: int) -> None:
         """A frame declares more than the limit: refuse it before it is read."""
-        self.limit_hit("max_frame_bytes")
-        exchange = Exchange(self, UNKNOWN)
-        self._window.add(exchange)
-        self._refuse(FrameTooLong(length, self.MAX_LENGTH), exchange)
+        self.factory.counters.limit_hit("max_frame_bytes")
+        self._refuse(FrameTooLong(length, self.MAX_LENGTH), Exchange(self, UNKNOWN))
 
     def _receive(self, payload: bytes, exchange: Exchange) -> None:
-        self._window.add(exchange)
+        factory = self.factory
         try:
-            message = decode(payload, self._factory.decoders)
+            message = decode(payload, factory.decoders)
             self.session.learn(message)
         except ProtocolError as error:
             self._refuse(error, exchange)
         except Exception:
-            self._factory.counters.refused(exchange.opcode, Outcome.REJECTED)
+            factory.counters.refused(exchange.opcode, Outcome.REJECTED)
+            self._window.add(exchange)
             self._crash(Failure(), exchange)
         else:
-            if self._factory.log_info:
-                _log.info(
+            if factory.log_info:
+                log_info(
+                    _log,
                     "action: receive_message | result: success | ip: {ip} | opcode: {opcode}",
                     ip=self.session.ip,
                     opcode=exchange.opcode,
@@ -139,30 +120,39 @@ class OrchestratorProtocol(FrameReceiver):
             self._process(message, exchange)
 
     def _process(self, message: Any, exchange: Exchange) -> None:
+        factory, window = self.factory, self._window
         exchange.started_at = self.reactor.seconds()
-        self._tallies[exchange.opcode].start()
-        self._window.start(exchange)
+        factory.counters.tallies[exchange.opcode].start()
+        window.start(exchange)
         try:
             try:
-                result = self._factory.handle_message(message, exchange)
+                result = factory.handle_message(message, exchange)
             except Exception as error:
                 result = handle_processing_error(message, exchange, error)
-            if iscoroutine(result):
-                result = Deferred.fromCoroutine(result)
-            if isinstance(result, Deferred):
-                self._finish_later(result, message, exchange)
-            else:
+            # Most return a bool: to ask an abstract class, as Deferred is, takes long.
+            if result is True or not isinstance(result, (Deferred, CoroutineType)):
                 self._finish(result, message, exchange)
+            else:
+                self._finish_later(result, message, exchange)
         except Exception:
             self._crash(Failure(), exchange)
-        if self._window.is_busy:
-            self.reading.pause(Pause.BUSY)
+        if window.is_busy:
+            self.reading.pause(BUSY)
 
-    def _finish_later(self, result: Deferred[Any], message: Any, exchange: Exchange) -> None:
-        processing = self._factory.processing(exchange.opcode)
+    def _finish_later(
+        self,
+        result: Deferred[Any] | CoroutineType[Any, Any, Any],
+        message: Any,
+        exchange: Exchange,
+    ) -> None:
+        if not isinstance(result, Deferred):
+            result = Deferred.fromCoroutine(result)
+        processing = self.factory.processing(exchange.opcode)
         if processing.pipelined:
             self._window.share()
         if processing.times_out and self.state is not State.LOST:
+            if self._processing is None:
+                self._processing = ProcessingTimeout(self, self._window)
             self._processing.start()
         result.addErrback(self._fail, message, exchange)
         result.addCallback(self._finish, message, exchange)
@@ -171,10 +161,10 @@ class OrchestratorProtocol(FrameReceiver):
 
     def _go_on(self, _: object) -> None:
         # A message behind one that is not done keeps its place: the window may be full still.
-        if self._window.is_busy:
-            self.settle()
+        if self.reading.reasons & BUSY and not self._window.is_busy:
+            self.resume(BUSY)
         else:
-            self.resume(Pause.BUSY)
+            self.settle()
 
     def _fail(self, failure: Failure, message: Any, exchange: Exchange) -> bool:
         return handle_processing_error(message, exchange, cast("BaseException", failure.value))
@@ -184,7 +174,7 @@ class OrchestratorProtocol(FrameReceiver):
             self._settle_unanswered(exchange)
         if not self._window.done(exchange):
             return
-        tally = self._tallies[exchange.opcode]
+        tally = self.factory.counters.tallies[exchange.opcode]
         rows = message.amount if type(message) is TableBatch else 0
         tally.finish(keep if type(keep) is Outcome else outcome_of(exchange.payload), rows)
         if tally.is_batch:
@@ -193,12 +183,12 @@ class OrchestratorProtocol(FrameReceiver):
             self._last_opcode = exchange.opcode
             if tally.is_timed:
                 seconds = self.reactor.seconds() - exchange.started_at
-                self._factory.counters.batch_seconds.observe(seconds)
+                self.factory.counters.batch_seconds.observe(seconds)
         if not (keep is None or keep):
             self.end()
 
     def _settle_unanswered(self, exchange: Exchange) -> None:
-        if not self._factory.must_answer(exchange.opcode):
+        if not self.factory.must_answer(exchange.opcode):
             exchange.close_slot()
             return
         self._warn(
@@ -206,29 +196,24 @@ class OrchestratorProtocol(FrameReceiver):
             "action: send_response | result: fail | ip: {ip} | opcode: {opcode}"
             " | error: {processor} did not answer",
             opcode=exchange.opcode,
-            processor=self.processor_name(exchange.opcode),
+            processor=self.factory.processor_name(exchange.opcode),
         )
         send_failure(exchange)
 
     def answered(self) -> None:
         """Send the answers up to the first message that has none.
 
-        In the reactor's thread. They leave together with the others of the same delivery.
+        In the reactor's thread.
         """
         answers = self._window.answers()
-        if self.state in (State.OPEN, State.ENDING):
+        if self.state in _ANSWERING:
             for answer in answers:
-                self._outgoing += self.encodeAnswer(answer)
-            if not self._delivering or len(self._outgoing) >= MAX_OUTGOING_BYTES:
-                self._flush()
-
-    def _flush(self) -> None:
-        if self._outgoing:
-            outgoing, self._outgoing = bytes(self._outgoing), bytearray()
-            self.transport.write(outgoing)
+                self.output.send(self.encodeAnswer(answer))
+            if not self._delivering:
+                self.output.settle()
 
     def _refuse(self, error: ProtocolError, exchange: Exchange) -> None:
-        self.limited_log.error(
+        self.factory.limited_log.error(
             "malformed",
             "action: receive_message | result: fail | ip: {ip} | opcode: {opcode}"
             " | error: {error}",
@@ -236,8 +221,9 @@ class OrchestratorProtocol(FrameReceiver):
             opcode=exchange.opcode,
             error=error,
         )
-        opcode = exchange.opcode if exchange.opcode in self._factory.decoders else UNKNOWN
-        self._factory.counters.refused(opcode, Outcome.MALFORMED)
+        opcode = exchange.opcode if exchange.opcode in self.factory.decoders else UNKNOWN
+        self.factory.counters.refused(opcode, Outcome.MALFORMED)
+        self._window.add(exchange)
         send_failure(exchange, error.reason)
         self.end()
 
@@ -251,57 +237,56 @@ class OrchestratorProtocol(FrameReceiver):
         if not exchange.settled:
             send_failure(exchange)
         if self._window.done(exchange):
-            self._tallies[exchange.opcode].finish(outcome_of(exchange.payload), 0)
+            self.factory.counters.tallies[exchange.opcode].finish(outcome_of(exchange.payload), 0)
         self.end()
 
     def delivered(self) -> None:
-        """All that can be delivered now is: send the answers, and see what comes next."""
-        if self._outgoing:
-            self._flush()
+        """All that can be delivered now is: see what comes next."""
         memory, window, reading = self._memory, self._window, self.reading
         buffered, max_missing = self.holds()
-        may_grow = memory.update(buffered, window.bytes, max_missing, self.received_bytes)
+        may_grow = memory.update(buffered, window.bytes, max_missing)
         if self._frame_came and memory.is_reserved:
             memory.leave()
             may_grow = memory.may_grow
         has_begun = buffered > 0 or max_missing > 0
-        is_weighed = not may_grow or reading.reasons & Pause.MEMORY
-        if self.state is State.OPEN and is_weighed:
+        is_weighed = not may_grow or reading.reasons & MEMORY
+        if self.state is OPEN and is_weighed:
             self._weigh_memory()
             has_begun = not self.is_empty
         has_sent, self._frame_came = self._frame_came, False
-        if self.state is State.OPEN:
-            reading.wait_for_client(not window.in_progress, has_begun, has_sent)
+        if self.state is OPEN:
+            reading.wait_for_client(not window.count, has_begun, has_sent)
 
     def _weigh_memory(self) -> None:
         """Pause while memory is short: for a reservation, or until what is in progress is done."""
         reading, memory = self.reading, self._memory
         if memory.may_grow:
-            if reading.reasons & Pause.MEMORY and not memory.is_waiting:
-                self.resume(Pause.MEMORY)
-        elif not (reading.reasons & ~Pause.MEMORY or self._input_over):
+            if reading.reasons & MEMORY and not memory.is_waiting:
+                self.resume(MEMORY)
+        elif not (reading.reasons & ~MEMORY or self._input_over):
             if not reading.reasons:
-                reading.pause(Pause.MEMORY)
-                self.limit_hit("max_in_flight_bytes")
+                reading.pause(MEMORY)
+                self.factory.counters.limit_hit("max_in_flight_bytes")
             # A transport may deliver more though it is paused, and a frame begin with that.
             if memory.max_missing and not memory.is_waiting:
                 memory.ask()
 
     def ends(self) -> None:
         """The connection takes no more messages: see whether all is done."""
-        if self._window.in_progress:
+        if self._window.count:
             return
         if self.state is State.ENDING:
             self.close()
         elif self.state is State.LOST and (self.is_empty or not self.reading.reasons):
             self.drop_input()
-            self._memory.update(0, 0, 0, self.received_bytes)
-            self._factory.connection_lost(self)
+            self._memory.update(0, 0, 0)
+            self.factory.connection_lost(self)
 
-    def _memory_unused(self) -> None:
+    def memory_unused(self) -> None:
+        """The client does not use its reservation while others wait for memory."""
         # While it is paused, it is not the client's fault that nothing comes.
-        if self.state is State.OPEN and not self.reading.reasons:
-            self.limit_hit("frame_timeout")
+        if self.state is OPEN and not self.reading.reasons:
+            self.factory.counters.limit_hit("frame_timeout")
             self._warn(
                 "slow frame",
                 "action: receive_message | result: fail | ip: {ip} | error: a frame came too"
@@ -317,7 +302,7 @@ class OrchestratorProtocol(FrameReceiver):
     def readConnectionLost(self) -> None:
         """The client sends no more: there is nothing to wait for with it."""
         self._memory.leave()
-        self.reading.resume(Pause.MEMORY)
+        self.reading.resume(MEMORY)
         super().readConnectionLost()
 
     def input_ended(self, how: str) -> None:
@@ -340,7 +325,7 @@ class OrchestratorProtocol(FrameReceiver):
     def end(self) -> None:
         """Take no more messages, and close when those in progress are answered."""
         self.drop_input()
-        if self.state is State.OPEN:
+        if self.state is OPEN:
             self._enter(State.ENDING)
         self.settle()
 
@@ -353,13 +338,17 @@ class OrchestratorProtocol(FrameReceiver):
         """The connection is gone. Messages that were read whole are still processed."""
         self._memory.leave()
         self.reading.stop()
-        self.reading.resume(Pause.MEMORY)
-        self._processing.stop()
+        self.reading.resume(MEMORY)
+        if self._processing is not None:
+            self._processing.stop()
         super().connectionLost(reason)
 
-    def _client_timed_out(self, awaited: Awaited) -> None:
-        timeouts = self._factory.timeouts
-        self.limit_hit("idle_timeout" if awaited is Awaited.FRAME else "frame_timeout")
+    def client_timed_out(self, awaited: Awaited) -> None:
+        """The client has not done in time what it is waited for to do: close."""
+        timeouts = self.timeouts
+        self.factory.counters.limit_hit(
+            "idle_timeout" if awaited is Awaited.FRAME else "frame_timeout"
+        )
         if awaited is Awaited.FRAME:
             _log.info(
                 "action: close_connection | result: success | ip: {ip}"
@@ -386,12 +375,13 @@ class OrchestratorProtocol(FrameReceiver):
             self.abort()
 
     def _warn(self, kind: str, message: str, **fields: object) -> None:
-        self.limited_log.warn(kind, message, ip=self.session.ip, missing=self.missing, **fields)
+        fields.update(ip=self.session.ip, missing=self.missing)
+        self.factory.limited_log.warn(kind, message, **fields)
 
     @property
     def in_progress(self) -> int:
         """How many of its messages are being processed."""
-        return len(self._window.in_progress)
+        return self._window.count
 
     @property
     def table(self) -> str | None:

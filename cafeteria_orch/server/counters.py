@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from itertools import accumulate
 
+from cafeteria_orch.wire.framing import SUCCESS
 from cafeteria_orch.wire.opcodes import FailReason, Opcode
 from cafeteria_orch.wire.tables import TABLES
 
@@ -50,9 +51,11 @@ class Outcome(IntEnum):
 FAILED = (Outcome.REJECTED, Outcome.TRY_AGAIN, Outcome.MALFORMED)
 """What a client was answered FAIL for."""
 
+# On Python 3.11, looking up a member of an enum is a call.
+_PROCESSED = Outcome.PROCESSED
+
 _FAIL = bytes([Opcode.BATCH_RECV_FAIL])
 
-_SUCCESS = bytes([Opcode.BATCH_RECV_SUCCESS])
 _REASONS = {FailReason.TRY_AGAIN: Outcome.TRY_AGAIN, FailReason.MALFORMED: Outcome.MALFORMED}
 
 
@@ -61,8 +64,8 @@ def outcome_of(answer: bytes) -> Outcome:
 
     :param answer: its payload; empty without an answer.
     """
-    if answer == _SUCCESS or answer[:1] != _FAIL:
-        return Outcome.PROCESSED
+    if answer == SUCCESS or answer[:1] != _FAIL:
+        return _PROCESSED
     reason = answer[1] if len(answer) == 2 else FailReason.REJECTED
     return _REASONS.get(reason, Outcome.REJECTED)  # type: ignore[call-overload,no-any-return]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from inspect import iscoroutinefunction
@@ -16,6 +17,7 @@ from twisted.python.reflect import fullyQualifiedName
 from zope.interface import implementer
 
 from cafeteria_orch.common.clock import WallTime
+from cafeteria_orch.common.quick_log import log_info
 from cafeteria_orch.common.rate_limit import RateLimitedLog
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, SNIFFABLE_BELOW, Framing
 from cafeteria_orch.wire.messages import DECODERS, Decoder, RawMessage
@@ -26,6 +28,7 @@ from .connection import OrchestratorProtocol
 from .counters import Counters
 from .limits import ConnectionLimits
 from .memory import DEFAULT_MAX_IN_FLIGHT_BYTES, MemoryBudget
+from .outbox import Outbox
 from .reading import Pause
 from .responses import Exchange
 from .threads import ProcessorThreads
@@ -56,18 +59,18 @@ _log = Logger()
 class Registration(NamedTuple):
     """How messages of an opcode are processed: see :meth:`OrchestratorFactory.register_processor`.
 
-    :ivar call: the processor; ``None`` for the default handling.
-    :ivar name: the processor's, for the log.
+    :ivar call: the processor.
+    :ivar name: its name, for the log.
+    :ivar answers: whether the client waits for an answer.
+    :ivar is_default: whether no processor is registered.
     """
 
-    call: Processor | None = None
+    call: Processor
     name: str = "the default handling"
     answers: bool = True
     pipelined: bool = False
     times_out: bool = True
-
-
-_DEFAULT = Registration()
+    is_default: bool = False
 
 
 @implementer(IPushProducer)
@@ -89,6 +92,7 @@ class OrchestratorFactory(ServerFactory):
     :param wall_time: says what time it is, in seconds since the epoch; the reactor's own clock
         if it is not given.
     :param log_level: less important events are not even created.
+    :ivar thread: the identifier of the reactor's thread, from the first connection on.
     :ivar counters: the messages that came, and their outcomes.
     :ivar limited_log: for what clients can cause again and again.
     :raises ValueError: if the first byte decides about the framing, and ``max_frame_bytes`` is
@@ -96,6 +100,7 @@ class OrchestratorFactory(ServerFactory):
     """
 
     noisy = False
+    thread: int
 
     def __init__(
         self,
@@ -118,10 +123,11 @@ class OrchestratorFactory(ServerFactory):
             )
         self.max_frame_bytes = max_frame_bytes
         self.framing = framing
-        self.log_info = log_level <= LogLevel.info
-        self.log_debug = log_level <= LogLevel.debug
+        self.log_info: bool = log_level <= LogLevel.info
+        self.log_debug: bool = log_level <= LogLevel.debug
         self.decoders: dict[int, Decoder] = dict(DECODERS)
         self.turns = Turns(reactor)
+        self.outbox = Outbox(reactor)
         self.counters = Counters()
         self.limited_log = RateLimitedLog(reactor, _log, MAX_LINES)
         self.timeouts = timeouts
@@ -131,7 +137,13 @@ class OrchestratorFactory(ServerFactory):
             reactor, self.counters, max_connections, max_connections_per_host
         )
         self.connections: set[OrchestratorProtocol] = set()
-        self._processors: dict[int, Registration] = {}
+        # By opcode; :data:`~.counters.UNKNOWN` is the last of them.
+        self._registrations = [Registration(self._handle_data_message, is_default=True)] * 257
+        for opcode, call in {
+            Opcode.FINISHED: self._handle_finished,
+            **dict.fromkeys(RESPONSES, self._ignore_response),
+        }.items():
+            self._registrations[opcode] = Registration(call, answers=False, is_default=True)
         self._threads = ProcessorThreads(reactor)
         self._paused = False
         # An ordered set: the connection that has been paused longest is resumed first.
@@ -139,17 +151,17 @@ class OrchestratorFactory(ServerFactory):
         self._draining = False
         self._drained: list[Deferred[None]] = []
 
-    def buildProtocol(self, addr: IAddress | None) -> OrchestratorProtocol | None:
+    def buildProtocol(  # type: ignore[override]
+        self, addr: IAddress | None
+    ) -> OrchestratorProtocol | None:
         """Make the protocol of a new connection.
 
         :return: ``None``, which closes the connection, while draining and beyond a limit.
         """
         if self._draining or not self._limits.admits(getattr(addr, "host", None)):
             return None
-        protocol = OrchestratorProtocol(self)
-        protocol.factory = self
-        protocol.address = addr
-        return protocol
+        self.thread = threading.get_ident()
+        return OrchestratorProtocol(self, addr)
 
     def register_processor(
         self,
@@ -193,13 +205,14 @@ class OrchestratorFactory(ServerFactory):
                 raise TypeError(f"opcode {opcode}: the {what} {function!r} cannot be called")
         if blocking and iscoroutinefunction(processor):
             raise TypeError(f"opcode {opcode}: an async processor cannot run in a thread")
-        if opcode in self._processors and not replace:
+        if not (self.processing(opcode).is_default or replace):
             raise ValueError(
                 f"opcode {opcode} is processed by {self.processor_name(opcode)} already;"
                 " say replace=True to take its place"
             )
         call = partial(self._threads.call, processor) if blocking else processor
-        self._processors[opcode] = Registration(
+        answers = answers and self.is_data_message(opcode)
+        self._registrations[opcode] = Registration(
             call, _name_of(processor), answers, pipelined, times_out
         )
         default = DECODERS.get(opcode, partial(RawMessage, opcode))
@@ -213,22 +226,7 @@ class OrchestratorFactory(ServerFactory):
         :param client: the message's handle; its opcode decides.
         :return: what the processor returned (see :data:`Processor`).
         """
-        registration = self._processors.get(client.opcode)
-        if registration is not None and registration.call is not None:
-            return registration.call(message, client)
-        if self.is_data_message(client.opcode):
-            return self._handle_data_message(message, client)
-        if client.opcode == Opcode.FINISHED:
-            self.log_finished(client)
-            return False
-        self.limited_log.warn(
-            "response",
-            "action: receive_message | result: ignored | ip: {ip} | opcode: {opcode}"
-            " | error: a response is the server's to send",
-            ip=client.ip,
-            opcode=client.opcode,
-        )
-        return True
+        return self._registrations[client.opcode].call(message, client)
 
     def is_data_message(self, opcode: int) -> bool:
         """Whether an opcode carries data: it is neither FINISHED nor a response."""
@@ -236,11 +234,11 @@ class OrchestratorFactory(ServerFactory):
 
     def must_answer(self, opcode: int) -> bool:
         """Whether a client waits for an answer to a message of this opcode."""
-        return self.is_data_message(opcode) and self.processing(opcode).answers
+        return self._registrations[opcode].answers
 
     def processing(self, opcode: int) -> Registration:
         """How messages of an opcode are processed."""
-        return self._processors.get(opcode, _DEFAULT)
+        return self._registrations[opcode]
 
     def processor_name(self, opcode: int) -> str:
         """Who processes messages of this opcode: a name for the log."""
@@ -256,7 +254,8 @@ class OrchestratorFactory(ServerFactory):
             return
         status = getattr(message, "status", None)
         status_text = "-" if status is None else self.get_status_text(status)
-        _log.info(
+        log_info(
+            _log,
             "action: data_message_received | opcode: {opcode} | amount: {amount}"
             " | status: {status}",
             opcode=client.opcode,
@@ -389,8 +388,23 @@ class OrchestratorFactory(ServerFactory):
                 deferred.callback(None)
 
     def _handle_data_message(self, message: Any, client: Exchange) -> bool:
-        self.log_data_message(message, client)
+        if self.log_info:
+            self.log_data_message(message, client)
         responses.send_success(client)
+        return True
+
+    def _handle_finished(self, _: Any, client: Exchange) -> bool:
+        self.log_finished(client)
+        return False
+
+    def _ignore_response(self, _: Any, client: Exchange) -> bool:
+        self.limited_log.warn(
+            "response",
+            "action: receive_message | result: ignored | ip: {ip} | opcode: {opcode}"
+            " | error: a response is the server's to send",
+            ip=client.ip,
+            opcode=client.opcode,
+        )
         return True
 
 

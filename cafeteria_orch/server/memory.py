@@ -20,10 +20,14 @@ for each connection that waits: it is read before it is known to begin a frame.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.interfaces import IDelayedCall
+
+from .reading import Pause
+
+if TYPE_CHECKING:
+    from .connection import OrchestratorProtocol
 
 DEFAULT_MAX_IN_FLIGHT_BYTES = 256 * 1024 * 1024
 """Bytes of frames, as they come."""
@@ -126,76 +130,63 @@ class MemoryShare:
     """What one connection holds of the budget.
 
     :param budget: of all connections.
-    :param granted: called when the connection gets the reservation that it waits for.
-    :param too_slow: called when its client does not use the reservation while others wait.
+    :param connection: goes on when it gets the reservation that it waits for, and is told when its
+        client does not use the reservation while others wait.
     :ivar used: the bytes that the budget counts for it.
     :ivar max_missing: how many bytes may be missing of the frame that has begun.
     :ivar is_waiting: whether the connection waits for a reservation.
-    :ivar is_reserved: whether it has one.
     """
 
     __slots__ = (
         "_budget",
-        "_granted",
+        "_connection",
         "_held",
         "_in_progress",
-        "_judged_at",
-        "_lag",
-        "_missing_then",
-        "_received",
-        "_received_then",
-        "_too_slow",
-        "is_reserved",
+        "_pace",
         "is_waiting",
         "max_missing",
         "used",
     )
 
-    def __init__(
-        self, budget: MemoryBudget, granted: Callable[[], None], too_slow: Callable[[], None]
-    ) -> None:
+    def __init__(self, budget: MemoryBudget, connection: OrchestratorProtocol) -> None:
         self._budget = budget
-        self._granted = granted
-        self._too_slow = too_slow
+        self._connection = connection
         self.is_waiting = False
-        self.is_reserved = False
         self.max_missing = 0
         # What the connection holds, and how much of that is in progress.
         self._held = 0
         self._in_progress = 0
         self.used = 0
-        # By how many seconds the client is behind its pace; when that was last judged, what had
-        # come and what was missing then.
-        self._lag = 0.0
-        self._received = 0
-        self._judged_at = 0.0
-        self._received_then = 0
-        self._missing_then = 0
+        # Of the reservation.
+        self._pace: _Pace | None = None
 
-    def update(self, buffered: int, in_progress: int, max_missing: int, received: int) -> bool:
+    @property
+    def is_reserved(self) -> bool:
+        """Whether the connection has a reservation."""
+        return self._pace is not None
+
+    def update(self, buffered: int, in_progress: int, max_missing: int) -> bool:
         """Tell what the connection holds now.
 
         :param buffered: the bytes of no message in progress.
         :param in_progress: the bytes of the messages in progress.
         :param max_missing: how many bytes may be missing of the frame that has begun.
-        :param received: the bytes that have come since the connection was made.
         :return: :attr:`may_grow`.
         """
-        self._received = received
         self.max_missing = max_missing
-        self._held = buffered + in_progress
-        used = self._held + max_missing if self.is_reserved else self._held
+        self._held = held = buffered + in_progress
+        used = held if self._pace is None else held + max_missing
         # A reserved frame takes as much as before once it is in progress.
         if used != self.used or in_progress != self._in_progress:
             changed, self.used = used - self.used, used
             moved, self._in_progress = in_progress - self._in_progress, in_progress
             self._budget.change(changed, moved)
-        return not self._held or self.is_reserved or not self._budget.is_short
+        return not held or self._pace is not None or not self._budget.is_short
 
     @property
     def may_grow(self) -> bool:
         """Whether the connection may be read (rules 2 and 3)."""
-        return not self._held or self.is_reserved or not self._budget.is_short
+        return not self._held or self._pace is not None or not self._budget.is_short
 
     def ask(self) -> None:
         """Wait for a reservation for the frame that has begun."""
@@ -205,38 +196,63 @@ class MemoryShare:
     def reserve(self, now: float) -> None:
         """Have the reservation that the connection waits for. For the budget to call."""
         self.is_waiting = False
-        self.is_reserved = True
-        self._lag = 0.0
-        self.judge_from(now)
+        self._pace = _Pace(now, self._connection.received_bytes, self.max_missing)
         self._recount()
-        self._granted()
+        self._connection.resume(Pause.MEMORY)
 
     def leave(self) -> None:
         """The frame is whole, or the connection ends: neither wait nor reserve."""
         if self.is_waiting or self.is_reserved:
-            self.is_waiting = self.is_reserved = False
+            self.is_waiting = False
+            self._pace = None
             self._recount()
             self._budget.leave(self)
 
     def check_pace(self, now: float, frame_timeout: float) -> None:
         """Judge the use of the reservation (rule 6)."""
-        elapsed = now - self._judged_at
-        received = self._received - self._received_then
-        # In the time of a whole frame, all that was missing must come.
-        gained = frame_timeout * received / max(1, self._missing_then)
-        # Bytes that came fast do not make up for a silence that follows.
-        self._lag = max(0.0, self._lag + elapsed - gained)
-        self.judge_from(now)
-        if self._lag >= MAX_LAG:
-            self._lag = 0.0
-            self._too_slow()
+        pace, received = self._pace, self._connection.received_bytes
+        if pace is not None and pace.is_too_slow(now, received, self.max_missing, frame_timeout):
+            self._connection.memory_unused()
 
     def judge_from(self, now: float) -> None:
         """Judge what comes from now on."""
-        self._judged_at = now
-        self._received_then = self._received
-        self._missing_then = self.max_missing
+        if self._pace is not None:
+            self._pace.judge_from(now, self._connection.received_bytes, self.max_missing)
 
     def _recount(self) -> None:
-        buffered = self._held - self._in_progress
-        self.update(buffered, self._in_progress, self.max_missing, self._received)
+        self.update(self._held - self._in_progress, self._in_progress, self.max_missing)
+
+
+class _Pace:
+    """How fast a client uses its reservation.
+
+    :param now: the time, in seconds.
+    :param received: the bytes that have come of the client.
+    :param missing: the bytes that may be missing of its frame.
+    """
+
+    __slots__ = ("_judged_at", "_lag", "_missing", "_received")
+
+    def __init__(self, now: float, received: int, missing: int) -> None:
+        # By how many seconds the client is behind.
+        self._lag = 0.0
+        self.judge_from(now, received, missing)
+
+    def judge_from(self, now: float, received: int, missing: int) -> None:
+        """Judge what comes from now on."""
+        self._judged_at = now
+        self._received = received
+        self._missing = missing
+
+    def is_too_slow(self, now: float, received: int, missing: int, frame_timeout: float) -> bool:
+        """Judge what has come since the last time."""
+        elapsed = now - self._judged_at
+        # In the time of a whole frame, all that was missing must come.
+        gained = frame_timeout * (received - self._received) / max(1, self._missing)
+        # Bytes that came fast do not make up for a silence that follows.
+        self._lag = max(0.0, self._lag + elapsed - gained)
+        self.judge_from(now, received, missing)
+        if self._lag < MAX_LAG:
+            return False
+        self._lag = 0.0
+        return True

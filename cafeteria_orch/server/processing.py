@@ -13,7 +13,6 @@ from .window import Window
 
 if TYPE_CHECKING:
     from .connection import OrchestratorProtocol
-    from .factory import OrchestratorFactory
 
 
 class ProcessingTimeout:
@@ -22,17 +21,13 @@ class ProcessingTimeout:
     The processors keep their messages, and what they answer later is not sent.
 
     :param connection: whose messages they are.
-    :param factory: knows their processors.
     :param window: the messages in progress.
     """
 
-    __slots__ = ("_call", "_connection", "_factory", "_window")
+    __slots__ = ("_call", "_connection", "_window")
 
-    def __init__(
-        self, connection: OrchestratorProtocol, factory: OrchestratorFactory, window: Window
-    ) -> None:
+    def __init__(self, connection: OrchestratorProtocol, window: Window) -> None:
         self._connection = connection
-        self._factory = factory
         self._window = window
         self._call: IDelayedCall | None = None
 
@@ -41,7 +36,7 @@ class ProcessingTimeout:
 
         The timer is not stopped with the message: the next one would only start it again.
         """
-        limit = self._factory.timeouts.processing
+        limit = self._connection.timeouts.processing
         if self._call is None and limit is not None:
             self._call = self._connection.reactor.callLater(limit, self._look, limit)
 
@@ -54,7 +49,7 @@ class ProcessingTimeout:
     def _look(self, limit: float) -> None:
         self._call = None
         connection = self._connection
-        factory, now = self._factory, connection.reactor.seconds()
+        factory, now = connection.factory, connection.reactor.seconds()
         owed = [
             exchange
             for exchange in self._window.in_progress
@@ -67,8 +62,8 @@ class ProcessingTimeout:
             exchange.is_late = True
             send_failure(exchange, FailReason.TRY_AGAIN)
         if late:
-            connection.limit_hit("processing_timeout")
-            connection.limited_log.warn(
+            factory.counters.limit_hit("processing_timeout")
+            factory.limited_log.warn(
                 "late",
                 "action: message_processing | result: late | ip: {ip} | messages: {messages}"
                 " | error: {processor} takes longer than {seconds:g} s, the limit of"

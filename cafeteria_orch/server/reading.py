@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum, IntEnum
-from typing import Any
+from typing import Any, Protocol
 
 from .timeouts import Countdown, Timeouts
 
@@ -24,6 +23,13 @@ class Pause(IntEnum):
     """Messages in progress come first."""
 
 
+BUSY = Pause.BUSY
+MEMORY = Pause.MEMORY
+OUTPUT = Pause.OUTPUT
+"""Bound for what runs for each message: on Python 3.11, to look up ``Pause.BUSY`` is a slow
+call."""
+
+
 class Awaited(Enum):
     """What a client is waited for to do."""
 
@@ -32,42 +38,41 @@ class Awaited(Enum):
     ANSWERS = "read its answers"
 
 
+_FRAME = Awaited.FRAME
+
+
+class Client(Protocol):
+    """Whose connection it is: what :class:`Reading` asks and tells of it.
+
+    :ivar reactor: for time.
+    :ivar timeouts: how long the client is waited for.
+    :ivar received_bytes: the number of bytes that it has sent.
+    """
+
+    reactor: Any
+    timeouts: Timeouts
+    received_bytes: int
+
+    def client_timed_out(self, awaited: Awaited) -> None:
+        """The client has not done in time what it is waited for to do."""
+
+
 class Reading:
     """The pause reasons of one connection, and the one timer of its client.
 
     A connection is read while there is no reason to pause. While there is one, the client is not
     waited for, but to read its answers: its time does not run.
 
-    :param reactor: for time.
-    :param timeouts: how long a client is waited for.
-    :param received: gives the number of bytes that the client has sent.
-    :param expired: called with what the client has not done in time.
+    :param client: of the connection.
     :ivar reasons: the sum of the :class:`Pause` reasons; 0 while the connection is read.
     """
 
-    __slots__ = (
-        "_awaited",
-        "_countdown",
-        "_expired",
-        "_reactor",
-        "_received",
-        "_timeouts",
-        "reasons",
-    )
+    __slots__ = ("_awaited", "_client", "_countdown", "reasons")
 
-    def __init__(
-        self,
-        reactor: Any,
-        timeouts: Timeouts,
-        received: Callable[[], int],
-        expired: Callable[[Awaited], None],
-    ) -> None:
+    def __init__(self, client: Client) -> None:
         self.reasons = 0
-        self._reactor = reactor
-        self._timeouts = timeouts
-        self._received = received
-        self._expired = expired
-        self._awaited = Awaited.FRAME
+        self._client = client
+        self._awaited = _FRAME
         # Created when it is needed: by default a client may be idle for any time.
         self._countdown: Countdown | None = None
 
@@ -88,8 +93,8 @@ class Reading:
             again.
         """
         countdown = self._countdown
-        if self.reasons & Pause.OUTPUT:
-            awaited, seconds = Awaited.ANSWERS, self._timeouts.frame
+        if self.reasons & OUTPUT:
+            awaited, seconds = Awaited.ANSWERS, self._client.timeouts.frame
         elif self.reasons or not (is_idle or has_begun):
             if countdown is None:
                 return
@@ -99,9 +104,9 @@ class Reading:
                 countdown.suspend()
             return
         elif has_begun:
-            awaited, seconds = Awaited.REST, self._timeouts.frame
+            awaited, seconds = Awaited.REST, self._client.timeouts.frame
         else:
-            awaited, seconds = Awaited.FRAME, self._timeouts.idle
+            awaited, seconds = _FRAME, self._client.timeouts.idle
         if countdown is not None and awaited is self._awaited and not has_sent:
             countdown.resume()
         elif seconds is None:
@@ -109,7 +114,7 @@ class Reading:
         else:
             self._awaited = awaited
             if countdown is None:
-                countdown = Countdown(self._reactor, self._received, self._time_is_up)
+                countdown = Countdown(self._client.reactor, self._progress, self._time_is_up)
                 self._countdown = countdown
             countdown.start(seconds)
 
@@ -119,6 +124,9 @@ class Reading:
             self._countdown.cancel()
             self._countdown = None
 
+    def _progress(self) -> int:
+        return self._client.received_bytes
+
     def _time_is_up(self) -> None:
         self._countdown = None
-        self._expired(self._awaited)
+        self._client.client_timed_out(self._awaited)

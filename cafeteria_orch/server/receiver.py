@@ -21,9 +21,11 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from cafeteria_orch.wire.errors import FrameTooLong
-from cafeteria_orch.wire.framing import INT32, FrameDecoder, Framing
+from cafeteria_orch.wire.framing import INT32, SUCCESS, FrameDecoder, Framing
 
-from .reading import Pause, Reading
+from .outbox import Outbox, Output
+from .reading import Awaited, Pause, Reading
+from .timeouts import Timeouts
 from .turns import Turns
 
 CLOSE_TIMEOUT = 2.0
@@ -50,6 +52,10 @@ class State(Enum):
     LOST = "has no transport any more; messages that were read whole are still processed"
 
 
+OPEN = State.OPEN
+"""Bound for what runs for each message: on Python 3.11, to look up ``State.OPEN`` is a slow
+call."""
+
 _NEXT: Mapping[State, frozenset[State]] = {
     State.OPEN: frozenset({State.ENDING, State.CLOSING, State.LOST}),
     State.ENDING: frozenset({State.CLOSING, State.LOST}),
@@ -73,18 +79,23 @@ class FrameReceiver(Int32StringReceiver):
     To its transport it is the producer of answers: while the transport holds too many of them, the
     connection takes no messages.
 
-    ``delivered()``, ``input_ended(how)``, ``ends()`` and ``may_grow`` are hooks.
+    ``delivered()``, ``input_ended(how)``, ``ends()``, ``client_timed_out(awaited)`` and
+    ``may_grow`` are hooks.
 
     :param reactor: for time.
     :param turns: of all connections.
-    :param reading: the pause reasons of this one.
+    :param outbox: of all connections.
+    :param timeouts: how long the client is waited for.
     :param max_length: the longest payload, in bytes.
     :param framing: ``None`` leaves it to the first byte.
+    :ivar reading: the pause reasons of this connection.
+    :ivar output: what it sends; from ``connectionMade`` on.
     :ivar state: what the connection still does.
     :ivar received_bytes: the number of bytes that have come.
     """
 
     transport: Any
+    output: Output
     state = State.OPEN
     received_bytes = 0
 
@@ -102,20 +113,27 @@ class FrameReceiver(Int32StringReceiver):
         self,
         reactor: Any,
         turns: Turns,
-        reading: Reading,
+        outbox: Outbox,
+        timeouts: Timeouts,
+        *,
         max_length: int,
         framing: Framing | None,
     ) -> None:
         self.reactor = reactor
-        self.reading = reading
-        self.MAX_LENGTH = max_length
+        self.timeouts = timeouts
+        self.reading = Reading(self)
         self._turns = turns
+        self._outbox = outbox
         self._decoder = FrameDecoder(max_length, framing)
+
+    def connectionMade(self) -> None:
+        """There is a transport."""
+        self.output = Output(self._outbox, self.transport)
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes from the transport; deliver the payloads that are whole."""
         self.received_bytes += len(data)
-        if self.state is State.OPEN:
+        if self.state is OPEN:
             self._decoder.feed(data)
             self.deliver()
 
@@ -210,7 +228,7 @@ class FrameReceiver(Int32StringReceiver):
         if not _is_plain_tcp(self.transport):
             return
         with suppress(OSError):
-            while self.state is State.OPEN and self.may_grow:
+            while self.state is OPEN and self.may_grow:
                 data = self.transport.getHandle().recv(_READ_SIZE)
                 if not data:
                     return
@@ -222,7 +240,7 @@ class FrameReceiver(Int32StringReceiver):
         if self.state is State.CLOSING:
             self.transport.loseConnection()
             return
-        if self.state is State.OPEN:
+        if self.state is OPEN:
             self._input_end = "connection closed"
         self.deliver()
 
@@ -231,17 +249,23 @@ class FrameReceiver(Int32StringReceiver):
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         """The connection is gone. Messages that were read whole are still delivered."""
-        if self.state is State.OPEN and not self._input_over:
+        if self.state is OPEN and not self._input_over:
             # Many clients close TLS without a close_notify, which looks like a reset.
             is_tls = ISSLTransport.providedBy(self.transport)
             is_closed = reason.check(ConnectionDone) is not None or is_tls
             self._input_end = "connection closed" if is_closed else "connection reset"
         self._enter(State.LOST)
+        self.output.drop()
         self._input_over = True
         if self._abort_call is not None and self._abort_call.active():
             self._abort_call.cancel()
         self.reading.resume(Pause.OUTPUT)
         self.deliver()
+
+    @property
+    def MAX_LENGTH(self) -> int:  # type: ignore[override]
+        """The longest payload, in bytes."""
+        return self._decoder.max_length
 
     @property
     def paused(self) -> bool:  # type: ignore[override]
@@ -258,6 +282,9 @@ class FrameReceiver(Int32StringReceiver):
         """How many bytes are missing of the frame that has begun; 0 between frames."""
         return self._decoder.missing
 
+    def client_timed_out(self, awaited: Awaited) -> None:
+        """The client has not done in time what it is waited for to do. A hook."""
+
     @property
     def may_grow(self) -> bool:
         """Whether there is memory for what the client sends. A hook."""
@@ -267,14 +294,15 @@ class FrameReceiver(Int32StringReceiver):
         """All that can be delivered now is: see what comes next."""
         if self._delivering:
             return
+        self.output.settle()
         self.delivered()
         reasons, state = self.reading.reasons, self.state
-        reads = not reasons if state is State.OPEN else state is State.CLOSING
+        reads = not reasons if state is OPEN else state is State.CLOSING
         if reads is not self._is_read:
             self._read(reads)
         if self._input_end and (self.is_empty or not reasons):
             self.input_ended(self._input_end)
-        if self.state is not State.OPEN:
+        if self.state is not OPEN:
             self.ends()
 
     def delivered(self) -> None:
@@ -292,6 +320,8 @@ class FrameReceiver(Int32StringReceiver):
     def encodeAnswer(self, payload: bytes) -> bytes:
         """Frame an answer: of its body, as much as the peer can read."""
         framing = self._decoder.framing or INT32
+        if payload == SUCCESS:
+            return framing.success
         return framing.encode(payload if framing.answers_have_bodies else payload[:1])
 
     def encodeFrame(self, payload: bytes) -> bytes:
@@ -300,7 +330,9 @@ class FrameReceiver(Int32StringReceiver):
 
     def sendString(self, string: bytes) -> None:
         """Send a frame."""
-        self.transport.write(self.encodeFrame(string))
+        self.output.send(self.encodeFrame(string))
+        if not self._delivering:
+            self.output.settle()
 
     def holds(self) -> tuple[int, int]:
         """Tell what it has not delivered yet.
@@ -329,6 +361,7 @@ class FrameReceiver(Int32StringReceiver):
         """
         self._enter(State.CLOSING)
         self.drop_input()
+        self.output.flush()
         self.transport.unregisterProducer()
         self._abort_call = self.reactor.callLater(CLOSE_TIMEOUT, self.abort)
         if not self._is_read:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from pathlib import PurePath
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
@@ -14,18 +13,17 @@ from twisted.python.failure import Failure
 
 from cafeteria_orch.common.rate_limit import RateLimitedLog
 from cafeteria_orch.wire.errors import OrchestratorError, ProtocolError
+from cafeteria_orch.wire.framing import SUCCESS
 from cafeteria_orch.wire.messages import ClientHello, Finished
 from cafeteria_orch.wire.opcodes import FailReason, Opcode
 
 if TYPE_CHECKING:
     from .connection import OrchestratorProtocol
 
-_SUCCESS = bytes([Opcode.BATCH_RECV_SUCCESS])
 
 _log = Logger()
 
 
-@dataclass(eq=False)
 class Session:
     """What is known of the client of a connection.
 
@@ -37,12 +35,29 @@ class Session:
         without a certificate.
     """
 
-    ip: str
-    connected_at: float
-    client_id: UUID | None = None
-    agency_id: int | None = None
-    common_name: str | None = None
-    _has_spoken: bool = False
+    __slots__ = (
+        "__weakref__",
+        "_has_spoken",
+        "agency_id",
+        "client_id",
+        "common_name",
+        "connected_at",
+        "ip",
+    )
+
+    def __init__(
+        self,
+        ip: str,
+        connected_at: float,
+        client_id: UUID | None = None,
+        common_name: str | None = None,
+    ) -> None:
+        self.ip = ip
+        self.connected_at = connected_at
+        self.client_id = client_id
+        self.agency_id: int | None = None
+        self.common_name = common_name
+        self._has_spoken = False
 
     def learn(self, message: object) -> None:
         """Take from a message what it says of its sender.
@@ -67,6 +82,7 @@ class Exchange:
     :ivar opcode: of the message.
     :ivar settled: whether the slot is used. To be read in the reactor's thread only.
     :ivar payload: the answer; empty without one.
+    :ivar in_progress: whether it is being processed.
     :ivar size: of the message, in bytes.
     :ivar started_at: when its processing began, in seconds of the reactor's clock.
     :ivar is_late: whether the processing timeout has answered in place of the processor.
@@ -74,6 +90,7 @@ class Exchange:
 
     __slots__ = (
         "_connection",
+        "in_progress",
         "is_late",
         "opcode",
         "payload",
@@ -88,6 +105,7 @@ class Exchange:
         self.size = size
         self.started_at = 0.0
         self.settled = False
+        self.in_progress = False
         self.is_late = False
         self.payload = b""
 
@@ -114,18 +132,18 @@ class Exchange:
     @property
     def limited_log(self) -> RateLimitedLog:
         """The log of what clients can cause again and again."""
-        return self._connection.limited_log
+        return self._connection.factory.limited_log
 
     @property
     def log_debug(self) -> bool:
         """Whether debug events are logged."""
-        return self._connection.log_debug
+        return self._connection.factory.log_debug
 
     def answer(self, payload: bytes) -> None:
         """Fill the slot. The functions of this module call it."""
         connection = self._connection
         # isInIOThread() is wrong where no reactor runs, as under a test's string transport.
-        if threading.get_ident() == connection.thread:
+        if threading.get_ident() == connection.factory.thread:
             self._settle(payload)
         else:
             connection.reactor.callFromThread(self._settle, payload)
@@ -137,18 +155,19 @@ class Exchange:
 
     def _settle(self, payload: bytes) -> None:
         if self.settled:
-            self._connection.limited_log.warn(
+            self.limited_log.warn(
                 "not sent",
                 "action: send_response | result: fail | ip: {ip} | opcode: {opcode}"
                 " | error: not sent, {processor} {why}",
                 ip=self.ip,
                 opcode=self.opcode,
-                processor=self._connection.processor_name(self.opcode),
+                processor=self._connection.factory.processor_name(self.opcode),
                 why="took too long" if self.is_late else "has had its one answer",
             )
             return
         self.payload = payload
-        self.close_slot()
+        self.settled = True
+        self._connection.answered()
 
 
 def send(client: Exchange, opcode: int, body: bytes = b"") -> None:
@@ -163,7 +182,7 @@ def send(client: Exchange, opcode: int, body: bytes = b"") -> None:
 
 def send_success(client: Exchange) -> None:
     """Answer BATCH_RECV_SUCCESS. From any thread."""
-    client.answer(_SUCCESS)
+    client.answer(SUCCESS)
 
 
 def send_failure(client: Exchange, reason: FailReason | None = FailReason.REJECTED) -> None:

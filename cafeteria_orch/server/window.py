@@ -15,44 +15,51 @@ class Window:
     alone. Answers leave in the order of the messages. A message keeps its place in the window
     until it and all before it are done, so the places bound the answers that are held back.
 
-    :ivar in_progress: the messages that are being processed.
+    :ivar count: the number of messages that are being processed.
     :ivar bytes: the sum of their sizes.
     :ivar is_busy: whether a message must be done before another one is started.
     """
 
-    __slots__ = ("_alone", "_places", "_slots", "bytes", "in_progress", "is_busy")
+    __slots__ = ("_alone", "_answered", "_places", "bytes", "count", "is_busy")
 
     def __init__(self) -> None:
-        # Lists, since they are short: a set or a deque of an idle connection takes more memory.
-        self.in_progress: list[Exchange] = []
+        self.count = 0
         self.bytes = 0
         self.is_busy = False
         # The one that lets no other into progress beside it.
         self._alone: Exchange | None = None
-        # What was started, beginning with the first that is not done.
+        # What has come, beginning with the first that is not done. A list, since it is short: a
+        # deque of an idle connection takes more memory.
         self._places: list[Exchange] = []
-        # What has come, beginning with the first that is not answered.
-        self._slots: list[Exchange] = []
+        # How many of these, from the first on, are answered.
+        self._answered = 0
+
+    @property
+    def in_progress(self) -> list[Exchange]:
+        """The messages that are being processed, in their order."""
+        return [exchange for exchange in self._places if exchange.in_progress]
 
     def add(self, exchange: Exchange) -> None:
-        """A message has come: its answer leaves after those of all before it."""
-        self._slots.append(exchange)
+        """A message has come that is not processed, but answered after those before it."""
+        self._places.append(exchange)
 
     def answers(self) -> list[bytes]:
         """Take out the answers up to the first message that has none yet."""
         due = []
-        slots = self._slots
-        while slots and slots[0].settled:
-            payload = slots.pop(0).payload
+        places = self._places
+        while self._answered < len(places) and places[self._answered].settled:
+            payload = places[self._answered].payload
             if payload:
                 due.append(payload)
+            self._answered += 1
         return due
 
     def start(self, exchange: Exchange) -> None:
-        """A message is in progress, alone until :meth:`share`."""
-        self.in_progress.append(exchange)
-        self.bytes += exchange.size
+        """A message has come and is in progress, alone until :meth:`share`."""
         self._places.append(exchange)
+        exchange.in_progress = True
+        self.count += 1
+        self.bytes += exchange.size
         self._alone = exchange
         self.is_busy = True
 
@@ -62,18 +69,20 @@ class Window:
         self.is_busy = len(self._places) >= MAX_IN_PROGRESS
 
     def done(self, exchange: Exchange) -> bool:
-        """A message has been processed.
+        """A message that is answered has been processed.
 
         :return: ``False`` if that was known, or the message was never started.
         """
-        if exchange not in self.in_progress:
+        if not exchange.in_progress:
             return False
-        self.in_progress.remove(exchange)
+        exchange.in_progress = False
+        self.count -= 1
         self.bytes -= exchange.size
         if exchange is self._alone:
             self._alone = None
         places = self._places
-        while places and places[0] not in self.in_progress:
-            places.pop(0)
+        while places and not places[0].in_progress and self._answered:
+            del places[0]
+            self._answered -= 1
         self.is_busy = self._alone is not None or len(places) >= MAX_IN_PROGRESS
         return True

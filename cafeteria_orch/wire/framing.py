@@ -11,6 +11,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from .errors import FrameTooLong
+from .opcodes import Opcode
 
 DEFAULT_MAX_FRAME_BYTES = 1_048_576
 """The fullest table batch of the wire (a body of 1,048,571 bytes) fits."""
@@ -18,9 +19,15 @@ DEFAULT_MAX_FRAME_BYTES = 1_048_576
 SNIFFABLE_BELOW = 1 << 24
 """A big-endian length below this begins with a 0, by which the framings are told apart."""
 
+SUCCESS = bytes([Opcode.BATCH_RECV_SUCCESS])
+"""The payload of most answers."""
+
 # A shorter piece of a frame is joined with its neighbours at once: an object of its own would take
 # more memory than the bytes in it.
 _MIN_PIECE_BYTES = 4096
+
+# What all decoders have that collect no payload: nothing is put into it.
+_NOTHING: list[bytes | bytearray] = []
 
 
 class Framing(NamedTuple):
@@ -32,6 +39,7 @@ class Framing(NamedTuple):
     :ivar is_signed: whether the length has a sign on the wire.
     :ivar lead: the number of bytes of the payload that precede the length, and do not count in it.
     :ivar answers_have_bodies: whether an answer has more than its opcode.
+    :ivar success: the frame of :data:`SUCCESS`.
     """
 
     name: str
@@ -39,6 +47,7 @@ class Framing(NamedTuple):
     is_signed: bool
     lead: int
     answers_have_bodies: bool
+    success: bytes
 
     def encode(self, payload: bytes) -> bytes:
         """Frame a payload.
@@ -51,11 +60,23 @@ class Framing(NamedTuple):
         return payload[:lead] + self.length.pack(len(payload) - lead) + payload[lead:]
 
 
-INT32 = Framing("int32", Struct(">I"), is_signed=False, lead=0, answers_have_bodies=True)
+INT32 = Framing(
+    "int32",
+    Struct(">I"),
+    is_signed=False,
+    lead=0,
+    answers_have_bodies=True,
+    success=b"\0\0\0\1" + SUCCESS,
+)
 """A big-endian length, then the payload: Twisted's :class:`Int32StringReceiver`."""
 
 OPCODE_FIRST = Framing(
-    "opcode-first", Struct("<I"), is_signed=True, lead=1, answers_have_bodies=False
+    "opcode-first",
+    Struct("<I"),
+    is_signed=True,
+    lead=1,
+    answers_have_bodies=False,
+    success=SUCCESS + b"\0\0\0\0",
 )
 """The opcode, a little-endian length, the body: the clients in the field. Of an answer they read
 the opcode and a length of 0, nothing else."""
@@ -72,6 +93,7 @@ class FrameDecoder:
     :param max_length: the longest payload, in bytes.
     :param framing: ``None`` leaves it to the first byte: 0 begins the length of any
         :data:`INT32` frame below 16 MiB, and anything else is :data:`OPCODE_FIRST`.
+    :ivar max_length: the same.
     :ivar framing: the same; known once the first byte is.
     """
 
@@ -79,25 +101,25 @@ class FrameDecoder:
         "_chunk",
         "_later",
         "_length",
-        "_max_length",
         "_missing",
         "_offset",
         "_pieces",
         "framing",
+        "max_length",
     )
 
     def __init__(
         self, max_length: int = DEFAULT_MAX_FRAME_BYTES, framing: Framing | None = INT32
     ) -> None:
         self.framing = framing
-        self._max_length = max_length
+        self.max_length = max_length
         # What frames are cut out of, and where the next one starts in it.
         self._chunk: bytes = b""
         self._offset = 0
         # What came before all of that was taken.
-        self._later: list[bytes] = []
+        self._later: list[bytes] | None = None
         # The pieces of a payload that is not whole yet, its length, and how much of it is missing.
-        self._pieces: list[bytes | bytearray] = []
+        self._pieces: list[bytes | bytearray] = _NOTHING
         self._length = 0
         self._missing = 0
 
@@ -124,12 +146,14 @@ class FrameDecoder:
             buffered += sum(map(len, self._later))
         if self._missing:
             return buffered + self._length - self._missing, self._missing
-        return buffered, self._max_length if buffered else 0
+        return buffered, self.max_length if buffered else 0
 
     def feed(self, data: bytes) -> None:
         """Take bytes of the stream."""
-        if self._later or self._offset < len(self._chunk):
+        if self._later is not None:
             self._later.append(data)
+        elif self._offset < len(self._chunk):
+            self._later = [data]
         else:
             self._chunk = data
             self._offset = 0
@@ -138,8 +162,7 @@ class FrameDecoder:
         """Drop all it holds, and so what an iteration under way would still give."""
         self._chunk = b""
         self._offset = self._missing = 0
-        self._pieces.clear()
-        self._later.clear()
+        self._pieces, self._later = _NOTHING, None
 
     def payloads(self) -> Iterator[bytes]:
         """Take out the payloads that are whole.
@@ -163,7 +186,7 @@ class FrameDecoder:
                 framing = self.framing
                 lead = framing.lead
                 head = lead + framing.length.size
-                max_length = self._max_length - lead
+                max_length = self.max_length - lead
                 length_at = framing.length.unpack_from
                 while (start := offset + head) <= size:
                     (length,) = length_at(chunk, offset + lead)
@@ -193,11 +216,11 @@ class FrameDecoder:
     def _too_long(self, framing: Framing, length: int) -> FrameTooLong:
         is_negative = framing.is_signed and length >= 1 << 31
         length = length - (1 << 32) if is_negative else framing.lead + length
-        return FrameTooLong(length, self._max_length)
+        return FrameTooLong(length, self.max_length)
 
     def _begin(self, lead: bytes, length: int, start: int) -> None:
         """Begin to collect a payload whose body starts at an offset of the chunk."""
-        self._keep(lead)
+        self._pieces = [bytearray(lead)]
         self._length = len(lead) + length
         self._missing = length
         self._offset = start
@@ -205,29 +228,28 @@ class FrameDecoder:
     def _collect(self) -> bytes | None:
         """Take the chunk's part of a payload; return the payload if it is whole."""
         piece = self._chunk[self._offset : self._offset + self._missing]
-        self._keep(piece)
         self._offset += len(piece)
         self._missing -= len(piece)
-        if self._missing:
-            return None
-        payload = b"".join(self._pieces)
-        self._pieces.clear()
-        return payload
-
-    def _keep(self, piece: bytes) -> None:
         pieces = self._pieces
         if len(piece) >= _MIN_PIECE_BYTES:
             pieces.append(piece)
-        elif pieces and isinstance(pieces[-1], bytearray):
+        elif isinstance(pieces[-1], bytearray):
             pieces[-1] += piece
         else:
             pieces.append(bytearray(piece))
+        if self._missing:
+            return None
+        self._pieces = _NOTHING
+        return b"".join(pieces)
 
     def _take_later(self) -> bool:
         """Go on with what came meanwhile; return whether anything did."""
         # The few bytes that are left of a chunk must not keep all of it in memory.
         rest = self._chunk[self._offset :]
-        later, self._later = self._later, []
+        later, self._later = self._later, None
         self._offset = 0
+        if later is None:
+            self._chunk = rest
+            return False
         self._chunk = b"".join([rest, *later]) if rest or len(later) != 1 else later[0]
-        return bool(later)
+        return True

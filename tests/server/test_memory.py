@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -90,6 +91,13 @@ class MemoryCase(SynchronousTestCase):
     def fill(self) -> list[tuple[OrchestratorProtocol, TCPTransport]]:
         """Half frames of many, up to half of the limit: memory is short then."""
         return [self.connect(self.half_frame()) for _ in range(LIMIT // LONGEST)]
+
+
+def share_of(budget: MemoryBudget, granted: Callable[[], object]) -> MemoryShare:
+    """The share of a connection that does this when it gets its reservation."""
+    protocol, _ = connect()
+    protocol.resume = lambda _: granted()  # type: ignore[method-assign,assignment]
+    return MemoryShare(budget, protocol)
 
 
 class SharingTests(MemoryCase):
@@ -309,8 +317,8 @@ class SharingTests(MemoryCase):
         budget = MemoryBudget(Clock(), LIMIT, LONGEST, None)
         budget.change(LIMIT, LIMIT)
         granted: list[bool] = []
-        share = MemoryShare(budget, lambda: granted.append(True), self.fail)
-        share.update(1, 0, LONGEST, 1)
+        share = share_of(budget, lambda: granted.append(True))
+        share.update(1, 0, LONGEST)
         share.ask()
         self.assertEqual(granted, [])
         budget.change(0, -LIMIT)
@@ -329,12 +337,12 @@ class DepthTests(SynchronousTestCase):
         def done() -> None:
             share = shares[len(granted)]
             granted.append(share)
-            share.update(0, 0, 0, 1)
+            share.update(0, 0, 0)
             share.leave()
 
-        shares = [MemoryShare(budget, done, self.fail) for _ in range(5000)]
+        shares = [share_of(budget, done) for _ in range(5000)]
         for share in shares:
-            share.update(1, 0, 1, 1)
+            share.update(1, 0, 1)
             share.ask()
         self.assertEqual(granted, [])
         budget.change(-LIMIT, -LIMIT)

@@ -127,7 +127,7 @@ class Trouble(SynchronousTestCase):
     def test_a_processor_that_raises_rejects_and_keeps_the_connection(self) -> None:
         """The error is logged in the form of the seed."""
         self.register(Boom(USER_ROW[2]))
-        self.protocol.log_debug = True
+        self.factory.log_debug = True
         with capturedLogs() as events:
             self.protocol.dataReceived(numbered(1) + batch_frame())
         self.flushLoggedErrors(Boom)
@@ -239,7 +239,7 @@ class Identity(SynchronousTestCase):
         )
         for address, ip in addresses:
             factory = OrchestratorFactory(Clock())
-            protocol = OrchestratorProtocol(factory)
+            protocol = OrchestratorProtocol(factory, address)
             transport = TCPTransport()
             transport.peerAddr = address
             protocol.makeConnection(transport)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from itertools import combinations, product
-from typing import ClassVar
+from socket import socketpair
+from typing import ClassVar, cast
 from unittest.mock import patch
 
 from twisted.internet.error import ConnectionDone, ConnectionLost
-from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer, ISSLTransport
+from twisted.internet.interfaces import (
+    IHalfCloseableProtocol,
+    IPushProducer,
+    IReactorFDSet,
+    ISSLTransport,
+)
+from twisted.internet.main import CONNECTION_LOST
+from twisted.internet.task import Clock
+from twisted.internet.tcp import Connection
 from twisted.internet.testing import StringTransport
 from twisted.protocols.basic import Int32StringReceiver
 from twisted.python.failure import Failure
@@ -15,6 +25,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import alsoProvides
 from zope.interface.verify import verifyObject
 
+from cafeteria_orch.server.outbox import MAX_OUTGOING_BYTES
 from cafeteria_orch.server.reading import Pause
 from cafeteria_orch.server.receiver import (
     CLOSE_TIMEOUT,
@@ -348,6 +359,106 @@ class EndOfInputTests(SynchronousTestCase):
             protocol.close()
             protocol.stopProducing()
             self.assertEqual(handle.chunks, [STREAM])
+
+
+STREAM_OF_TWO = frame(b"one") + frame(b"two")
+
+
+class _Selectables(Clock):
+    """What a connection asks of its reactor: here it only notes whether there is more to write."""
+
+    writes = False
+
+    def addWriter(self, _: object) -> None:
+        self.writes = True
+
+    def removeWriter(self, _: object) -> None:
+        self.writes = False
+
+    def removeReader(self, _: object) -> None:
+        pass
+
+
+class SendingTests(SynchronousTestCase):
+    """What is sent over a socket, and when."""
+
+    def setUp(self) -> None:
+        ours, self.peer = socketpair()
+        for end in (ours, self.peer):
+            self.addCleanup(end.close)
+            end.setblocking(False)
+        self.reactor = _Selectables()
+        self.protocol = Recorder()
+        self.transport = Connection(ours, self.protocol, cast("IReactorFDSet", self.reactor))
+        self.transport.connected = 1
+        self.protocol.makeConnection(self.transport)
+
+    def read(self) -> bytes:
+        data = b""
+        with contextlib.suppress(BlockingIOError):
+            while part := self.peer.recv(2**16):
+                data += part
+        return data
+
+    def test_what_is_sent_in_an_iteration_leaves_together_at_its_end(self) -> None:
+        """The reactor is not asked to watch the socket."""
+        for _ in range(2):
+            self.protocol.sendString(b"one")
+            self.protocol.sendString(b"two")
+            self.assertEqual(self.read(), b"")
+            self.protocol.clock.advance(0)
+            self.assertEqual((self.read(), self.reactor.writes), (STREAM_OF_TWO, False))
+        self.assertEqual(self.protocol.clock.getDelayedCalls(), [])
+
+    def test_what_the_socket_does_not_take_is_left_to_the_transport(self) -> None:
+        """And all that follows: it arrives in its order, though the peer does not read at once."""
+        parts = [bytes([number]) * 50_000 for number in range(40)]
+        for part in parts:
+            self.protocol.output.send(part)
+        self.assertTrue(self.reactor.writes)
+        received = self.read()
+        self.protocol.output.send(b"more")
+        self.protocol.output.settle()
+        while self.reactor.writes:
+            self.assertIsNone(self.transport.doWrite())
+            received += self.read()
+        self.assertTrue(received == b"".join([*parts, b"more"]))
+
+    def test_much_does_not_wait(self) -> None:
+        """What is sent in one iteration takes little memory."""
+        self.protocol.output.send(bytes(MAX_OUTGOING_BYTES - 1))
+        self.assertEqual(self.read(), b"")
+        self.protocol.output.send(b"1")
+        self.assertEqual(len(self.read()), MAX_OUTGOING_BYTES)
+
+    def test_a_broken_socket_is_left_to_the_transport(self) -> None:
+        """It reports the loss, when the reactor has it write."""
+        self.peer.close()
+        self.protocol.output.send(b"one")
+        self.protocol.clock.advance(0)
+        self.assertTrue(self.reactor.writes)
+        self.assertIs(self.transport.doWrite(), CONNECTION_LOST)
+
+    def test_an_orderly_close_sends_it_first(self) -> None:
+        """The last answer leaves before the half-close."""
+        self.protocol.output.send(b"one")
+        self.protocol.close()
+        self.assertEqual(self.read(), b"one")
+
+    def test_a_lost_or_aborted_connection_sends_nothing(self) -> None:
+        """Its socket is closed when the iteration ends."""
+        for is_lost in (False, True):
+            self.setUp()
+            self.protocol.output.send(b"one")
+            if is_lost:
+                self.transport.connectionLost(Failure(ConnectionLost()))
+            else:
+                self.protocol.abort()
+                self.reactor.advance(0)
+            self.protocol.clock.advance(0)
+            self.protocol.sendString(b"two")
+            self.protocol.clock.advance(0)
+            self.assertEqual(self.read(), b"")
 
 
 class InterfaceTests(SynchronousTestCase):

@@ -21,12 +21,16 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.server import responses
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.outbox import Outbox
 from cafeteria_orch.server.reading import Awaited, Pause, Reading
+from cafeteria_orch.server.receiver import FrameReceiver
 from cafeteria_orch.server.timeouts import Countdown, Timeouts
+from cafeteria_orch.server.turns import Turns
 from cafeteria_orch.wire.opcodes import Opcode
 from tests.support.builders import (
     ECHO,
     FAIL,
+    PATIENT,
     SUCCESS,
     Pending,
     TCPTransport,
@@ -145,7 +149,14 @@ class ReadingTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.expired: list[Awaited] = []
-        self.reading = Reading(self.clock, Timeouts(9, 5, None), lambda: 0, self.expired.append)
+        self.reading = self.reading_of(Timeouts(9, 5, None))
+
+    def reading_of(self, timeouts: Timeouts) -> Reading:
+        client = FrameReceiver(
+            self.clock, Turns(self.clock), Outbox(self.clock), timeouts, max_length=1, framing=None
+        )
+        client.client_timed_out = self.expired.append  # type: ignore[method-assign,assignment]
+        return client.reading
 
     def wait(
         self, *, is_idle: bool = True, has_begun: bool = False, has_sent: bool = False
@@ -231,7 +242,7 @@ class ReadingTests(SynchronousTestCase):
 
     def test_no_timer_without_a_timeout_or_after_a_stop(self) -> None:
         """Nothing is left on the reactor."""
-        patient = Reading(self.clock, Timeouts(None, None, None), lambda: 0, self.expired.append)
+        patient = self.reading_of(PATIENT)
         for has_begun in (False, True):
             patient.wait_for_client(True, has_begun, False)
         patient.pause(Pause.OUTPUT)

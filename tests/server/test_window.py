@@ -30,11 +30,16 @@ class WindowTests(SynchronousTestCase):
         """Messages that have come and are in progress."""
         exchanges = [Exchange(self.protocol, ECHO, 5) for _ in range(number)]
         for exchange in exchanges:
-            self.window.add(exchange)
             self.window.start(exchange)
             if shares:
                 self.window.share()
         return exchanges
+
+    def finish(self, exchange: Exchange) -> bool:
+        """A message is answered, and done."""
+        exchange.settled = True
+        self.window.answers()
+        return self.window.done(exchange)
 
     def test_it_is_busy_with_its_eighth_place_taken(self) -> None:
         """A place is kept until that message and all before it are done."""
@@ -44,10 +49,10 @@ class WindowTests(SynchronousTestCase):
         exchanges += self.started()
         for exchange in exchanges[1:]:
             self.assertTrue(self.window.is_busy)
-            self.assertTrue(self.window.done(exchange))
+            self.assertTrue(self.finish(exchange))
         self.assertEqual((self.window.in_progress, self.window.bytes), (exchanges[:1], 5))
         self.assertTrue(self.window.is_busy)
-        self.window.done(exchanges[0])
+        self.finish(exchanges[0])
         self.assertFalse(self.window.is_busy)
         self.started(MAX_IN_PROGRESS - 1)
         self.assertFalse(self.window.is_busy)
@@ -57,17 +62,17 @@ class WindowTests(SynchronousTestCase):
         (first,) = self.started()
         (alone,) = self.started(shares=False)
         self.assertTrue(self.window.is_busy)
-        self.window.done(first)
+        self.finish(first)
         self.assertTrue(self.window.is_busy)
-        self.window.done(alone)
+        self.finish(alone)
         self.assertFalse(self.window.is_busy)
 
     def test_a_message_is_done_once(self) -> None:
         """A second time, or if it was never started, changes nothing."""
         (first,) = self.started()
-        self.window.done(first)
+        self.finish(first)
         for exchange in (first, Exchange(self.protocol, ECHO, size=5)):
-            self.assertFalse(self.window.done(exchange))
+            self.assertFalse(self.finish(exchange))
         self.assertEqual((self.window.in_progress, self.window.bytes), ([], 0))
 
     def test_an_answer_is_taken_once_and_after_all_before_it(self) -> None:
@@ -171,7 +176,7 @@ class Taking(PipelinedCase):
         self.send(*[self.numbered(number, opcode=QUICK) for number in range(1, 20)])
         self.assertFalse(self.reads)
         self.assertEqual(self.protocol.in_progress, 1)
-        self.assertEqual(len(self.protocol._window._slots), MAX_IN_PROGRESS)
+        self.assertEqual(len(self.protocol._window._places), MAX_IN_PROGRESS)
         self.finish_all()
         self.assertTrue(self.reads)
         quick = tuple(bytes([QUICK, number]) for number in range(1, 20))

@@ -375,10 +375,10 @@ class Connection(RuleBasedStateMachine):
     def answer(self, data: Any, elsewhere: bool) -> None:
         """A processor answers, perhaps once more, and is not done; perhaps from a thread."""
         message = self.pick(data)
-        thread = self.protocol.thread
-        self.protocol.thread = -1 if elsewhere else thread
+        thread = self.factory.thread
+        self.factory.thread = -1 if elsewhere else thread
         self.echo(message)
-        self.protocol.thread = thread
+        self.factory.thread = thread
         # A turn that comes in the same iteration comes after it: it was asked for later, or
         # has no answer to give.
         self.model.settle(message, message.echo)
@@ -473,7 +473,7 @@ class Connection(RuleBasedStateMachine):
 
     @invariant()
     def holds_little_back(self) -> None:
-        assert len(self.protocol._window._slots) <= WINDOW + 1
+        assert len(self.protocol._window._places) <= WINDOW + 1
 
     @invariant()
     def reads_when_it_may(self) -> None:

@@ -110,9 +110,9 @@ def connect(
     """A client's connection to a factory, a new one on a ``Clock`` by default."""
     if factory is None:
         factory = OrchestratorFactory(Clock())
-    protocol = factory.buildProtocol(None)
-    assert protocol is not None
     transport = TCPTransport()
+    protocol = factory.buildProtocol(transport.getPeer())
+    assert protocol is not None
     protocol.makeConnection(transport)
     return protocol, transport
 

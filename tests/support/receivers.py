@@ -7,13 +7,13 @@ from typing import Any
 
 from twisted.internet.task import Clock
 
-from cafeteria_orch.server.reading import Pause, Reading
+from cafeteria_orch.server.outbox import Outbox
+from cafeteria_orch.server.reading import Pause
 from cafeteria_orch.server.receiver import FrameReceiver
-from cafeteria_orch.server.timeouts import Timeouts
 from cafeteria_orch.server.turns import Turns
 from cafeteria_orch.wire.framing import INT32
 
-from .builders import TCPTransport, frame
+from .builders import PATIENT, TCPTransport, frame
 
 Action = Callable[["Recorder"], object]
 
@@ -37,8 +37,14 @@ class Recorder(FrameReceiver):
         framing: Any = INT32,
     ) -> None:
         self.clock = Clock()
-        reading = Reading(self.clock, Timeouts(None, None, None), lambda: 0, lambda _: None)
-        super().__init__(self.clock, Turns(self.clock), reading, max_length, framing)
+        super().__init__(
+            self.clock,
+            Turns(self.clock),
+            Outbox(self.clock),
+            PATIENT,
+            max_length=max_length,
+            framing=framing,
+        )
         self.script = list(script)
         self.always = always
         self.payloads: list[bytes] = []

@@ -43,6 +43,7 @@ __all__ = [
     "Message",
     "RawMessage",
     "TableBatch",
+    "check_rows",
     "decode",
     "decode_rows",
     "encode",

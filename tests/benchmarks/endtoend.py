@@ -73,7 +73,7 @@ def _throughput(
             lambda target: measure(target, seconds, _MEGABYTES, bytes=workload.FULL, **load),
             lambda: measure(old, effort.seconds, _MEGABYTES, bytes=size_for_baseline, **load),
             effort,
-            goals={"pure": 8, "compiled": 40},
+            goals={"pure": 8, "compiled": 90},
             remark=remark,
         )
 
@@ -120,8 +120,8 @@ def small_batches(effort: Effort) -> list[Figure]:
     with TemporaryDirectory() as folder:
         to_file = ("--log", f"{folder}/log")
         for who, load, log, ours, other, goal in (
-            (f"{MANY} clients", many, "nothing logged", quiet, (), 5.0),
-            (f"{MANY} clients", many, "two lines logged for each", (), to_file, 2.5),
+            (f"{MANY} clients", many, "nothing logged", quiet, (), 9.0),
+            (f"{MANY} clients", many, "two lines logged for each", (), to_file, 6.0),
             ("1 client, one at a time", alone, "nothing logged", quiet, (), 1.0),
         ):
             with orchestrator(*NO_STORE, *ours) as new, thread_per_client(*other) as old:
@@ -170,7 +170,7 @@ def _durable(who: str, effort: Effort, clients: int) -> list[Figure]:
         lambda target: measure(target, effort.seconds, _ROWS, **load),
         lambda: plain_rows_per_second(effort),
         effort,
-        goals={"pure": 0.4, "compiled": 0.7},
+        goals={"pure": 0.4, "compiled": 1.5},
         remark="executemany",
     )
 
@@ -199,7 +199,7 @@ def idle(effort: Effort) -> list[Figure]:
         other = memory_of_connection(thread_per_client(), threads)
     what = f"memory of an idle connection, of {connections:,}"
     return [
-        Figure(what, "KiB", ours, 4.0, Goal(1, is_max=True), "the limit"),
+        Figure(what, "KiB", ours, 2.5, Goal(1, is_max=True), "the limit"),
         Figure(what, "KiB", ours, other, remark=f"the baseline, of {threads:,}"),
     ]
 
@@ -269,7 +269,7 @@ def fairness(effort: Effort) -> list[Figure]:
             "ms",
             waits,
             alone,
-            Goal(10, is_max=True),
+            Goal(6, is_max=True),
             "alone",
         ),
         Figure(

@@ -46,12 +46,16 @@ class Codec(NamedTuple):
 
     decode: Callable[[bytes, int, int, Table], Sequence[Row]]
     encode: Callable[[Iterable[Row], Table], bytes]
+    check: Callable[[bytes, int, int, Table], list[Row] | None]
 
 
 def codecs() -> dict[str, Codec]:
     """The row codecs that there are, by their kind."""
     modules = {"pure": rows, row_codec.CODEC: row_codec}
-    return {kind: Codec(codec.decode_rows, codec.encode_rows) for kind, codec in modules.items()}
+    return {
+        kind: Codec(codec.decode_rows, codec.encode_rows, codec.check_rows)
+        for kind, codec in modules.items()
+    }
 
 
 def elapsed(work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
@@ -137,11 +141,16 @@ def codec(effort: Effort) -> list[Figure]:
     body, rows = batch.body, batch.rows
     dicts = plain_decode(body)
     figures = []
-    for kind, (decode_rows, encode_rows) in codecs().items():
+    for kind, (decode_rows, encode_rows, check_rows) in codecs().items():
         for what, ours, other in (
             (
                 "decode",
                 lambda f=decode_rows: f(body, BATCH_HEADER.size, len(rows), workload.TABLE),
+                lambda: plain_decode(body),
+            ),
+            (
+                "check",
+                lambda f=check_rows: f(body, BATCH_HEADER.size, len(rows), workload.TABLE),
                 lambda: plain_decode(body),
             ),
             (

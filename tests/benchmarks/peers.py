@@ -22,7 +22,7 @@ from cafeteria_orch.wire.rows import Row
 from . import workload
 from .clients import ANSWER_TIMEOUT, FrameClient, Side, batches_per_second
 from .endtoend import has_compiled_codec
-from .report import Benchmark, BenchmarkError, Effort, Figure
+from .report import Benchmark, BenchmarkError, Effort, Figure, Goal
 from .servers import orchestrator, plain_receiver
 
 POSTGRESQL = os.environ.get("BENCHMARK_POSTGRESQL", "postgresql://postgres@127.0.0.1:5432/test")
@@ -238,6 +238,9 @@ PEERS: dict[str, Callable[[Sequence[bytes]], AbstractContextManager[Side]]] = {
     "Twisted's Int32StringReceiver": nothing_stored,
 }
 
+GOALS = dict.fromkeys(("PostgreSQL", "RabbitMQ"), Goal(1))
+"""For those that store."""
+
 
 def peers(effort: Effort) -> list[Figure]:
     """Full batches that are acknowledged, by our server and by each peer that is there."""
@@ -270,7 +273,7 @@ def _peers(who: str, clients: int, payloads: Sequence[bytes], effort: Effort) ->
     what = f"full batches, stored ({our_side.promise}), {who}, {codec} codec, against"
     return [
         *(
-            Figure(f"{what} {name}", "MB/s", our_rate, their_rate, remark=side.promise)
+            Figure(f"{what} {name}", "MB/s", our_rate, their_rate, GOALS.get(name), side.promise)
             for (name, side), their_rate in zip(sides.items(), rates)
         ),
         *(

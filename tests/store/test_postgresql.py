@@ -48,9 +48,10 @@ class Rows(InPostgreSQL):
         rows = [(cell, *USER_ROW[1:]) for cell in cells]
         self.store(rows=rows)
         stored = self.query(
-            "SELECT user_id FROM users WHERE batch_id = (SELECT max(id) FROM batch) ORDER BY ctid"
+            "SELECT user_id FROM users WHERE batch_id = (SELECT max(id) FROM batch)"
         )
-        self.assertEqual([cell for (cell,) in stored], cells)
+        # A short row may get into a page that others have left room in.
+        self.assertEqual(sorted(cell for (cell,) in stored), sorted(cells))
 
     def test_group(self) -> None:
         """A group's answers are in its order, with duplicates of before and of the group."""

@@ -17,6 +17,7 @@ from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store.database import Arrival, Blame, StoreError
 from cafeteria_orch.store.location import store_at
 from cafeteria_orch.store.postgresql import Database, PostgreSQLStore
+from cafeteria_orch.store.postgresql_connection import without_secrets
 from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import encode, end_of_table
@@ -222,6 +223,11 @@ class Refusals(SynchronousTestCase):
             line = str(caught.exception)
             self.assertNotIn("\n", line)
             self.assertNotRegex(line, "pass(/|%2F|2)")
+
+    def test_without_secrets(self) -> None:
+        """What a library says is shown in one line, without a password in either spelling."""
+        url = "postgresql://me:a%2Fb@h/db?sslpassword=cd"
+        self.assertEqual(without_secrets(url, "x a/b\na%2Fb cd y"), "x *** *** *** y")
 
     def test_encoding(self) -> None:
         """A database that is not UTF8."""

@@ -27,8 +27,9 @@ from .observe.log_files import LogFile, LogStream
 from .observe.logs import BufferedLogObserver
 from .server.factory import OrchestratorFactory
 from .server.timeouts import Timeouts
+from .store.database import Store, StoreError
+from .store.location import store_at
 from .store.sink import Sink
-from .store.sqlite import StoreError, check_store
 from .store.totals import Completeness
 
 if TYPE_CHECKING:
@@ -80,13 +81,14 @@ def makeService(options: Options) -> IService:
         )
     except ValueError as error:
         raise refusal(str(error)) from error
-    sink = None
+    store = sink = None
     if options["store"] is not None:
+        store = store_at(options["store"])
         try:
-            check_store(options["store"])
+            store.check()
         except StoreError as error:
             raise refusal(str(error)) from error
-        sink = Sink(reactor, options["store"], options["store-patience"])
+        sink = Sink(reactor, store, options["store-patience"])
         sink.register(factory)
     for name in options["processors"]:
         _load_processors(name, factory)
@@ -109,7 +111,7 @@ def makeService(options: Options) -> IService:
         drain_timeout=options["drain-timeout"],
         log_observer=log_observer,
         notifier=SystemdNotifier.from_environment(os.environ),
-        monitor=_monitor(reactor, factory, sink, options),
+        monitor=_monitor(reactor, factory, sink, store, options),
         admission=admission,
         signals=signals,
     )
@@ -144,7 +146,11 @@ def _admission(
 
 
 def _monitor(
-    reactor: Any, factory: OrchestratorFactory, sink: Sink | None, options: Options
+    reactor: Any,
+    factory: OrchestratorFactory,
+    sink: Sink | None,
+    store: Store | None,
+    options: Options,
 ) -> Monitor | None:
     description = options["metrics"]
     if description is None:
@@ -153,7 +159,7 @@ def _monitor(
     from .observe.http import Monitor  # noqa: PLC0415
 
     endpoint = metrics_endpoint(reactor, description)
-    completeness = None if sink is None else Completeness(reactor, options["store"], wall_time)
+    completeness = None if store is None else Completeness(reactor, store.totals, wall_time)
     try:
         return Monitor(
             reactor, factory, endpoint, __version__, sink=sink, completeness=completeness

@@ -17,6 +17,7 @@ from cafeteria_orch.edge.proxy import parse_networks
 from cafeteria_orch.observe.log_files import DEFAULT_LOG_BYTES, DEFAULT_LOG_FILES
 from cafeteria_orch.observe.logs import Render, as_json, as_text
 from cafeteria_orch.server.memory import DEFAULT_MAX_IN_FLIGHT_BYTES
+from cafeteria_orch.store.location import absolute
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 
 from .service import DEFAULT_DRAIN_TIMEOUT
@@ -68,7 +69,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "port": number(int, 0, 65535),
     "interface": str,
     "backlog": number(int, 1, 65535),
-    "store": _or_none(_path),
+    "store": _or_none(absolute),
     "store-patience": number(float, 0, 10**6),
     "tls-cert": _or_none(_path),
     "tls-key": _or_none(_path),
@@ -130,7 +131,7 @@ class Options(usage.Options):
             "127.0.0.0/8,::1",
             "networks of the load balancers (CIDR,...): others may use local sockets only",
         ],
-        ["store", "s", "cafeorch.sqlite3", "the embedded store's file, or none"],
+        ["store", "s", "cafeorch.sqlite3", "a file (SQLite), a postgresql:// URL, or none"],
         [
             "store-patience",
             None,

@@ -147,8 +147,9 @@ class Collector:
             return
         sizes = sink.sizes()
         yield _gauge("store_up", "1 while the store takes batches.", sink.refusal is None)
-        yield _gauge("store_bytes", "The size of the store's file.", sizes.file)
-        yield _gauge("store_wal_bytes", "The size of its write-ahead log.", sizes.wal)
+        if sizes.file is not None:
+            yield _gauge("store_bytes", "The size of the store's file.", sizes.file)
+            yield _gauge("store_wal_bytes", "The size of its write-ahead log.", sizes.wal)
         yield _histogram(
             "commit_duration_seconds",
             "The store's transactions, each of all batches that waited.",

@@ -13,15 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from .database import StoreError
+
 NEW_STORE_BYTES = 128 * 1024
 """How much room a new store takes, with the files beside it."""
 
 MAX_UNFINISHED_BYTES = 1024 * 1024
 """The size of the largest file that can be what a power failure left of a store's creation."""
-
-
-class StoreError(Exception):
-    """A file that cannot be the store. Its text says why in one line, for the operator."""
 
 
 class StoreLock:
@@ -133,6 +131,14 @@ def clear_blank(path: str) -> None:
     """
     if is_blank(path) and Path(path).exists():
         os.truncate(path, 0)
+
+
+def file_size(path: Path) -> int:
+    """The size of a file; 0 if there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def sync_folder(path: str) -> None:

@@ -87,6 +87,12 @@ FROM part JOIN session ON session.id = session_id
 """
 
 
+def ingest_status() -> str:
+    """What makes the view ``ingest_status``, in any database."""
+    cases = " ".join(f"WHEN {table.opcode} THEN '{table.name}'" for table in TABLES)
+    return _VIEW.replace("{table_name}", f"CASE batch.opcode {cases} END")
+
+
 def statements(version: int) -> Iterator[str]:
     """What makes a store of an older version one of :data:`SCHEMA_VERSION`.
 
@@ -103,8 +109,7 @@ def statements(version: int) -> Iterator[str]:
         # What is added stands at the end of its table, here as in a new store.
         yield "ALTER TABLE session ADD COLUMN common_name TEXT"
     yield "DROP VIEW IF EXISTS ingest_status"
-    cases = " ".join(f"WHEN {table.opcode} THEN '{table.name}'" for table in TABLES)
-    yield _VIEW.replace("{table_name}", f"CASE batch.opcode {cases} END")
+    yield ingest_status()
     yield from typed_views()
     yield f"PRAGMA user_version = {SCHEMA_VERSION}"
 

@@ -5,13 +5,11 @@ It knows no SQL: the writer's thread uses the database.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.logger import Logger
@@ -27,10 +25,8 @@ from cafeteria_orch.wire.messages import Finished, TableBatch
 from cafeteria_orch.wire.opcodes import FailReason, Opcode
 from cafeteria_orch.wire.tables import TABLES
 
-from .files import StoreLock, clear_blank, explaining
-from .insertion import store_codec
+from .database import Arrival, Database, Store, StoreSizes
 from .outage import MAX_COMMIT_SECONDS, Outage, ProgressWatch
-from .sqlite import Arrival, Database
 from .writer import Job, Report, Writer
 
 MAX_WAITING_BATCHES = 1024
@@ -44,27 +40,20 @@ _TABLE_NAMES = frozenset(table.name for table in TABLES)
 _log = Logger()
 
 
-class StoreSizes(NamedTuple):
-    """Bytes: of a store's file, and of what is written ahead of it."""
-
-    file: int
-    wal: int
-
-
 class Sink:
-    """Stores batches in an SQLite file, and acknowledges each when it is on disk.
+    """Stores batches in a database, and acknowledges each when it is on disk.
 
     Batches that wait together are committed together, in the order in which they came.
 
     :param reactor: measures the time, and takes reports from the writer's thread.
-    :param path: the store's file.
+    :param store: where the database is.
     :param patience: how long, in seconds, batches wait while the store takes nothing. Then they
         get FAIL, reason 1, until it takes something again.
     """
 
-    def __init__(self, reactor: Any, path: str, patience: float = 0.0) -> None:
+    def __init__(self, reactor: Any, store: Store, patience: float = 0.0) -> None:
         self._reactor = reactor
-        self._path = path
+        self._store = store
         self._patience = patience
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         # What the writer has not reported yet, in the order of the jobs.
@@ -94,25 +83,17 @@ class Sink:
         )
 
     def start(self) -> None:
-        """Open the file and start the writer's thread.
+        """Open the database and start the writer's thread.
 
-        :raises StoreError: if the file cannot be the store, or another server has it.
+        :raises StoreError: if it cannot be opened, or another server has it.
         """
-        with explaining(self._path):
-            lock = StoreLock(self._path)
-            try:
-                clear_blank(self._path)
-                database = Database(self._path)
-            except BaseException:
-                lock.close()
-                raise
+        database = self._store.open()
         self._jobs = SimpleQueue()
         self._outage = self._death = None
         self._stopped = Deferred()
         writer = Writer(
             self._reactor,
             database,
-            lock,
             self._jobs,
             report=self._report,
             ended=self._writer_ended,
@@ -123,7 +104,7 @@ class Sink:
         self._thread.start()
 
     def stop(self) -> Deferred[None]:
-        """Commit what waits and close the file; fires when that is done."""
+        """Commit what waits and close the database; fires when that is done."""
         if self._thread is None:
             return succeed(None)
         self._thread = None
@@ -133,8 +114,8 @@ class Sink:
 
     @property
     def codec(self) -> str:
-        """``compiled`` where SQLite reads the bodies itself; ``pure`` where Python does."""
-        return store_codec()
+        """``compiled`` where the bodies are read without the interpreter; else ``pure``."""
+        return self._store.codec
 
     @property
     def refusal(self) -> str | None:
@@ -144,9 +125,7 @@ class Sink:
 
     def sizes(self) -> StoreSizes:
         """The sizes of the store's files at this moment."""
-        # SQLite puts the WAL beside the file itself, whatever link leads there.
-        path = os.path.realpath(self._path)
-        return StoreSizes(_size(path), _size(f"{path}-wal"))
+        return self._store.sizes()
 
     def _store_batch(self, batch: TableBatch, client: Exchange) -> Deferred[Outcome | bool]:
         self._factory.log_data_message(batch, client)
@@ -289,10 +268,3 @@ class Sink:
 
 def _is_refused(outcome: object) -> bool:
     return isinstance(outcome, Failure) and outcome.check(TryAgainLater) is not None
-
-
-def _size(path: str) -> int:
-    try:
-        return Path(path).stat().st_size
-    except OSError:
-        return 0

@@ -9,32 +9,35 @@ from __future__ import annotations
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
-from enum import Enum, auto
+from contextlib import closing, contextmanager, nullcontext, suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import TableBatch
 from cafeteria_orch.wire.tables import Table
 
-from .files import (
+from .database import (
+    Arrival,
+    Blame,
+    SessionIds,
     StoreError,
+    client_id_text,
+    timestamp,
+)
+from .files import (
+    StoreLock,
     check_lock,
     check_room,
     explaining,
+    file_size,
     is_blank,
     real_path,
     sync_folder,
 )
 from .insertion import connect, insert_bodies, insert_decoded, store_codec
 from .schema import APPLICATION_ID, SCHEMA_VERSION, statements
-
-__all__ = ("Arrival", "Blame", "Database", "StoreError", "check_store")
 
 MIN_SQLITE = (3, 24, 0)
 """The oldest SQLite that knows ``ON CONFLICT``."""
@@ -52,31 +55,6 @@ WAL_SIZE_LIMIT = 64 * 1024 * 1024
 _SQLITE_ERROR = 1
 
 
-class Blame(Enum):
-    """The cause of an error, and so its cost."""
-
-    BATCH = auto()
-    """The batch has a value that no store can take: it is rejected."""
-
-    TABLE = auto()
-    """Somebody has changed a table: the batch is refused for now, others are stored."""
-
-    STORE = auto()
-    """The file, the disk or the memory: the whole transaction is undone."""
-
-
-class Arrival(NamedTuple):
-    """A batch that has come.
-
-    :ivar session: of the connection that it came by.
-    :ivar received_at: when, in seconds since the epoch.
-    """
-
-    batch: TableBatch
-    session: Session
-    received_at: float
-
-
 class _Rehearsed(Exception):
     """Undoes what has succeeded."""
 
@@ -86,20 +64,19 @@ class Database:
 
     :param path: the file; a missing one is created, one of an older version is upgraded.
     :param keep_version: try the upgrade, and undo it.
+    :param lock: is released when the database is closed.
     :raises StoreError: if the file cannot be opened, or is not a store.
-    :cvar Error: the database's own errors. Their texts hold no data.
     """
 
-    Error = sqlite3.Error
-
-    def __init__(self, path: str, *, keep_version: bool = False) -> None:
+    def __init__(
+        self, path: str, *, keep_version: bool = False, lock: StoreLock | None = None
+    ) -> None:
         _check_library()
         self._path = path
+        self._lock = lock
         self._wal = Path(f"{real_path(path)}-wal")
         self._opened_files: tuple[object, ...] | None = None
-        # Sessions that have a row; those of the open transaction may still lose it.
-        self._session_ids: WeakKeyDictionary[Session, int] = WeakKeyDictionary()
-        self._new_sessions: list[Session] = []
+        self._session_ids = SessionIds()
         # Of the transaction that is open, or whose commit has raised.
         self._newest_batch_id: int | None = None
         compiled = store_codec() == "compiled"
@@ -115,12 +92,13 @@ class Database:
             try:
                 self._prepare(keep_version)
             except BaseException:
-                self.close()
+                self._connection.close()
                 raise
 
     def close(self) -> None:
         """Close the file; the last to do so brings the WAL into it."""
-        self._connection.close()
+        with nullcontext() if self._lock is None else closing(self._lock):
+            self._connection.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -128,12 +106,13 @@ class Database:
 
         :raises sqlite3.Error: if it could not be committed.
         """
-        with self._forgetting_sessions():
+        with self._session_ids.forgetting():
             try:
                 self._check_that_files_are_there()
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield
                 self._connection.execute("COMMIT")
+                self._session_ids.commit()
                 self._newest_batch_id = None
             except BaseException:
                 if self.in_transaction:
@@ -151,7 +130,7 @@ class Database:
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """Inside a transaction: undo what is written inside of this if it fails."""
-        with self._forgetting_sessions():
+        with self._session_ids.forgetting():
             self._connection.execute("SAVEPOINT one")
             try:
                 yield
@@ -195,6 +174,10 @@ class Database:
             return Blame.TABLE if code == _SQLITE_ERROR else Blame.STORE
         return Blame.STORE if type(error) is sqlite3.DatabaseError else Blame.TABLE
 
+    def explain(self, error: Exception) -> str | None:
+        """Say what an error of SQLite's says: its texts hold no data."""
+        return str(error) if isinstance(error, sqlite3.Error) else None
+
     def checkpoint(self) -> bool:
         """Bring the WAL into the file, as far as readers allow.
 
@@ -209,10 +192,7 @@ class Database:
 
     def wal_bytes(self) -> int:
         """The size of the WAL."""
-        try:
-            return self._wal.stat().st_size
-        except OSError:
-            return 0
+        return file_size(self._wal)
 
     def store(self, arrivals: Iterable[Arrival]) -> list[bool]:
         """Store batches, inside a transaction.
@@ -243,13 +223,13 @@ class Database:
             " ON CONFLICT (client_id, opcode, batch_number, digest) DO NOTHING",
             (
                 self._session_id(session),
-                _client_id(session),
+                client_id_text(session),
                 batch.opcode,
                 batch.batch_number,
                 batch.status,
                 batch.amount,
                 blake2b(batch.body, digest_size=16).digest(),
-                _timestamp(received_at),
+                timestamp(received_at),
             ),
         )
         if not inserted.rowcount:
@@ -264,14 +244,14 @@ class Database:
             " VALUES (?, ?, ?, (SELECT coalesce(max(id), 0) FROM batch))"
             " ON CONFLICT (session_id, table_name) DO UPDATE SET"
             " received_at = excluded.received_at, last_batch_id = excluded.last_batch_id",
-            (self._session_id(session), table_name, _timestamp(received_at)),
+            (self._session_id(session), table_name, timestamp(received_at)),
         )
 
     def finish_session(self, session: Session, finished_at: float) -> None:
         """Note that a client has sent all it had, inside a transaction."""
         self._connection.execute(
             "UPDATE session SET finished_at = ?, agency_id = ? WHERE id = ?",
-            (_timestamp(finished_at), session.agency_id, self._session_id(session)),
+            (timestamp(finished_at), session.agency_id, self._session_id(session)),
         )
 
     def _session_id(self, session: Session) -> int:
@@ -281,29 +261,15 @@ class Database:
                 "INSERT INTO session (client_id, ip, connected_at, common_name)"
                 " VALUES (?, ?, ?, ?)",
                 (
-                    _client_id(session),
+                    client_id_text(session),
                     session.ip,
-                    _timestamp(session.connected_at),
+                    timestamp(session.connected_at),
                     session.common_name,
                 ),
             )
-            session_id = self._session_ids[session] = inserted.lastrowid or 0
-            self._new_sessions.append(session)
+            session_id = inserted.lastrowid or 0
+            self._session_ids.add(session, session_id)
         return session_id
-
-    @contextmanager
-    def _forgetting_sessions(self) -> Iterator[None]:
-        """Forget the rows of sessions that were inserted inside, if they are undone."""
-        known = len(self._new_sessions)
-        try:
-            yield
-        except BaseException:
-            for session in self._new_sessions[known:]:
-                del self._session_ids[session]
-            del self._new_sessions[known:]
-            raise
-        if not self.in_transaction:
-            self._new_sessions.clear()
 
     def _check_that_files_are_there(self) -> None:
         if self._opened_files not in {None, self._files()}:
@@ -385,13 +351,3 @@ def _explaining(path: str) -> Iterator[None]:
             yield
     except sqlite3.Error as error:
         raise StoreError(f"the store {path} cannot be opened: {error}") from error
-
-
-def _client_id(session: Session) -> str | None:
-    return None if session.client_id is None else str(session.client_id)
-
-
-def _timestamp(seconds: float) -> str:
-    """UTC, in the form that SQLite's date functions read."""
-    moment = datetime.fromtimestamp(seconds, timezone.utc)
-    return moment.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]

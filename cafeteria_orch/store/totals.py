@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 from urllib.parse import quote
 
 from cafeteria_orch.common.clock import WallTime
@@ -24,16 +24,17 @@ _STEPS = 20_000
 # A sender is a client, or a session of one that has not said who it is.
 _QUERY = """
 WITH part AS (
-    SELECT coalesce(client_id, id) AS sender, opcode, count(*) AS batches, sum(amount) AS rows,
-        max(batch_id) AS last_batch_id
+    SELECT coalesce(client_id, CAST(id AS TEXT)) AS sender, opcode, count(*) AS batches,
+        sum(amount) AS rows, max(batch_id) AS last_batch_id
     FROM (
         SELECT session.client_id, session.id, opcode, amount, batch.id AS batch_id
         FROM batch JOIN session ON session.id = session_id
-    )
+    ) AS sent
     GROUP BY 1, 2
 ),
 ending AS (
-    SELECT coalesce(client_id, id) AS sender, table_name, max(last_batch_id) AS last_batch_id
+    SELECT coalesce(client_id, CAST(id AS TEXT)) AS sender, table_name,
+        max(last_batch_id) AS last_batch_id
     FROM table_eof JOIN session ON session.id = session_id
     GROUP BY 1, 2
 )
@@ -59,6 +60,9 @@ class TableTotals(NamedTuple):
     complete: int
 
 
+Read = Callable[[Callable[[], bool]], Optional[dict[str, TableTotals]]]
+
+
 class Answer(NamedTuple):
     """What the store said.
 
@@ -74,14 +78,14 @@ class Completeness:
     """Asks a store now and then, while somebody wants to know.
 
     :param reactor: measures the time, and takes the answer from the thread.
-    :param path: the store's file.
+    :param read: reads the totals, unless what it is given says that it is too late.
     :param wall_time: says what time it is; the reactor's own clock by default.
     :ivar latest: the store's last answer.
     """
 
-    def __init__(self, reactor: Any, path: str, wall_time: WallTime | None = None) -> None:
+    def __init__(self, reactor: Any, read: Read, wall_time: WallTime | None = None) -> None:
         self._reactor = reactor
-        self._path = path
+        self._read = read
         self._wall_time: WallTime = wall_time or reactor.seconds
         self._asked_at = 0.0
         self._is_asking = False
@@ -105,7 +109,7 @@ class Completeness:
     def _ask(self, asked_at: float, began: float) -> None:
         tables = None
         try:
-            tables = read_totals(self._path, lambda: self._reactor.seconds() - began > PATIENCE)
+            tables = self._read(lambda: self._reactor.seconds() - began > PATIENCE)
         finally:
             self._reactor.callFromThread(self._answered, Answer(asked_at, tables))
 
@@ -120,13 +124,21 @@ def read_totals(path: str, is_too_late: Callable[[], bool]) -> dict[str, TableTo
     :param is_too_late: is asked now and then, and ends the reading.
     :return: ``None`` if it was ended, or the store cannot be read.
     """
-    cases = " ".join(f"WHEN {table.opcode} THEN '{table.name}'" for table in TABLES)
-    names = {table.opcode: table.name for table in TABLES}
     try:
         with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as store:
             store.set_progress_handler(is_too_late, _STEPS)
-            query = _QUERY.replace("{table_name}", f"CASE opcode {cases} END")
-            found = store.execute(query)
-            return {names[opcode]: TableTotals(*totals) for opcode, *totals in found}
+            return totals_by_table(store.execute(totals_query()))
     except sqlite3.Error:
         return None
+
+
+def totals_query() -> str:
+    """What asks any database for the totals."""
+    cases = " ".join(f"WHEN {table.opcode} THEN '{table.name}'" for table in TABLES)
+    return _QUERY.replace("{table_name}", f"CASE opcode {cases} END")
+
+
+def totals_by_table(found: Iterable[tuple[Any, ...]]) -> dict[str, TableTotals]:
+    """Read what :func:`totals_query` finds."""
+    names = {table.opcode: table.name for table in TABLES}
+    return {names[opcode]: TableTotals(*map(int, totals)) for opcode, *totals in found}

@@ -16,8 +16,7 @@ from cafeteria_orch.common.rate_limit import RateLimitedLog
 from cafeteria_orch.server.responses import describe
 from cafeteria_orch.wire.errors import BatchRejected, TryAgainLater
 
-from .files import StoreLock
-from .sqlite import Arrival, Blame, Database
+from .database import Arrival, Blame, Database
 
 MAX_GROUP_BYTES = 16 * 1024 * 1024
 """About how much one transaction commits: what comes later waits for it."""
@@ -66,7 +65,6 @@ class Writer:
 
     :param reactor: measures the time.
     :param database: the writer closes it at the end.
-    :param lock: the writer releases it after that.
     :param jobs: ends with ``None``.
     :param report: is called in the reactor's thread after each transaction.
     :param ended: is called there at the end, with the error if the end came too early.
@@ -77,7 +75,6 @@ class Writer:
         self,
         reactor: Any,
         database: Database,
-        lock: StoreLock,
         jobs: SimpleQueue[Job | None],
         *,
         report: Callable[[Report], object],
@@ -86,7 +83,6 @@ class Writer:
     ) -> None:
         self._reactor = reactor
         self._database = database
-        self._lock = lock
         self._jobs = jobs
         self._report = report
         self._ended = ended
@@ -105,7 +101,7 @@ class Writer:
     def run(self) -> None:
         """Work until there are no more jobs: what the thread runs."""
         try:
-            with closing(self._lock), closing(self._database):
+            with closing(self._database):
                 while self._work():
                     pass
         except BaseException as error:
@@ -226,7 +222,7 @@ class Writer:
 
     def _refuse(self, job: Job, what: str, error: Exception) -> TryAgainLater:
         # The error itself is not kept: its traceback holds the whole group.
-        why = str(error) if isinstance(error, self._database.Error) else describe(error)
+        why = self._database.explain(error) or describe(error)
         self._refusal = TryAgainLater(f"the store {what}: {why}")
         self._refused = job
         self._retry_due = self._reactor.seconds() + RETRY_INTERVAL
@@ -260,7 +256,7 @@ class Writer:
         except Exception as error:
             # Nothing is lost: what is committed stays in the WAL. If the database has a reason,
             # such as a full disk, the next commit tells it.
-            if not isinstance(error, self._database.Error):
+            if self._database.explain(error) is None:
                 self._reactor.callFromThread(self._log_failed_checkpoint, describe(error))
             return
         if self._wal_is_empty:

@@ -25,7 +25,8 @@ from cafeteria_orch.observe.log_files import LogStream
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Session
-from cafeteria_orch.store.sqlite import Arrival, Database
+from cafeteria_orch.store.database import Arrival
+from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire import messages as row_codec
 from cafeteria_orch.wire import rows
 from cafeteria_orch.wire.framing import INT32, FrameDecoder

@@ -227,6 +227,27 @@ class Values(OptionsTestCase):
         os.chdir(folder)
         self.assertEqual(options["store"], expected)
 
+    def test_kinds_of_store(self) -> None:
+        """A path may say that it is SQLite's; a URL stays as it is."""
+        expected = str(Path.cwd() / "tables.db")
+        self.assertEqual(self.parse("--store", "sqlite:tables.db")["store"], expected)
+        url = "postgresql://me:a%2Fb@h1,h2:5433/db?target_session_attrs=read-write"
+        self.assertEqual(self.parse("--store", url)["store"], url)
+
+    def test_refused_stores(self) -> None:
+        """A place that is no store is refused, and nothing of a password is shown."""
+        for place, pattern in (
+            ("mysql://me:hidden@h/db", "mysql:// is no store"),
+            ("postgresql://me:hid/den@h/db", "write / "),
+            ("postgresql://me:hid@den@h/db", "write / "),
+            ("postgresql://me:hid\nden@h/db", "cannot be printed"),
+            ("postgresql://me:hidden@[::1/db", "cannot be read"),
+            ("sqlite:", "the path is missing"),
+        ):
+            with self.assertRaisesRegex(SystemExit, f"^cafeorch: --store: .*{pattern}") as caught:
+                self.parse("--store", place)
+            self.assertNotRegex(str(caught.exception), "hid|den")
+
 
 class Mistakes(OptionsTestCase):
     """A mistake ends in one line that names it, and in status 1."""

@@ -15,6 +15,7 @@ from twisted.trial.unittest import TestCase
 from cafeteria_orch.daemon.service import OrchestratorService
 from cafeteria_orch.observe.http import Monitor
 from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.store.location import SQLiteStore
 from cafeteria_orch.store.sink import Sink
 from tests.support.builders import SUCCESS, batch_frame
 from tests.support.crowds import stored_batches
@@ -56,7 +57,7 @@ class RestartTests(TestCase):
     async def test_a_restart_stores_batches_again(self) -> None:
         """It listens, is ready, acknowledges what is on disk, and closes the store."""
         path = f"{self.mktemp()}.sqlite3"
-        sink = Sink(reactor, path)
+        sink = Sink(reactor, SQLiteStore(path))
         factory = OrchestratorFactory(reactor)
         sink.register(factory)
         clients, operators = (TCP4ServerEndpoint(reactor, 0, 50, "127.0.0.1") for _ in range(2))

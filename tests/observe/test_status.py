@@ -17,6 +17,7 @@ from cafeteria_orch.observe.problems import MAX_PROBLEMS, RecentProblems
 from cafeteria_orch.observe.status import MAX_CONNECTIONS, MAX_POINTS, SAMPLE_INTERVAL, Status
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.store import totals as completeness
+from cafeteria_orch.store.location import SQLiteStore
 from cafeteria_orch.store.totals import (
     INTERVAL,
     Answer,
@@ -291,7 +292,7 @@ class Complete(SinkTestCase):
 
     def test_now_and_then(self) -> None:
         """It is asked in a thread, once at a time, and again when the answer is old."""
-        asker = Completeness(self.reactor, self.path)
+        asker = Completeness(self.reactor, SQLiteStore(self.path).totals)
         self.assertIsNone(asker.latest)
         self.send(batch_frame())
         asker.refresh()
@@ -309,7 +310,7 @@ class Complete(SinkTestCase):
 
     def test_shown(self) -> None:
         """The page has what the store said, and when; a draining server's store is left alone."""
-        asker = Completeness(self.reactor, self.path)
+        asker = Completeness(self.reactor, SQLiteStore(self.path).totals)
         status = Status(
             self.reactor,
             self.factory,

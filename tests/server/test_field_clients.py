@@ -21,6 +21,7 @@ from twisted.trial.unittest import TestCase
 from cafeteria_orch.server import receiver
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.store.location import SQLiteStore
 from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import MENU_ITEMS, STORES, TABLES, TRANSACTIONS, USERS, Table
@@ -97,7 +98,7 @@ class FieldCase(TestCase):
     def setUp(self) -> None:
         self.store = self.mktemp()
         self.factory = OrchestratorFactory(reactor, log_level=LogLevel.warn)
-        self.sink = Sink(reactor, self.store)
+        self.sink = Sink(reactor, SQLiteStore(self.store))
         self.sink.register(self.factory)
         self.sink.start()
         self.port = reactor.listenTCP(0, self.factory, interface="127.0.0.1")

@@ -14,8 +14,9 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store import sqlite as database_module
+from cafeteria_orch.store.database import StoreError
 from cafeteria_orch.store.schema import SCHEMA_VERSION, statements
-from cafeteria_orch.store.sqlite import Database, StoreError, check_store
+from cafeteria_orch.store.sqlite import Database, check_store
 from cafeteria_orch.wire.tables import TRANSACTION_ITEMS
 from tests.support.builders import PEER, query, received
 from tests.support.disks import make_folder

@@ -17,9 +17,10 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.store import sqlite as database_module
+from cafeteria_orch.store.database import StoreError
 from cafeteria_orch.store.files import lock_path
+from cafeteria_orch.store.location import SQLiteStore
 from cafeteria_orch.store.sink import Sink
-from cafeteria_orch.store.sqlite import StoreError
 from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
 from cafeteria_orch.wire.tables import TABLES
 from tests.support.builders import (
@@ -246,7 +247,7 @@ class Starting(SynchronousTestCase):
         self.threads = set(threading.enumerate())
         self.path = self.mktemp()
         self.reactor = PumpedReactor()
-        self.sink = Sink(self.reactor, self.path)
+        self.sink = Sink(self.reactor, SQLiteStore(self.path))
         self.sink.register(OrchestratorFactory(Clock()))
 
     def started_threads(self) -> set[threading.Thread]:

@@ -12,9 +12,11 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.responses import Session
+from cafeteria_orch.store.database import StoreError
+from cafeteria_orch.store.location import SQLiteStore
 from cafeteria_orch.store.schema import SCHEMA_VERSION
 from cafeteria_orch.store.sink import Sink
-from cafeteria_orch.store.sqlite import Database, StoreError, check_store
+from cafeteria_orch.store.sqlite import Database, check_store
 from cafeteria_orch.wire.tables import TABLES, TRANSACTIONS
 from tests.support.builders import PEER, query, received
 from tests.support.stores import NOW, DatabaseTestCase, PumpedReactor, store_batch
@@ -128,7 +130,7 @@ class Cells(DatabaseTestCase):
 def start(path: str) -> None:
     """Open a store as a server does, and close it."""
     reactor = PumpedReactor()
-    sink = Sink(reactor, path)
+    sink = Sink(reactor, SQLiteStore(path))
     sink.start()
     stopped: list[None] = []
     sink.stop().addCallback(stopped.append)
@@ -356,7 +358,7 @@ class Lock(SynchronousTestCase):
     def setUp(self) -> None:
         self.path = self.mktemp()
         self.reactor = PumpedReactor()
-        self.sink = Sink(self.reactor, self.path)
+        self.sink = Sink(self.reactor, SQLiteStore(self.path))
         self.sink.start()
         self.addCleanup(self.stop)
 

@@ -34,9 +34,9 @@ from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.counters import Outcome, Tally
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.store import sink as sink_module
-from cafeteria_orch.store.files import StoreLock
+from cafeteria_orch.store.database import Database
+from cafeteria_orch.store.location import SQLiteStore
 from cafeteria_orch.store.sink import Sink
-from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.store.writer import Job, Writer
 from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
@@ -118,16 +118,14 @@ class InlineSink(Sink):
 
     def start(self) -> None:
         with connecting(FaultyConnection) as connections:
-            self.database = Database(self._path)
+            self.database = self._store.open()
         (self.connection,) = connections
         # No power fails here.
         self.connection.execute("PRAGMA synchronous = OFF")
         self._thread = current_thread()
-        self.lock = StoreLock(self._path)
         self.writer = Writer(
             self._reactor,
             self.database,
-            self.lock,
             self._jobs,
             report=self._report,
             ended=self._writer_ended,
@@ -135,7 +133,6 @@ class InlineSink(Sink):
 
     def close(self) -> None:
         self.database.close()
-        self.lock.close()
 
     def work(self, max_jobs: int) -> bool:
         """Commit what waits, a few messages at most; whether there were any."""
@@ -177,7 +174,7 @@ class StoreModel(RuleBasedStateMachine):
     def start(self) -> None:
         self.clients: list[Client] = []
         self.factory = OrchestratorFactory(InlineReactor())
-        self.sink = InlineSink(self.factory.reactor, self.path)
+        self.sink = InlineSink(self.factory.reactor, SQLiteStore(self.path))
         self.sink.register(self.factory)
         self.sink.start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cafeteria_orch.store.location import SQLiteStore
 from cafeteria_orch.store.totals import INTERVAL, Answer, Completeness, TableTotals
 from tests.support.builders import SUCCESS, batch_frame, connect
 from tests.support.stores import SinkTestCase
@@ -17,7 +18,7 @@ class CompletenessTests(SinkTestCase):
         protocol.dataReceived(batch_frame())
         self.assertEqual(self.pump_answers(transport), [SUCCESS])
         times = iter((1_700_000_000.0, 5.0))
-        asker = Completeness(self.reactor, self.path, lambda: next(times))
+        asker = Completeness(self.reactor, SQLiteStore(self.path).totals, lambda: next(times))
         expected = {"users": TableTotals(1, 1, 1, 0)}
         asker.refresh()
         self.reactor.pump_until(lambda: asker.latest)

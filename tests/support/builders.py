@@ -26,7 +26,8 @@ from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
 from cafeteria_orch.server.timeouts import Timeouts
-from cafeteria_orch.store.sqlite import Arrival, Database
+from cafeteria_orch.store.database import Arrival
+from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.messages import RawMessage, TableBatch, decode, encode
 from cafeteria_orch.wire.tables import USERS, Table
 

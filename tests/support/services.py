@@ -16,7 +16,8 @@ from zope.interface import implementer
 
 from cafeteria_orch.daemon.service import OrchestratorService
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.store.sink import Sink, StoreSizes
+from cafeteria_orch.store.database import StoreSizes
+from cafeteria_orch.store.sink import Sink
 
 from .builders import ECHO, Pending, TCPTransport, connect, lose, numbered
 
@@ -89,6 +90,10 @@ class RecordingSink(Sink):
     @property
     def refusal(self) -> str | None:
         return self.reason
+
+    @property
+    def codec(self) -> str:
+        return "pure"
 
     def register(self, factory: OrchestratorFactory) -> None:
         self.calls.append("register")

@@ -20,9 +20,11 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.server.counters import Outcome, Tally
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Session
+from cafeteria_orch.store.database import Arrival
 from cafeteria_orch.store.insertion import store_codec
+from cafeteria_orch.store.location import SQLiteStore
 from cafeteria_orch.store.sink import Sink
-from cafeteria_orch.store.sqlite import Arrival, Database
+from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.messages import TableBatch
 
 from .builders import (
@@ -136,7 +138,13 @@ def store_batch(
 
 
 class DatabaseTestCase(SynchronousTestCase):
-    """An open store in a file of its own."""
+    """An open store in a file of its own.
+
+    :cvar row_order: a column of each table in whose order the rows were stored.
+    """
+
+    row_order = "rowid"
+    database: Any
 
     def setUp(self) -> None:
         self.path = self.mktemp()
@@ -155,6 +163,10 @@ class DatabaseTestCase(SynchronousTestCase):
     def query(self, sql: str) -> list[tuple[Any, ...]]:
         """What another program reads in the store at this moment."""
         return query(self.path, sql)
+
+    def columns_of(self, name: str) -> list[str]:
+        """The columns of a table or a view."""
+        return [row[1] for row in self.query(f"PRAGMA table_info({name})")]
 
     def count(self, table: str) -> int:
         """How many rows a table has."""
@@ -176,7 +188,7 @@ class SinkTestCase(SynchronousTestCase):
         self.path = self.mktemp()
         self.reactor = self.reactor_class()
         self.factory = OrchestratorFactory(self.reactor)
-        self.sink = Sink(self.reactor, self.path)
+        self.sink = Sink(self.reactor, SQLiteStore(self.path))
         self.sink.register(self.factory)
 
     def start(self, connection_class: type[sqlite3.Connection] = sqlite3.Connection) -> None:

@@ -20,6 +20,7 @@ from cafeteria_orch.sender.exports import find_exports
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
+from cafeteria_orch.store.location import SQLiteStore
 from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.wire.errors import TryAgainLater
 from cafeteria_orch.wire.framing import FRAMINGS, Framing
@@ -68,7 +69,7 @@ class MainJobTests(TestCase):
     def setUp(self) -> None:
         self.store = self.mktemp()
         self.factory = OrchestratorFactory(reactor)
-        sink = self.sink = Sink(reactor, self.store)
+        sink = self.sink = Sink(reactor, SQLiteStore(self.store))
         sink.register(self.factory)
         sink.start()
         port = reactor.listenTCP(0, self.factory, interface="127.0.0.1")

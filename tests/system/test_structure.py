@@ -41,6 +41,9 @@ EXTRAS = {
     "sender.cli": {"tqdm"},
     "sender.tls": {"OpenSSL", "cryptography", "service_identity"},
     "edge.tls": {"OpenSSL", "cryptography"},
+    "store.postgresql": {"psycopg"},
+    "store.postgresql_connection": {"psycopg"},
+    "store.postgresql_schema": {"psycopg"},
 }
 """What comes with an extra, and the modules that use it."""
 

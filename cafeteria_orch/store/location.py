@@ -1,0 +1,104 @@
+"""Where a store is: what ``--store`` names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from .database import Store, StoreSizes
+from .files import StoreLock, clear_blank, explaining, file_size
+from .insertion import store_codec
+from .postgresql import PostgreSQLStore
+from .sqlite import Database, check_store
+from .totals import TableTotals, read_totals
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_POSTGRESQL = ("postgresql://", "postgres://")
+
+
+def absolute(location: str) -> str:
+    """The place of a store, so that it can be found from any folder.
+
+    :param location: a path, ``sqlite:PATH`` or a URL.
+    :raises ValueError: if it is none of them. The text shows nothing of a URL.
+    """
+    if location.startswith(_POSTGRESQL):
+        _check_url(location)
+        return location
+    if scheme := _SCHEME.match(location):
+        raise ValueError(f"{scheme[1]}:// is no store: give a path, or a postgresql:// URL")
+    path = location.removeprefix("sqlite:")
+    if not path:
+        raise ValueError("the path is missing")
+    # A daemon changes its working directory, and so does --rundir.
+    return str(Path(path).absolute())
+
+
+def store_at(location: str) -> Store:
+    """The store at a place.
+
+    :param location: of :func:`absolute`.
+    """
+    if location.startswith(_POSTGRESQL):
+        return PostgreSQLStore(location)
+    return SQLiteStore(location)
+
+
+def _check_url(url: str) -> None:
+    try:
+        urlsplit(url)
+    except ValueError:
+        # Its own text may show the password.
+        raise ValueError("the URL cannot be read") from None
+    user, at, _ = url.partition("://")[2].rpartition("@")
+    # Half of such a password would be taken for a host or a port, and be shown.
+    if at and re.search("[/?#@]", user):
+        raise ValueError("write / ? # @ in the user, password or options of a URL as % and a code")
+    if not url.isprintable():
+        raise ValueError("the URL has characters that cannot be printed")
+
+
+class SQLiteStore:
+    """A file that is the store of one server.
+
+    :param path: of the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    @property
+    def codec(self) -> str:
+        """``compiled`` where SQLite reads the bodies itself; ``pure`` where Python does."""
+        return store_codec()
+
+    def check(self) -> None:
+        """See :func:`check_store`."""
+        check_store(self._path)
+
+    def open(self) -> Database:
+        """Open the file, and keep other servers away from it.
+
+        :raises StoreError: if the file cannot be the store, or another server has it.
+        """
+        with explaining(self._path):
+            lock = StoreLock(self._path)
+            try:
+                clear_blank(self._path)
+                return Database(self._path, lock=lock)
+            except BaseException:
+                lock.close()
+                raise
+
+    def sizes(self) -> StoreSizes:
+        """The sizes of the file and its WAL at this moment."""
+        # SQLite puts the WAL beside the file itself, whatever link leads there.
+        path = os.path.realpath(self._path)
+        return StoreSizes(file_size(Path(path)), file_size(Path(f"{path}-wal")))
+
+    def totals(self, is_too_late: Callable[[], bool]) -> dict[str, TableTotals] | None:
+        """Read what the file has of each table; see :func:`read_totals`."""
+        return read_totals(self._path, is_too_late)

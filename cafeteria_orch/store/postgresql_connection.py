@@ -1,0 +1,83 @@
+"""Connections to a PostgreSQL server: how they are made, what is refused, what is not told."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from .database import StoreError
+
+if TYPE_CHECKING:
+    import psycopg
+
+# Without them, a server that is cut off would be waited for without limit.
+_DEFAULTS = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+    "application_name": "cafeteria_orch",
+}
+
+
+def psycopg_module() -> Any:
+    """The module ``psycopg``, which is imported where it is used.
+
+    :raises StoreError: if it is not installed.
+    """
+    try:
+        import psycopg  # noqa: PLC0415
+    except ImportError as error:
+        raise StoreError(
+            "--store postgresql:// needs psycopg: pip install 'cafeteria_orch[postgresql]'"
+        ) from error
+    return psycopg
+
+
+def connect(url: str) -> psycopg.Connection[Any]:
+    """Connect to a database."""
+    module = psycopg_module()
+    given = module.conninfo.conninfo_to_dict(url)
+    connection: psycopg.Connection[Any] = module.connect(
+        url, autocommit=True, prepare_threshold=None, client_encoding="UTF8",
+        **{name: value for name, value in _DEFAULTS.items() if name not in given},
+    )  # fmt: skip
+    return connection
+
+
+def check_server(connection: psycopg.Connection[Any]) -> None:
+    """Make sure that what is committed there is on disk, letter for letter.
+
+    :raises StoreError: if it is not.
+    """
+
+    def setting(name: str) -> str:
+        return str(connection.execute("SELECT current_setting(%s)", (name,)).fetchall()[0][0])
+
+    if setting("server_encoding") != "UTF8":
+        raise StoreError(f"its encoding is {setting('server_encoding')}: it must be UTF8")
+    if setting("fsync") != "on":
+        raise StoreError("the server runs with fsync=off, and loses data when its machine fails")
+    if setting("transaction_read_only") != "off":
+        raise StoreError("it is read-only, as a standby is: name the primary")
+    if setting("synchronous_commit") not in {"on", "remote_apply"}:
+        connection.execute("SET synchronous_commit = on")
+
+
+def shown(url: str) -> str:
+    """A URL without its password and options."""
+    return re.sub(r"(://[^:@/?]*):[^@/?]*@", r"\1@", url.partition("?")[0])
+
+
+def without_secrets(url: str, text: str) -> str:
+    """A text in one line, without the passwords of a URL, however they are written."""
+    parts = urlsplit(url)
+    secrets = {parts.netloc.rpartition("@")[0].partition(":")[2]}
+    secrets |= {value for name, value in parse_qsl(parts.query) if "password" in name}
+    line = " ".join(text.split())
+    secrets |= {unquote(secret) for secret in secrets}
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        line = line.replace(secret, "***")
+    return line

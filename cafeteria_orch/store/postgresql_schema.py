@@ -1,0 +1,116 @@
+"""The store's schema in PostgreSQL: made by the first server that starts, checked by all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from cafeteria_orch.wire.tables import TABLES
+
+from .database import StoreError
+from .schema import ingest_status
+
+if TYPE_CHECKING:
+    import psycopg
+
+SCHEMA_VERSION = 1
+"""Of a new store in PostgreSQL."""
+
+# Of all servers that start at once, one makes the schema. Any number that others do not use.
+_LOCK = 0x63616665
+_LOCK_PATIENCE = 10
+
+_TABLES = """
+CREATE TABLE session (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    client_id text,
+    ip text NOT NULL,
+    connected_at text NOT NULL,
+    finished_at text,
+    agency_id integer,
+    common_name text
+);
+CREATE INDEX ON session (client_id);
+CREATE TABLE batch (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    session_id bigint NOT NULL REFERENCES session,
+    client_id text,
+    opcode integer NOT NULL,
+    batch_number bigint NOT NULL,
+    status integer NOT NULL,
+    amount integer NOT NULL,
+    digest bytea NOT NULL,
+    received_at text NOT NULL,
+    UNIQUE (client_id, opcode, batch_number, digest)
+);
+CREATE TABLE table_eof (
+    session_id bigint NOT NULL REFERENCES session,
+    table_name text NOT NULL,
+    received_at text NOT NULL,
+    last_batch_id bigint NOT NULL,
+    PRIMARY KEY (session_id, table_name)
+);
+CREATE TABLE schema_version (application text NOT NULL, version integer NOT NULL);
+"""
+
+_IS_OURS = """
+SELECT count(*) FROM pg_attribute
+WHERE attrelid = to_regclass('schema_version') AND attname IN ('application', 'version')
+"""
+
+_NAMES = ("session", "batch", "table_eof", *(table.name for table in TABLES))
+_RIGHTS = [(name, right) for name in _NAMES for right in ("SELECT", "INSERT")]
+_RIGHTS += [("session", "UPDATE"), ("table_eof", "UPDATE")]
+
+
+def prepare(connection: psycopg.Connection[Any]) -> None:
+    """Create the schema where there is none, inside a transaction, and check one that is there.
+
+    :raises StoreError: if the database cannot be the store.
+    """
+    connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_PATIENCE}s'")
+    connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+    version = _version(connection)
+    if version is None:
+        for statement in _statements():
+            connection.execute(statement)
+    elif version > SCHEMA_VERSION:
+        raise StoreError(
+            f"it has schema version {version}, this program knows {SCHEMA_VERSION}: run the newer"
+            " program, or name another --store"
+        )
+    for name, right in _RIGHTS:
+        if not _ask(connection, "has_table_privilege(%s, %s)", name, right):
+            raise StoreError(f"its user has no right to {right} in table {name}")
+
+
+def _version(connection: psycopg.Connection[Any]) -> int | None:
+    """The version of the schema; ``None`` if there is none yet."""
+    there = [name for name in _NAMES if _ask(connection, "to_regclass(%s)", name) is not None]
+    if _ask(connection, "to_regclass('schema_version')") is not None:
+        ((marks,),) = connection.execute(_IS_OURS).fetchall()
+        if marks == 2 and len(there) == len(_NAMES):
+            found = connection.execute("SELECT application, version FROM schema_version")
+            for application, version in found.fetchall():
+                if application == "cafeteria_orch":
+                    return int(version)
+        there.append("schema_version")
+    if there:
+        raise StoreError(f"it has a table {there[0]} of something else: name another --store")
+    return None
+
+
+def _ask(connection: psycopg.Connection[Any], expression: str, *values: object) -> Any:
+    query = f"SELECT {expression}"
+    return connection.execute(query, values).fetchall()[0][0]
+
+
+def _statements() -> Iterator[str]:
+    yield from filter(str.strip, _TABLES.split(";"))
+    for table in TABLES:
+        columns = ", ".join(f"{name} text" for name in table.columns)
+        # No REFERENCES: its check of each row costs several times the row, which is written in
+        # the transaction of its batch.
+        yield f"CREATE TABLE {table.name} (batch_id bigint NOT NULL, {columns})"
+    yield ingest_status()
+    yield f"INSERT INTO schema_version VALUES ('cafeteria_orch', {SCHEMA_VERSION})"  # noqa: S608

@@ -1,0 +1,125 @@
+"""A PostgreSQL server of the tests' own, and stores in databases of it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from twisted.trial.unittest import SkipTest
+
+from cafeteria_orch.store import postgresql
+
+from .processes import free_port
+from .stores import DatabaseTestCase
+
+_USER = "postgres"
+
+
+class Cluster:
+    """A server in a folder of its own, which goes with the process."""
+
+    def __init__(self, programs: Path) -> None:
+        self._programs = programs
+        self._folder = Path(tempfile.mkdtemp(prefix="cafeorch-postgresql-"))
+        self._numbers = count(1)
+        self.port = free_port()
+        atexit.register(self.remove)
+        if os.geteuid() == 0:
+            shutil.chown(self._folder, _USER)
+        self.run("initdb", "-D", "data", "-U", _USER, "-A", "trust", "-E", "UTF8", "--locale=C")
+        self.start()
+
+    def run(self, program: str, *arguments: str) -> None:
+        """Run one of PostgreSQL's programs, which refuse to be run by root."""
+        subprocess.run(
+            [self._programs / program, *arguments],
+            check=True,
+            cwd=self._folder,
+            user=_USER if os.geteuid() == 0 else None,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def start(self, *settings: str) -> None:
+        """Start the server."""
+        said = [f"-p {self.port}", f"-k {self._folder}", "-h 127.0.0.1", *settings]
+        self.run("pg_ctl", "-D", "data", "-l", "log", "-w", "-o", " ".join(said), "start")
+
+    def stop(self) -> None:
+        """Stop the server, and end its connections."""
+        self.run("pg_ctl", "-D", "data", "-w", "-m", "fast", "stop")
+
+    def remove(self) -> None:
+        """Stop the server, and remove what it has."""
+        with suppress(subprocess.CalledProcessError):
+            self.run("pg_ctl", "-D", "data", "-w", "-m", "immediate", "stop")
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def url(self, database: str, user: str = _USER) -> str:
+        """Where a database is."""
+        return f"postgresql://{user}@127.0.0.1:{self.port}/{database}"
+
+    def new_database(self, options: str = "") -> str:
+        """Make a database; return its URL."""
+        name = f"store{next(self._numbers)}"
+        query(self.url("postgres"), f"CREATE DATABASE {name} {options}")
+        return self.url(name)
+
+
+@cache
+def cluster() -> Cluster:
+    """The server of this process.
+
+    :raises SkipTest: if PostgreSQL is not installed.
+    """
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not found:
+        raise SkipTest("PostgreSQL is not installed")
+    try:
+        import psycopg  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise SkipTest("psycopg is not installed") from error
+    return Cluster(found[-1].parent)
+
+
+def query(url: str, sql: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+    """What another program gets from a database."""
+    import psycopg  # noqa: PLC0415
+
+    with psycopg.connect(url, autocommit=True, connect_timeout=5) as connection:
+        cursor = connection.execute(sql, values or None)
+        return cursor.fetchall() if cursor.description else []
+
+
+class InPostgreSQL(DatabaseTestCase):
+    """The same tests of a store in a database of its own; it stands before them among the bases."""
+
+    row_order = "ctid"
+
+    def setUp(self) -> None:
+        self.url = cluster().new_database()
+        super().setUp()
+
+    def open(self) -> None:
+        self.database = postgresql.Database(self.url)
+        self.addCleanup(self.database.close)
+
+    def query(self, sql: str) -> list[tuple[Any, ...]]:
+        return query(self.url, sql)
+
+    def columns_of(self, name: str) -> list[str]:
+        found = self.query(
+            "SELECT column_name FROM information_schema.columns"
+            f" WHERE table_name = '{name}' ORDER BY ordinal_position"
+        )
+        return [column for (column,) in found]

@@ -130,11 +130,13 @@ class Database:
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """Inside a transaction: undo what is written inside of this if it fails."""
+        newest = self._newest_batch_id
         with self._session_ids.forgetting():
             self._connection.execute("SAVEPOINT one")
             try:
                 yield
             except BaseException:
+                self._newest_batch_id = newest
                 if self.in_transaction:
                     self._connection.execute("ROLLBACK TO one")
                 raise

@@ -17,6 +17,7 @@ from cafeteria_orch.store import sink as sink_module
 from cafeteria_orch.store import writer as writer_module
 from cafeteria_orch.store.outage import MAX_COMMIT_SECONDS
 from cafeteria_orch.store.sqlite import Database
+from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import encode, end_of_table
 from cafeteria_orch.wire.tables import STORES
 from tests.support.builders import (
@@ -260,6 +261,20 @@ class PatienceTests(OutageTestCase):
         self.assertEqual(self.send(batch_number=1), SUCCESS)
         self.assertIsNone(self.sink.refusal)
         self.assertEqual(self.batch_numbers(), [1])
+
+    def test_commit_whose_answer_was_lost_after_a_rejection(self) -> None:
+        """Nor is it where the last batch of the transaction was rejected."""
+        self.patch(Database, "store", failing_at(2, ValueError("two")))
+        protocol, transport = connect(self.factory)
+        with holding(Path(self.path), "BEGIN IMMEDIATE"):
+            # While the first try fails, both come together.
+            protocol.dataReceived(batch_frame(batch_number=1) + batch_frame(batch_number=2))
+            self.await_refusal()
+            self.faulty.fault = Fault("COMMIT", "done")
+        self.reactor.pump_until(lambda: transport.value() == SUCCESS + REJECTED)
+        self.assertIsNone(self.faulty.fault)
+        self.assertEqual(self.batch_numbers(), [1])
+        self.flushLoggedErrors(BatchRejected)
 
     def test_commit_that_failed(self) -> None:
         """What is not on disk is stored, the end of a table too."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from functools import partial
 from inspect import iscoroutinefunction
-from typing import Any, NamedTuple
+from typing import Any
 
 from constantly import NamedConstant
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IAddress, IPushProducer
 from twisted.internet.protocol import ServerFactory
 from twisted.logger import Logger, LogLevel
-from twisted.python.reflect import fullyQualifiedName
 from zope.interface import implementer
 
 from cafeteria_orch.common.clock import WallTime
@@ -30,16 +28,11 @@ from .limits import ConnectionLimits
 from .memory import DEFAULT_MAX_IN_FLIGHT_BYTES, MemoryBudget
 from .outbox import Outbox
 from .reading import Pause
+from .registration import Processor, Registration, name_of
 from .responses import Exchange
 from .threads import ProcessorThreads
 from .timeouts import DEFAULT_TIMEOUTS, Timeouts
 from .turns import Turns
-
-Processor = Callable[[Any, Exchange], Any]
-"""``processor(message, client)``. It answers through :mod:`~cafeteria_orch.server.responses`, and
-returns ``True`` or ``None`` to keep the connection, ``False`` to have it closed once all that
-is owed is sent; or a Deferred or a coroutine of that. A store returns an
-:class:`~cafeteria_orch.server.counters.Outcome`, which says more than its answer."""
 
 MAX_LINES = 100
 """How many warnings and errors of one kind, which clients cause, are logged in a minute."""
@@ -54,23 +47,6 @@ _STATUS_TEXTS: dict[int, str] = {
 }
 
 _log = Logger()
-
-
-class Registration(NamedTuple):
-    """How messages of an opcode are processed: see :meth:`OrchestratorFactory.register_processor`.
-
-    :ivar call: the processor.
-    :ivar name: its name, for the log.
-    :ivar answers: whether the client waits for an answer.
-    :ivar is_default: whether no processor is registered.
-    """
-
-    call: Processor
-    name: str = "the default handling"
-    answers: bool = True
-    pipelined: bool = False
-    times_out: bool = True
-    is_default: bool = False
 
 
 @implementer(IPushProducer)
@@ -213,7 +189,7 @@ class OrchestratorFactory(ServerFactory):
         call = partial(self._threads.call, processor) if blocking else processor
         answers = answers and self.is_data_message(opcode)
         self._registrations[opcode] = Registration(
-            call, _name_of(processor), answers, pipelined, times_out
+            call, name_of(processor), answers, pipelined, times_out
         )
         default = DECODERS.get(opcode, partial(RawMessage, opcode))
         self.decoders[opcode] = default if decoder is None else decoder
@@ -224,7 +200,7 @@ class OrchestratorFactory(ServerFactory):
 
         :param message: what the opcode's decoder returned.
         :param client: the message's handle; its opcode decides.
-        :return: what the processor returned (see :data:`Processor`).
+        :return: what the processor returned (see :data:`~.registration.Processor`).
         """
         return self._registrations[client.opcode].call(message, client)
 
@@ -406,10 +382,3 @@ class OrchestratorFactory(ServerFactory):
             opcode=client.opcode,
         )
         return True
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    try:
-        return str(fullyQualifiedName(function))
-    except AttributeError:
-        return repr(function)

@@ -22,6 +22,10 @@ class StoreError(Exception):
     """A store that cannot be used. Its text says why in one line, for the operator."""
 
 
+class Rehearsed(Exception):
+    """Undoes what has succeeded, inside a database."""
+
+
 class Blame(Enum):
     """The cause of an error, and so its cost."""
 

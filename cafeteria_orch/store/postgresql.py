@@ -21,6 +21,7 @@ from cafeteria_orch.wire.tables import Table
 from .database import (
     Arrival,
     Blame,
+    Rehearsed,
     SessionIds,
     StoreError,
     StoreSizes,
@@ -62,10 +63,6 @@ RETURNING id, session_id, client_id, opcode, batch_number, digest
 """
 
 
-class _Rehearsed(Exception):
-    """Undoes what has succeeded."""
-
-
 class Database:
     """An open database; a connection that is lost is made again by the next transaction.
 
@@ -93,10 +90,10 @@ class Database:
             raise StoreError(f"the store {shown(url)} cannot be opened: {why}") from None
 
     def _prepare(self, keep_schema: bool) -> None:
-        with suppress(_Rehearsed), self.transaction():
+        with suppress(Rehearsed), self.transaction():
             prepare(self._connection)
             if keep_schema:
-                raise _Rehearsed
+                raise Rehearsed
 
     def close(self) -> None:
         """Close the connection."""
@@ -116,7 +113,7 @@ class Database:
                 self._connection.execute("COMMIT")
                 self._session_ids.commit()
             except BaseException as error:
-                if isinstance(error, _Rehearsed):
+                if isinstance(error, Rehearsed):
                     self._connection.execute("ROLLBACK")
                 else:
                     # What state the connection is in no longer matters.
@@ -183,9 +180,9 @@ class Database:
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Inside a transaction: undo what is written inside of this."""
-        with suppress(_Rehearsed), self.savepoint():
+        with suppress(Rehearsed), self.savepoint():
             yield
-            raise _Rehearsed
+            raise Rehearsed
 
     @property
     def in_transaction(self) -> bool:

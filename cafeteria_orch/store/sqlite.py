@@ -21,6 +21,7 @@ from cafeteria_orch.wire.tables import Table
 from .database import (
     Arrival,
     Blame,
+    Rehearsed,
     SessionIds,
     StoreError,
     client_id_text,
@@ -53,10 +54,6 @@ WAL_SIZE_LIMIT = 64 * 1024 * 1024
 
 # A statement that SQLite refuses for what it says, as where somebody has dropped its table.
 _SQLITE_ERROR = 1
-
-
-class _Rehearsed(Exception):
-    """Undoes what has succeeded."""
 
 
 class Database:
@@ -147,9 +144,9 @@ class Database:
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Inside a transaction: undo what is written inside of this."""
-        with suppress(_Rehearsed), self.savepoint():
+        with suppress(Rehearsed), self.savepoint():
             yield
-            raise _Rehearsed
+            raise Rehearsed
 
     @property
     def in_transaction(self) -> bool:
@@ -296,12 +293,12 @@ class Database:
         self._pragma(f"journal_size_limit = {WAL_SIZE_LIMIT}")
         # A batch must not fail for lack of a descriptor or of room for temporary files.
         self._pragma("temp_store = MEMORY")
-        with suppress(_Rehearsed), self.transaction():
+        with suppress(Rehearsed), self.transaction():
             # Read again: another process may have upgraded it before this transaction began.
             for statement in statements(self._pragma("user_version")):
                 self._connection.execute(statement)
             if keep_version:
-                raise _Rehearsed
+                raise Rehearsed
         sync_folder(self._path)
         self._opened_files = self._files()
 

@@ -51,8 +51,9 @@ class Outcome(IntEnum):
 FAILED = (Outcome.REJECTED, Outcome.TRY_AGAIN, Outcome.MALFORMED)
 """What a client was answered FAIL for."""
 
-# On Python 3.11, looking up a member of an enum is a call.
+# On Python 3.11, looking up a member of an enum is a call, and its length a slow one.
 _PROCESSED = Outcome.PROCESSED
+_OUTCOMES = len(Outcome)
 
 _FAIL = bytes([Opcode.BATCH_RECV_FAIL])
 
@@ -100,8 +101,8 @@ class Tally:
         self.is_batch = is_batch
         self.is_timed = False
         self.received = 0
-        self.outcomes = [0] * len(Outcome)
-        self.rows = [0] * len(Outcome)
+        self.outcomes = [0] * _OUTCOMES
+        self.rows = [0] * _OUTCOMES
 
     def __getitem__(self, outcome: Outcome) -> int:
         return self.outcomes[outcome]

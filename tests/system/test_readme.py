@@ -14,14 +14,11 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.daemon.options import Options
+from tests.support.pages import code_blocks
 
 ROOT = Path(__file__).parent.parent.parent
 ENGLISH = (ROOT / "README.md").read_text()
 SPANISH = (ROOT / "README.es.md").read_text()
-
-
-def code_blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 class ReadmeTests(SynchronousTestCase):

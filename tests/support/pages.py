@@ -1,0 +1,18 @@
+"""The pages of the documentation, as the tests read them."""
+
+from __future__ import annotations
+
+import re
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    """The blocks of code in a language, in their order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The rows of the first table of a text, its head first."""
+    found = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    lines = found[0].splitlines() if found else []
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [*rows[:1], *rows[2:]]

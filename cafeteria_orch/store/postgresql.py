@@ -77,6 +77,9 @@ class Database:
         # Of the transaction that is open, or whose commit has raised.
         self._transaction_id: str | None = None
         self._newest: tuple[int, bytes] | None = None
+        # A round trip costs more than what it is for: one of these goes with its neighbour.
+        self._is_at_savepoint = False
+        self._is_release_due = False
         try:
             self._connection = self._connect()
             try:
@@ -109,7 +112,7 @@ class Database:
             try:
                 yield
                 self._transaction_id = transaction_id
-                self._connection.execute("COMMIT")
+                self._connection.execute(self._after_release("COMMIT"))
                 self._session_ids.commit()
             except BaseException as error:
                 if isinstance(error, Rehearsed):
@@ -130,8 +133,10 @@ class Database:
 
     def _begin_here(self) -> str:
         cursor = self._connection.execute(
-            "BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_current_xact_id()::text"
+            "BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_current_xact_id()::text;"
+            " SAVEPOINT one"
         )
+        self._is_at_savepoint, self._is_release_due = True, False
         cursor.nextset()
         return str(cursor.fetchall()[0][0])
 
@@ -166,7 +171,9 @@ class Database:
         """Inside a transaction: undo what is written inside of this if it fails."""
         newest = self._newest
         with self._session_ids.forgetting():
-            self._connection.execute("SAVEPOINT one")
+            if not self._is_at_savepoint:
+                self._connection.execute(self._after_release("SAVEPOINT one"))
+            self._is_at_savepoint = False
             try:
                 yield
             except BaseException:
@@ -174,7 +181,13 @@ class Database:
                 if self.in_transaction:
                     self._connection.execute("ROLLBACK TO one; RELEASE one")
                 raise
-            self._connection.execute("RELEASE one")
+            self._is_release_due = True
+
+    def _after_release(self, statement: str) -> str:
+        """A statement, and before it the release of a savepoint that is left."""
+        release = "RELEASE one; " if self._is_release_due else ""
+        self._is_release_due = False
+        return release + statement
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:

@@ -23,13 +23,8 @@ from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import encode, end_of_table
 from cafeteria_orch.wire.tables import TRANSACTIONS
 from tests.support.builders import PEER, SUCCESS, USER_ROW, batch_frame, connect, frame, received
-from tests.support.postgresql import InPostgreSQL, cluster, query
+from tests.support.postgresql import TERMINATE, InPostgreSQL, cluster, query
 from tests.support.stores import CLIENT, NOW, REJECTED, TRY_AGAIN, PassingTime
-
-TERMINATE = (
-    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-    " WHERE application_name = 'cafeteria_orch' AND datname = current_database()"
-)
 
 
 class Rows(InPostgreSQL):

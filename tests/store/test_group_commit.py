@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -12,7 +13,6 @@ from twisted.internet.testing import StringTransport
 from twisted.trial.unittest import SkipTest
 
 from cafeteria_orch.store import writer as writer_module
-from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
 from tests.support.builders import (
@@ -24,6 +24,7 @@ from tests.support.builders import (
     failing_at,
     frame,
 )
+from tests.support.postgresql import SinkInPostgreSQL
 from tests.support.stores import REJECTED, TRY_AGAIN, Fault, FaultyConnection, GroupTestCase
 
 BAD_ROW = ("bad", *USER_ROW[1:])
@@ -31,6 +32,9 @@ BAD_ROW = ("bad", *USER_ROW[1:])
 
 class GroupTests(GroupTestCase):
     """Batches that wait while a commit is in progress, and one among them that is bad."""
+
+    refusing: Sequence[str] = ("ABORT", "FAIL")
+    undoing = "ROLLBACK"
 
     def create_trigger(self, action: str) -> None:
         """Have the store itself object to users that are called ``bad``."""
@@ -120,40 +124,24 @@ class GroupTests(GroupTestCase):
         self.assertEqual(self.gate.transactions, 2)
         self.assert_accounts(committed=3, duplicates=1)
 
-    def assert_one_batch_fails_alone(self, answer: bytes, **changes: Any) -> None:
-        group = self.send_group({}, changes, {})
-        self.gate.open(100)
-        self.assertEqual(self.pump_answers(*group), [SUCCESS, answer, SUCCESS])
-        self.assertEqual(self.batch_numbers(), [1, 2, 4])
-        self.assertEqual(self.query("SELECT count(*) FROM users"), [3])
-        self.assert_accounts(committed=3, failed=1)
-        self.flushLoggedErrors(BatchRejected)
-
     def test_refused_batch_leaves_its_neighbours(self) -> None:
         """A batch that one table does not take costs itself alone, half inserted or not."""
         rows = [USER_ROW] * 300 + [BAD_ROW] + [USER_ROW] * 5
-        for action in ("ABORT", "FAIL"):
+        for action in self.refusing:
             self.create_trigger(action)
             self.assert_one_batch_fails_alone(TRY_AGAIN, rows=rows)
             self.restart()
 
     def test_rejected_batch_leaves_its_neighbours(self) -> None:
         """A batch that no store can take is rejected, also after its rows went in."""
-        self.patch(Database, "store", failing_at(3, ValueError("three")))
+        failing = failing_at(3, ValueError("three"), self.database_class)
+        self.patch(self.database_class, "store", failing)
         self.assert_one_batch_fails_alone(REJECTED)
         self.assertIsNone(self.sink.refusal)
 
-    def test_cell_that_is_too_long_is_rejected(self) -> None:
-        """A cell that SQLite has no room for is the batch's own fault."""
-        if sys.version_info < (3, 11):
-            raise SkipTest("SQLite's limits cannot be set")
-        self.connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2000)
-        self.assert_one_batch_fails_alone(REJECTED, rows=[("x" * 3000, *USER_ROW[1:])])
-        self.assertIsNone(self.sink.refusal)
-
     def test_error_that_undoes_all(self) -> None:
-        """What makes SQLite roll back gives the group FAIL 1; the next one is stored."""
-        self.create_trigger("ROLLBACK")
+        """What undoes the transaction gives the group FAIL 1; the next one is stored."""
+        self.create_trigger(self.undoing)
         group = self.send_group({}, {"rows": [BAD_ROW]}, {})
         self.gate.open(100)
         self.assertEqual(self.pump_answers(*group), [TRY_AGAIN] * 3)
@@ -163,17 +151,61 @@ class GroupTests(GroupTestCase):
         self.assert_accounts(committed=2, failed=3)
 
 
+class GroupsInPostgreSQL(SinkInPostgreSQL, GroupTests):
+    """The same of PostgreSQL."""
+
+    refusing = ("RAISE EXCEPTION 'no'",)
+    undoing = "PERFORM pg_terminate_backend(pg_backend_pid())"
+
+    def create_trigger(self, action: str) -> None:
+        self.execute(
+            "CREATE FUNCTION object() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            f" IF NEW.user_id = 'bad' THEN {action}; END IF; RETURN NULL; END $$",
+            "CREATE TRIGGER objection AFTER INSERT ON users FOR EACH ROW EXECUTE FUNCTION object()",
+        )
+
+    def test_nul_leaves_its_neighbours(self) -> None:
+        """A NUL, which PostgreSQL cannot store, costs its own batch."""
+        self.assert_one_batch_fails_alone(REJECTED, rows=[USER_ROW, ("\0", *USER_ROW[1:])])
+        self.assertIsNone(self.sink.refusal)
+
+
+class LimitTests(GroupTestCase):
+    """What SQLite has no room for."""
+
+    def test_cell_that_is_too_long_is_rejected(self) -> None:
+        """A cell that SQLite has no room for is the batch's own fault."""
+        if sys.version_info < (3, 11):
+            raise SkipTest("SQLite's limits cannot be set")
+        self.connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2000)
+        self.assert_one_batch_fails_alone(REJECTED, rows=[("x" * 3000, *USER_ROW[1:])])
+        self.assertIsNone(self.sink.refusal)
+
+
 class FaultTests(GroupTestCase):
     """Errors that are the store's own, at any statement: the group is undone as one."""
 
     connection: FaultyConnection
+    faults: Sequence[Any] = (
+        Fault("COMMIT"),
+        Fault("COMMIT", "undone"),
+        Fault("BEGIN"),
+        Fault("SAVEPOINT"),
+        Fault("RELEASE", "undone"),
+        Fault("INSERT INTO users"),
+        Fault("INSERT INTO users", "undone"),
+    )
 
     def start(self, connection_class: type[sqlite3.Connection] = FaultyConnection) -> None:
         super().start(connection_class)
 
-    def assert_group_fails(self, fault: Fault) -> None:
-        group = self.send_group({}, {}, {})
+    def fail_at(self, fault: Any) -> None:
+        """Have this happen once."""
         self.connection.fault = fault
+
+    def assert_group_fails(self, fault: Any) -> None:
+        group = self.send_group({}, {}, {})
+        self.fail_at(fault)
         self.gate.open()
         self.assertEqual(self.pump_answers(*group), [TRY_AGAIN] * 3)
         self.assertEqual(self.batch_numbers(), [1])
@@ -184,27 +216,20 @@ class FaultTests(GroupTestCase):
 
     def test_any_statement(self) -> None:
         """Whichever statement fails, the whole group gets FAIL 1, and nothing of it is stored."""
-        for fault in (
-            Fault("COMMIT"),
-            Fault("COMMIT", "undone"),
-            Fault("BEGIN"),
-            Fault("SAVEPOINT"),
-            Fault("RELEASE", "undone"),
-            Fault("INSERT INTO users"),
-            Fault("INSERT INTO users", "undone"),
-        ):
+        for fault in self.faults:
             with self.subTest(fault=fault):
                 self.assert_group_fails(fault)
             self.restart()
 
     def test_session_is_written_again(self) -> None:
         """A session's row that was undone with the transaction comes with the next batch."""
-        self.connection.fault = Fault("COMMIT")
+        self.fail_at(self.faults[0])
         self.assert_session_follows(TRY_AGAIN)
 
     def test_session_of_a_bad_batch_is_written_again(self) -> None:
         """A session's row that was undone with the savepoint comes with the next batch."""
-        self.patch(Database, "store", failing_at(1, ValueError("one")))
+        failing = failing_at(1, ValueError("one"), self.database_class)
+        self.patch(self.database_class, "store", failing)
         self.assert_session_follows(REJECTED)
         self.flushLoggedErrors(BatchRejected)
 
@@ -223,3 +248,15 @@ class FaultTests(GroupTestCase):
         self.assertEqual(
             self.query("SELECT session_id FROM batch"), self.query("SELECT id FROM session")
         )
+
+
+class FaultsInPostgreSQL(SinkInPostgreSQL, FaultTests):
+    """The same of PostgreSQL, which ends the connection at that statement."""
+
+    faults = ("RELEASE one; COMMIT", "INSERT INTO batch", "COPY users")
+
+    def start(self, connection_class: Any = None) -> None:
+        SinkInPostgreSQL.start(self)
+
+    def fail_at(self, fault: Any) -> None:
+        self.cut_at(fault)

@@ -155,12 +155,14 @@ def numbered(*numbers: int) -> bytes:
     return b"".join(frame(bytes([ECHO, number])) for number in numbers)
 
 
-def failing_at(number: int, error: BaseException) -> Callable[..., list[bool]]:
+def failing_at(
+    number: int, error: BaseException, database_class: Any = Database
+) -> Callable[..., list[bool]]:
     """A ``Database.store`` that raises for one batch, after it was stored with others."""
-    store = Database.store
+    store = database_class.store
 
-    def fail(database: Database, arrivals: Iterable[Arrival]) -> list[bool]:
-        stored = store(database, arrivals)
+    def fail(database: Any, arrivals: Iterable[Arrival]) -> list[bool]:
+        stored: list[bool] = store(database, arrivals)
         if any(arrival.batch.batch_number == number for arrival in arrivals):
             raise error
         return stored

@@ -9,6 +9,8 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import date, datetime
+from decimal import Decimal
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -17,9 +19,17 @@ from typing import Any
 from twisted.trial.unittest import SkipTest
 
 from cafeteria_orch.store import postgresql
+from cafeteria_orch.store.database import Store
+from cafeteria_orch.wire.tables import TABLES
 
 from .processes import free_port
-from .stores import DatabaseTestCase
+from .stores import DatabaseTestCase, SinkTestCase
+
+TERMINATE = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+    " WHERE application_name = 'cafeteria_orch' AND datname = current_database()"
+)
+"""Ends the connections of our servers to a database."""
 
 _USER = "postgres"
 
@@ -110,12 +120,15 @@ class InPostgreSQL(DatabaseTestCase):
         self.url = cluster().new_database()
         super().setUp()
 
-    def open(self) -> None:
-        self.database = postgresql.Database(self.url)
+    def open(self, **options: Any) -> None:
+        self.database = postgresql.Database(self.url, **options)
         self.addCleanup(self.database.close)
 
     def query(self, sql: str) -> list[tuple[Any, ...]]:
         return query(self.url, sql)
+
+    def meanings(self, sql: str) -> list[Any]:
+        return [_as_in_sqlite(cell) for (cell,) in self.query(sql)]
 
     def columns_of(self, name: str) -> list[str]:
         found = self.query(
@@ -123,3 +136,61 @@ class InPostgreSQL(DatabaseTestCase):
             f" WHERE table_name = '{name}' ORDER BY ordinal_position"
         )
         return [column for (column,) in found]
+
+
+class SinkInPostgreSQL(SinkTestCase):
+    """The same tests of a sink on a database of its own; it stands before them among the bases."""
+
+    database_class = postgresql.Database
+
+    def new_store(self) -> Store:
+        self.url = cluster().new_database()
+        return postgresql.PostgreSQLStore(self.url)
+
+    def start(self, connection_class: Any = None) -> None:
+        self.sink.start()
+        self.addCleanup(self.stop)
+
+    def query(self, sql: str) -> list[Any]:
+        rows = query(self.url, sql)
+        return [row[0] for row in rows] if rows and len(rows[0]) == 1 else rows
+
+    def execute(self, *statements: str) -> None:
+        for statement in statements:
+            query(self.url, statement)
+
+    def check_references(self) -> None:
+        lost = " UNION ALL ".join(
+            f"SELECT batch_id FROM {table.name} WHERE batch_id NOT IN (SELECT id FROM batch)"
+            for table in TABLES
+        )
+        self.assertEqual(self.query(lost), [])
+
+    def cut_at(self, statement: str) -> None:
+        """Have the server end the connection just before the next statement that begins so."""
+        import psycopg  # noqa: PLC0415
+
+        cuts = [statement]
+
+        def cutting(real: Any) -> Any:
+            def call(self: Any, sql: Any, *values: Any, **options: Any) -> Any:
+                if cuts and str(sql).strip().startswith(cuts[0]):
+                    cuts.clear()
+                    query(url, TERMINATE)
+                return real(self, sql, *values, **options)
+
+            return call
+
+        url = self.url
+        self.patch(psycopg.Connection, "execute", cutting(psycopg.Connection.execute))
+        self.patch(psycopg.Cursor, "copy", cutting(psycopg.Cursor.copy))
+
+
+def _as_in_sqlite(cell: Any) -> Any:
+    if isinstance(cell, datetime):
+        return cell.isoformat(" ", "milliseconds" if cell.microsecond else "seconds")
+    if isinstance(cell, date):
+        return cell.isoformat()
+    if isinstance(cell, Decimal):
+        return float(cell)
+    return int(cell) if isinstance(cell, bool) else cell

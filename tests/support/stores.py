@@ -20,11 +20,13 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.server.counters import Outcome, Tally
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Session
-from cafeteria_orch.store.database import Arrival
+from cafeteria_orch.store.database import Arrival, Store
+from cafeteria_orch.store.database import Database as AnyDatabase
 from cafeteria_orch.store.insertion import store_codec
 from cafeteria_orch.store.location import SQLiteStore
 from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.sqlite import Database
+from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import TableBatch
 
 from .builders import (
@@ -130,7 +132,7 @@ CLIENT = UUID(int=7)
 
 
 def store_batch(
-    database: Database, batch: TableBatch, session: Session, received_at: float
+    database: AnyDatabase, batch: TableBatch, session: Session, received_at: float
 ) -> bool:
     """Store one batch, inside a transaction; whether it was new."""
     (is_new,) = database.store([Arrival(batch, session, received_at)])
@@ -151,8 +153,8 @@ class DatabaseTestCase(SynchronousTestCase):
         self.open()
         self.session = Session(PEER, NOW)
 
-    def open(self) -> None:
-        self.database = Database(self.path)
+    def open(self, **options: Any) -> None:
+        self.database = Database(self.path, **options)
         self.addCleanup(self.database.close)
 
     def store(self, session: Session | None = None, **changes: Any) -> bool:
@@ -163,6 +165,10 @@ class DatabaseTestCase(SynchronousTestCase):
     def query(self, sql: str) -> list[tuple[Any, ...]]:
         """What another program reads in the store at this moment."""
         return query(self.path, sql)
+
+    def meanings(self, sql: str) -> list[Any]:
+        """The one column of a query of typed views, as SQLite has it: times are text there."""
+        return [cell for (cell,) in self.query(sql)]
 
     def columns_of(self, name: str) -> list[str]:
         """The columns of a table or a view."""
@@ -175,9 +181,13 @@ class DatabaseTestCase(SynchronousTestCase):
 
 
 class SinkTestCase(SynchronousTestCase):
-    """A store in a file of its own, with its real writer thread."""
+    """A store in a file of its own, with its real writer thread.
+
+    :cvar database_class: what the writer's thread uses.
+    """
 
     reactor_class: type[PumpedReactor] = PumpedReactor
+    database_class: Any = Database
     connection: sqlite3.Connection
 
     def setUp(self) -> None:
@@ -185,11 +195,15 @@ class SinkTestCase(SynchronousTestCase):
 
     def make(self) -> None:
         """Make a sink of a store that does not exist yet."""
-        self.path = self.mktemp()
         self.reactor = self.reactor_class()
         self.factory = OrchestratorFactory(self.reactor)
-        self.sink = Sink(self.reactor, SQLiteStore(self.path))
+        self.sink = Sink(self.reactor, self.new_store())
         self.sink.register(self.factory)
+
+    def new_store(self) -> Store:
+        """The place of a store that does not exist yet."""
+        self.path = self.mktemp()
+        return SQLiteStore(self.path)
 
     def start(self, connection_class: type[sqlite3.Connection] = sqlite3.Connection) -> None:
         """Open the store, and keep the connection that it is written through."""
@@ -227,8 +241,12 @@ class SinkTestCase(SynchronousTestCase):
             " WHERE amount != (SELECT count(*) FROM users WHERE batch_id = batch.id)"
         )
         self.assertEqual(in_part, [])
-        self.assertEqual(self.query("PRAGMA foreign_key_check"), [])
+        self.check_references()
         return self.query("SELECT batch_number FROM batch ORDER BY id")
+
+    def check_references(self) -> None:
+        """Whatever a row refers to is there."""
+        self.assertEqual(self.query("PRAGMA foreign_key_check"), [])
 
     def counts(self) -> Tally:
         """What became of all batches."""
@@ -247,19 +265,19 @@ class SinkTestCase(SynchronousTestCase):
 class Gate:
     """Makes each transaction wait until it is let through."""
 
-    def __init__(self, case: SynchronousTestCase) -> None:
+    def __init__(self, case: SinkTestCase) -> None:
         self.close()
-        transaction = Database.transaction
+        transaction = case.database_class.transaction
 
         @contextmanager
-        def gated(database: Database) -> Iterator[None]:
+        def gated(database: AnyDatabase) -> Iterator[None]:
             self.transactions += 1
             self._waiting.release()
             assert self._let_through.acquire(timeout=DEADLINE)
             with transaction(database):
                 yield
 
-        case.patch(Database, "transaction", gated)
+        case.patch(case.database_class, "transaction", gated)
         # The store closes after what it has taken.
         case.addCleanup(self.open, 1000)
 
@@ -300,6 +318,16 @@ class GroupTestCase(SinkTestCase):
         protocol, transport = connect(self.factory)
         protocol.dataReceived(batch_frame(**{"batch_number": next(self.numbers), **changes}))
         return transport
+
+    def assert_one_batch_fails_alone(self, answer: bytes, **changes: Any) -> None:
+        """The second of three in a group is bad, and the others are stored."""
+        group = self.send_group({}, changes, {})
+        self.gate.open(100)
+        self.assertEqual(self.pump_answers(*group), [SUCCESS, answer, SUCCESS])
+        self.assertEqual(self.batch_numbers(), [1, 2, 4])
+        self.assertEqual(self.query("SELECT count(*) FROM users"), [3])
+        self.assert_accounts(committed=3, failed=1)
+        self.flushLoggedErrors(BatchRejected)
 
     def send_group(self, *batches: dict[str, Any]) -> list[TCPTransport]:
         """Have batches wait for the same transaction: the second one, after batch 1."""

@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from .daemon.systemd import SystemdNotifier
 from .edge.admission import Admission
 from .edge.tls import ServerTLS
 from .observe.log_files import LogFile, LogStream
-from .observe.logs import BufferedLogObserver
+from .observe.logs import BufferedLogObserver, as_json
 from .server.factory import OrchestratorFactory
 from .server.timeouts import Timeouts
 from .store.database import Store, StoreError
@@ -114,6 +115,7 @@ def makeService(options: Options) -> IService:
         monitor=_monitor(reactor, factory, sink, store, options),
         admission=admission,
         signals=signals,
+        node=options["node"],
     )
 
 
@@ -162,7 +164,13 @@ def _monitor(
     completeness = None if store is None else Completeness(reactor, store.totals, wall_time)
     try:
         return Monitor(
-            reactor, factory, endpoint, __version__, sink=sink, completeness=completeness
+            reactor,
+            factory,
+            endpoint,
+            __version__,
+            sink=sink,
+            completeness=completeness,
+            node=options["node"],
         )
     except ImportError as error:
         raise refusal(
@@ -202,7 +210,11 @@ def _log_observer(options: Options) -> BufferedLogObserver | None:
         file = LogStream(sys.stdout.fileno())
     else:
         raise refusal("a daemon has no standard output to log to: name a --logfile, or say -n")
-    return BufferedLogObserver(file, options["log-level"], options["log-format"])
+    render = options["log-format"]
+    if render is as_json:
+        # Lines of several nodes meet in one collector.
+        render = partial(as_json, node=options["node"])
+    return BufferedLogObserver(file, options["log-level"], render)
 
 
 def _rotate_on_signal(reactor: Any, observer: BufferedLogObserver | None) -> None:

@@ -64,6 +64,7 @@ class Monitor:
     :param version: the version of this package.
     :param sink: the store, if there is one.
     :param completeness: asks the store which tables are complete.
+    :param node: the name of this server among several.
     :raises ImportError: if ``prometheus-client`` is not installed.
     """
 
@@ -76,6 +77,7 @@ class Monitor:
         *,
         sink: Sink | None = None,
         completeness: Completeness | None = None,
+        node: str = "-",
     ) -> None:
         self.site = Site(reactor, self.respond, factory.wall_time)
         self._endpoint = endpoint
@@ -87,6 +89,7 @@ class Monitor:
             sink=sink,
             problems=self._problems,
             completeness=completeness,
+            node=node,
         )
         status, page = self._status, _page()
         exposition = Exposition(factory, status, version)

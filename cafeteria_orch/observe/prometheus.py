@@ -75,6 +75,7 @@ class Collector:
             "sqlite": sqlite3.sqlite_version,
             "row_codec": CODEC,
             "store": "none" if status.sink is None else status.sink.codec,
+            "node": status.node,
         }
 
     def collect(self) -> Iterator[Any]:

@@ -46,6 +46,8 @@ class Status:
     :param sink: the store, if there is one.
     :param problems: the last warnings and errors.
     :param completeness: asks the store which tables are complete.
+    :param node: the name of this server among several.
+    :ivar node: the same.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Status:
         sink: Sink | None = None,
         problems: RecentProblems,
         completeness: Completeness | None = None,
+        node: str = "-",
     ) -> None:
         self.sink = sink
+        self.node = node
         self._reactor = reactor
         self._factory = factory
         self._problems = problems
@@ -124,6 +128,7 @@ class Status:
         shown = nlargest(MAX_CONNECTIONS, connections, key=lambda each: each.received_bytes)
         return {
             "version": self._version,
+            "node": self.node,
             "time": self._factory.wall_time(),
             "started_at": self._wall_time(self._started),
             "state": self.state,

@@ -63,7 +63,14 @@ def value(samples: Scrape, name: str, **labels: str) -> float:
 
 
 def make_status(factory: OrchestratorFactory, sink: Sink | None = None) -> Status:
-    return Status(factory.reactor, factory, __version__, sink=sink, problems=RecentProblems())
+    return Status(
+        factory.reactor,
+        factory,
+        __version__,
+        sink=sink,
+        problems=RecentProblems(),
+        node="cafe-2",
+    )
 
 
 class MetricsTestCase(SynchronousTestCase):
@@ -157,8 +164,9 @@ class Values(MetricsTestCase):
             if name == "cafeorch_build_info"
         ]
         self.assertEqual(labels["version"], __version__)
-        names = {"version", "python", "twisted", "sqlite", "row_codec", "store"}
+        names = {"version", "python", "twisted", "sqlite", "row_codec", "store", "node"}
         self.assertEqual(set(labels), names)
+        self.assertEqual(labels["node"], "cafe-2")
 
 
 class Format(MetricsTestCase):

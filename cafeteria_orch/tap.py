@@ -84,7 +84,7 @@ def makeService(options: Options) -> IService:
         raise refusal(str(error)) from error
     store = sink = None
     if options["store"] is not None:
-        store = store_at(options["store"])
+        store = store_at(options["store"], options["node"])
         try:
             store.check()
         except StoreError as error:

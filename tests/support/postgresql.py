@@ -110,8 +110,8 @@ class InPostgreSQL(DatabaseTestCase):
         self.url = cluster().new_database()
         super().setUp()
 
-    def open(self) -> None:
-        self.database = postgresql.Database(self.url)
+    def open(self, **options: Any) -> None:
+        self.database = postgresql.Database(self.url, **options)
         self.addCleanup(self.database.close)
 
     def query(self, sql: str) -> list[tuple[Any, ...]]:

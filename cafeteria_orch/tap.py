@@ -28,6 +28,7 @@ from .observe.log_files import LogFile, LogStream
 from .observe.logs import BufferedLogObserver, as_json
 from .server.factory import OrchestratorFactory
 from .server.timeouts import Timeouts
+from .store.asking import Asker
 from .store.database import Store, StoreError
 from .store.location import store_at
 from .store.sink import Sink
@@ -45,6 +46,9 @@ The store's thread takes the lock several times for each commit, and a busy reac
 for Python's 5 ms each time. Measured beside 40 clients that flood the server with small messages:
 a batch is acknowledged after 7 ms instead of 2 s. Without a flood the throughput is the same.
 """
+
+SERVER_INTERVAL = 10.0
+"""Seconds between two questions to the database's server about itself."""
 
 
 def makeService(options: Options) -> IService:
@@ -161,7 +165,11 @@ def _monitor(
     from .observe.http import Monitor  # noqa: PLC0415
 
     endpoint = metrics_endpoint(reactor, description)
-    completeness = None if store is None else Completeness(reactor, store.totals, wall_time)
+    completeness = server = None
+    if store is not None:
+        completeness = Completeness(reactor, store.totals, wall_time)
+        if store.read_server is not None:
+            server = Asker(reactor, store.read_server, SERVER_INTERVAL, wall_time)
     try:
         return Monitor(
             reactor,
@@ -170,6 +178,7 @@ def _monitor(
             __version__,
             sink=sink,
             completeness=completeness,
+            server=server,
             node=options["node"],
         )
     except ImportError as error:

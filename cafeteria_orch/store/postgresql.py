@@ -7,15 +7,14 @@ at a time.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.wire.errors import BatchRejected
-from cafeteria_orch.wire.messages import TableBatch
-from cafeteria_orch.wire.rows import Row
+from cafeteria_orch.wire.messages import CODEC, TableBatch
 from cafeteria_orch.wire.tables import Table
 
 from .database import (
@@ -42,8 +41,6 @@ from .totals import TableTotals
 
 if TYPE_CHECKING:
     import psycopg
-
-_SPECIAL = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
 
 # A row, or an entry of an index that an operator has added, is too long for a page.
 _PROGRAM_LIMIT = "54"
@@ -287,11 +284,10 @@ class Database:
 
     def _copy(self, table: Table, batches: list[tuple[int, TableBatch]]) -> None:
         columns = ", ".join(("batch_id", *table.columns))
-        texts = [copy_text(batch_id, batch.rows) for batch_id, batch in batches]
         with self._connection.cursor() as cursor:
             with cursor.copy(f"COPY {table.name} ({columns}) FROM STDIN") as copy:
-                for text in texts:
-                    copy.write(text)
+                for batch_id, batch in batches:
+                    copy.write(batch.copy_text(batch_id))
             rows = sum(batch.amount for _, batch in batches)
             if cursor.rowcount != rows:
                 # A trigger may leave rows out. What is acknowledged is stored wholly.
@@ -349,7 +345,8 @@ class PostgreSQLStore:
     :param node: the name of the server that opens it.
     """
 
-    codec = "pure"
+    codec = CODEC
+    """``compiled`` where the text of ``COPY`` is made without the interpreter; else ``pure``."""
     kind = "postgresql"
 
     def __init__(self, url: str, node: str | None = None) -> None:
@@ -381,29 +378,3 @@ class PostgreSQLStore:
     def read_server(self, _: Callable[[], bool]) -> DatabaseServer | None:
         """See :func:`read_server`."""
         return read_server(self._url)
-
-
-def copy_text(batch_id: int, rows: Sequence[Row]) -> bytes:
-    """Rows in the text format of ``COPY``, each after the id of its batch.
-
-    :raises BatchRejected: for a NUL, which PostgreSQL cannot store.
-    """
-    if not rows:
-        return b""
-    start = f"\n{batch_id}\t"
-    nulls = sum([row.count(None) for row in rows])
-    tabs = sum(map(len, rows)) - 1
-    text = start.join(_lines(rows) if nulls else map("\t".join, cast("Any", rows)))
-    counts = text.count("\t"), text.count("\n"), text.count("\\"), text.count("\r")
-    # Few batches have any cell to escape, and to escape each costs several times the rest.
-    if counts != (tabs, len(rows) - 1, nulls, 0):
-        escaped = [[cell and cell.translate(_SPECIAL) for cell in row] for row in rows]
-        text = start.join(_lines(escaped))
-    if "\0" in text:
-        raise BatchRejected("PostgreSQL cannot store a NUL character")
-    return f"{start[1:]}{text}\n".encode()
-
-
-def _lines(rows: Iterable[Iterable[str | None]]) -> Iterator[str]:
-    for row in rows:
-        yield "\t".join([r"\N" if cell is None else cell for cell in row])

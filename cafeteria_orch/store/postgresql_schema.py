@@ -9,13 +9,14 @@ from cafeteria_orch.wire.tables import TABLES
 
 from .database import StoreError
 from .postgresql_connection import psycopg_module
+from .postgresql_views import typed_views
 from .schema import ingest_status
 
 if TYPE_CHECKING:
     import psycopg
 
 SCHEMA_VERSION = 2
-"""Of a new store in PostgreSQL. In version 1, no session has a node."""
+"""Of a new store in PostgreSQL. Version 1 has no typed views, and no session has a node."""
 
 # Of all servers that start at once, one makes the schema. Any number that others do not use.
 _LOCK = 0x63616665
@@ -126,6 +127,7 @@ def statements(version: int) -> Iterator[str]:
     else:
         # At the end of the table, as in a new store. Servers that run go on, and leave it empty.
         yield "ALTER TABLE session ADD COLUMN node text"
+    yield from typed_views()
     yield f"UPDATE schema_version SET version = {SCHEMA_VERSION}"  # noqa: S608
 
 

@@ -165,6 +165,10 @@ class DatabaseTestCase(SynchronousTestCase):
         """What another program reads in the store at this moment."""
         return query(self.path, sql)
 
+    def meanings(self, sql: str) -> list[Any]:
+        """The one column of a query of typed views, as SQLite has it: times are text there."""
+        return [cell for (cell,) in self.query(sql)]
+
     def columns_of(self, name: str) -> list[str]:
         """The columns of a table or a view."""
         return [row[1] for row in self.query(f"PRAGMA table_info({name})")]

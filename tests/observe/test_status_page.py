@@ -214,15 +214,20 @@ def with_server(asked_at: float | None, server: Mapping[str, Any] | None) -> Map
 ANSWERS: Mapping[str, Mapping[str, Any]] = {
     "busy": STATUS,
     "idle": NOTHING,
-    "draining": {**NOTHING, "state": "draining", "reason": "draining"},
-    "refusing": {**STATUS, "state": "refusing", "reason": HOSTILE},
+    "draining": {**with_server(None, None), "state": "draining", "reason": "draining"},
+    "refusing": {
+        **STATUS,
+        "state": "refusing",
+        "reason": HOSTILE,
+        "database": with_server(1.7e9, {**SERVER, "is_synchronous": False, "standbys": []})[
+            "database"
+        ],
+    },
     "slow": {**STATUS, "completeness": {"asked_at": 1.7e9, "tables": None}},
     "gone": STATUS,
     "standbys": with_server(1.7e9, SERVER),
-    "alone": with_server(1.7e9, {**SERVER, "is_synchronous": False, "standbys": []}),
     "waiting": with_server(1.7e9, {**SERVER, "standbys": [standby("far", sync_state="async")]}),
     "silent": with_server(1.7e9, None),
-    "unasked": with_server(None, None),
 }
 
 VIEWS = (
@@ -236,11 +241,8 @@ VIEWS = (
     ("slow", "slow", 390, "light"),
     ("gone", "gone", 390, "light"),
     ("standbys", "standbys", 390, "light"),
-    ("standbys-wide", "standbys", 1280, "dark"),
-    ("alone", "alone", 390, "light"),
     ("waiting", "waiting", 390, "light"),
     ("silent", "silent", 390, "light"),
-    ("unasked", "unasked", 390, "light"),
 )
 """Frames of the page: a name, what the server says, the width in pixels, the scheme."""
 
@@ -371,20 +373,20 @@ class AnyPage(SynchronousTestCase):
 
     def test_the_standbys_of_a_database(self) -> None:
         """Each with its state and its lag; where there is none, or none is known, a line says so."""
-        text = self.seen["standbys-wide"]["text"]
+        text = self.seen["standbys"]["text"]
         self.assertIn("PostgreSQL 15.20 at db.", text)
         self.assertIn(":5432, the primary; a commit waits for a standby", text)
-        markup = self.seen["standbys-wide"]["markup"]
+        markup = self.seen["standbys"]["markup"]
         first, second, third = table_of(markup, "standbys")
         self.assertEqual(first, f"{HOSTILE} streaming wait for it (sync) 1.0 TB 86400.000 s")
         self.assertEqual(second, "far streaming async 0 B \u2013")
         self.assertEqual(third, "hidden \u2013 \u2013 \u2013 \u2013")
         self.assertIn("GRANT pg_monitor", text)
-        self.assertIn("commits wait for no standby", self.seen["alone"]["text"])
-        self.assertIn("No standbys.", self.seen["alone"]["text"])
+        self.assertIn("commits wait for no standby", self.seen["refusing"]["text"])
+        self.assertIn("No standbys.", self.seen["refusing"]["text"])
         self.assertIn("nothing is acknowledged", self.seen["waiting"]["text"])
         self.assertIn("the database's server did not answer", self.seen["silent"]["text"])
-        self.assertIn("Waiting for the database.", self.seen["unasked"]["text"])
+        self.assertIn("Waiting for the database.", self.seen["draining"]["text"])
         self.assertNotIn("Waiting for the database.", self.seen["desktop"]["text"])
 
     def test_a_server_that_is_gone_is_shown_as_gone(self) -> None:

@@ -378,8 +378,8 @@ class AnyPage(SynchronousTestCase):
         self.assertIn(":5432, the primary; a commit waits for a standby", text)
         markup = self.seen["standbys"]["markup"]
         first, second, third = table_of(markup, "standbys")
-        self.assertEqual(first, f"{HOSTILE} streaming wait for it (sync) 1.0 TB 86400.000 s")
-        self.assertEqual(second, "far streaming async 0 B \u2013")
+        self.assertEqual(first, f"{HOSTILE} streaming yes (sync) 1.0 TB 86400.000 s")
+        self.assertEqual(second, "far streaming no (async) 0 B \u2013")
         self.assertEqual(third, "hidden \u2013 \u2013 \u2013 \u2013")
         self.assertIn("GRANT pg_monitor", text)
         self.assertIn("commits wait for no standby", self.seen["refusing"]["text"])

@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,10 @@ from .daemon.systemd import SystemdNotifier
 from .edge.admission import Admission
 from .edge.tls import ServerTLS
 from .observe.log_files import LogFile, LogStream
-from .observe.logs import BufferedLogObserver
+from .observe.logs import BufferedLogObserver, as_json
 from .server.factory import OrchestratorFactory
 from .server.timeouts import Timeouts
+from .store.asking import Asker
 from .store.database import Store, StoreError
 from .store.location import store_at
 from .store.sink import Sink
@@ -44,6 +46,9 @@ The store's thread takes the lock several times for each commit, and a busy reac
 for Python's 5 ms each time. Measured beside 40 clients that flood the server with small messages:
 a batch is acknowledged after 7 ms instead of 2 s. Without a flood the throughput is the same.
 """
+
+SERVER_INTERVAL = 10.0
+"""Seconds between two questions to the database's server about itself."""
 
 
 def makeService(options: Options) -> IService:
@@ -83,7 +88,7 @@ def makeService(options: Options) -> IService:
         raise refusal(str(error)) from error
     store = sink = None
     if options["store"] is not None:
-        store = store_at(options["store"])
+        store = store_at(options["store"], options["node"])
         try:
             store.check()
         except StoreError as error:
@@ -114,6 +119,7 @@ def makeService(options: Options) -> IService:
         monitor=_monitor(reactor, factory, sink, store, options),
         admission=admission,
         signals=signals,
+        node=options["node"],
     )
 
 
@@ -159,10 +165,21 @@ def _monitor(
     from .observe.http import Monitor  # noqa: PLC0415
 
     endpoint = metrics_endpoint(reactor, description)
-    completeness = None if store is None else Completeness(reactor, store.totals, wall_time)
+    completeness = server = None
+    if store is not None:
+        completeness = Completeness(reactor, store.totals, wall_time)
+        if store.read_server is not None:
+            server = Asker(reactor, store.read_server, SERVER_INTERVAL, wall_time)
     try:
         return Monitor(
-            reactor, factory, endpoint, __version__, sink=sink, completeness=completeness
+            reactor,
+            factory,
+            endpoint,
+            __version__,
+            sink=sink,
+            completeness=completeness,
+            server=server,
+            node=options["node"],
         )
     except ImportError as error:
         raise refusal(
@@ -202,7 +219,11 @@ def _log_observer(options: Options) -> BufferedLogObserver | None:
         file = LogStream(sys.stdout.fileno())
     else:
         raise refusal("a daemon has no standard output to log to: name a --logfile, or say -n")
-    return BufferedLogObserver(file, options["log-level"], options["log-format"])
+    render = options["log-format"]
+    if render is as_json:
+        # Lines of several nodes meet in one collector.
+        render = partial(as_json, node=options["node"])
+    return BufferedLogObserver(file, options["log-level"], render)
 
 
 def _rotate_on_signal(reactor: Any, observer: BufferedLogObserver | None) -> None:

@@ -17,8 +17,9 @@ from twisted.internet.endpoints import (
     serverFromString,
 )
 from twisted.internet.error import CannotListenError
-from twisted.internet.interfaces import IStreamServerEndpoint
+from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
 from twisted.internet.protocol import Factory
+from twisted.internet.tcp import makeBinding
 
 from cafeteria_orch.common.listening import listen
 
@@ -32,8 +33,19 @@ def client_endpoints(reactor: Any, options: Options) -> list[IStreamServerEndpoi
 
     :raises SystemExit: if one of them cannot listen.
     """
-    check_endpoints(_client_endpoints(BindProbe(), options), "--port, --interface or --listen")
-    return _client_endpoints(reactor, options)
+    is_shared = options["reuse-port"]
+    if is_shared and not hasattr(socket, "SO_REUSEPORT"):
+        raise refusal("--reuse-port: this system has no SO_REUSEPORT")
+    probes = _client_endpoints(BindProbe(is_shared=is_shared), options)
+    if is_shared:
+        for probe, description in zip(probes, options["listen"]):
+            if not isinstance(probe, (TCP4ServerEndpoint, TCP6ServerEndpoint)):
+                raise refusal(
+                    f"--listen {description}: --reuse-port shares a TCP port: name tcp: endpoints"
+                    " only, or leave it out"
+                )
+    check_endpoints(probes, "--port, --interface or --listen")
+    return _client_endpoints(SharedPorts(reactor) if is_shared else reactor, options)
 
 
 def metrics_endpoint(reactor: Any, description: str) -> IStreamServerEndpoint:
@@ -62,14 +74,42 @@ def check_endpoints(endpoints: Iterable[IStreamServerEndpoint], options: str) ->
                 ) from error
 
 
+class SharedPorts:
+    """Stands in for an endpoint's reactor: other processes may listen on its TCP ports too.
+
+    Endpoints have no argument for that; what they call has.
+
+    :param reactor: the real one.
+    """
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+
+    def listenTCP(
+        self, port: int, factory: Factory, backlog: int, interface: str
+    ) -> IListeningPort:
+        """Listen on a TCP port."""
+        binding = makeBinding(interface, port, reuseAddress=True, reusePort=True)
+        listening: IListeningPort = self._reactor.listenTCP(binding, factory, backlog, interface)
+        return listening
+
+
 class BindProbe:
-    """Stands in for an endpoint's reactor: binds as the real one would, and lets go."""
+    """Stands in for an endpoint's reactor: binds as the real one would, and lets go.
+
+    :param is_shared: whether other servers may have the TCP port too, if they share it as well.
+    """
+
+    def __init__(self, *, is_shared: bool = False) -> None:
+        self._is_shared = is_shared
 
     def listenTCP(self, port: int, factory: Factory, backlog: int, interface: str) -> None:
         """Bind a TCP port."""
         family = socket.AF_INET6 if ":" in interface else socket.AF_INET
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if self._is_shared:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             try:
                 probe.bind((interface, port))
             except OSError as error:

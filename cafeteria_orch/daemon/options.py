@@ -20,6 +20,7 @@ from cafeteria_orch.server.memory import DEFAULT_MAX_IN_FLIGHT_BYTES
 from cafeteria_orch.store.location import absolute
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 
+from .node import DEFAULT_NODE, node_name
 from .service import DEFAULT_DRAIN_TIMEOUT
 
 ENVIRONMENT_PREFIX = "CAFEORCH_"
@@ -69,6 +70,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "port": number(int, 0, 65535),
     "interface": str,
     "backlog": number(int, 1, 65535),
+    "node": node_name,
     "store": _or_none(absolute),
     "store-patience": number(float, 0, 10**6),
     "tls-cert": _or_none(_path),
@@ -91,7 +93,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "log-files": number(int, 1, 1000),
 }
 _REPEATED = ("listen", "processors")
-_FLAGS = ("proxy-protocol",)
+_FLAGS = ("proxy-protocol", "reuse-port")
 _NEEDED = {"tls-key": "tls-cert", "tls-client-ca": "tls-cert", "proxy-from": "proxy-protocol"}
 """Options, and the one that each of them needs."""
 _TCP_OPTIONS = {"port", "interface", "backlog"}
@@ -112,6 +114,7 @@ class Options(usage.Options):
         ["port", "p", "8080", "TCP port; 0 picks one, and the log says which"],
         ["interface", "i", "127.0.0.1", "address to bind; 0.0.0.0 or :: for all"],
         ["backlog", "b", "128", "connections that wait to be accepted"],
+        ["node", None, DEFAULT_NODE, "this server's name among several; %H is the host's"],
         [
             "tls-cert",
             None,
@@ -211,6 +214,10 @@ class Options(usage.Options):
     def opt_proxy_protocol(self) -> None:
         """A load balancer names its client: PROXY protocol, version 1 or 2, before TLS"""
         self._collected["proxy-protocol"] = True
+
+    def opt_reuse_port(self) -> None:
+        """Share the TCP port with other servers of this machine (SO_REUSEPORT)"""
+        self._collected["reuse-port"] = True
 
     def opt_version(self) -> None:
         """Display the version and exit."""

@@ -62,6 +62,7 @@ class OrchestratorService(Service):
     :param monitor: shows operators what goes on until the drain is over; ``None`` without one.
     :param admission: listens in place of the factory; ``None`` without one.
     :param signals: handles the signals of the process; ``None`` makes one that reloads nothing.
+    :param node: the name of this server among several, for the log.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class OrchestratorService(Service):
         monitor: Monitor | None = None,
         admission: IProtocolFactory | None = None,
         signals: SignalHandlers | None = None,
+        node: str = "-",
     ) -> None:
         self._reactor = reactor
         self._factory = factory
@@ -88,6 +90,7 @@ class OrchestratorService(Service):
         self._monitor = monitor
         self._listener: IProtocolFactory = factory if admission is None else admission
         self._signals = signals or SignalHandlers(reactor)
+        self._node = node
         self._state = _State.STOPPED
         self._ports: list[IListeningPort] = []
         self._time_to_drain = drain_timeout
@@ -118,9 +121,10 @@ class OrchestratorService(Service):
             raise RuntimeError("the service still drains: wait for the Deferred of stopService")
         super().startService()
         _log.info(
-            "action: start | result: success | row codec: {codec} | store: {store}",
+            "action: start | result: success | row codec: {codec} | store: {store} | node: {node}",
             codec=CODEC,
             store="none" if self._sink is None else self._sink.codec,
+            node=self._node,
         )
         if self._sink is not None:
             self._sink.start()

@@ -19,6 +19,8 @@ from cafeteria_orch.common.clock import WallTime
 from cafeteria_orch.common.listening import address_of, listen
 from cafeteria_orch.common.oldest import OldestFirst
 from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.store.asking import Asker
+from cafeteria_orch.store.database import DatabaseServer
 from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.totals import Completeness
 
@@ -64,6 +66,8 @@ class Monitor:
     :param version: the version of this package.
     :param sink: the store, if there is one.
     :param completeness: asks the store which tables are complete.
+    :param server: asks the database's server what it is, if it has one.
+    :param node: the name of this server among several.
     :raises ImportError: if ``prometheus-client`` is not installed.
     """
 
@@ -76,6 +80,8 @@ class Monitor:
         *,
         sink: Sink | None = None,
         completeness: Completeness | None = None,
+        server: Asker[DatabaseServer] | None = None,
+        node: str = "-",
     ) -> None:
         self.site = Site(reactor, self.respond, factory.wall_time)
         self._endpoint = endpoint
@@ -87,6 +93,8 @@ class Monitor:
             sink=sink,
             problems=self._problems,
             completeness=completeness,
+            server=server,
+            node=node,
         )
         status, page = self._status, _page()
         exposition = Exposition(factory, status, version)

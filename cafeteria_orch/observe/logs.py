@@ -36,10 +36,12 @@ def as_text(event: LogEvent, time: str) -> str:
     return f"{time} {text}".replace("\n", "\n\t") if text else ""
 
 
-def as_json(event: LogEvent, time: str) -> str:
+def as_json(event: LogEvent, time: str, **fields: str) -> str:
     """The event as a JSON object: ``time``, ``level``, ``namespace``, ``message``, its fields.
 
     A failure is in ``traceback``. A field that is no JSON stands there as its text.
+
+    :param fields: stand in every line.
     """
     message = formatEvent(event)
     failure = event.get("log_failure")
@@ -50,6 +52,7 @@ def as_json(event: LogEvent, time: str) -> str:
         for name, value in event.items()
         if not name.startswith("log_") and name not in _OLDER_FIELDS
     }
+    line |= fields
     line["time"] = time
     line["level"] = event.get("log_level", LogLevel.info).name
     line["namespace"] = event.get("log_namespace", "-")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -75,6 +76,7 @@ class Collector:
             "sqlite": sqlite3.sqlite_version,
             "row_codec": CODEC,
             "store": "none" if status.sink is None else status.sink.codec,
+            "node": status.node,
         }
 
     def collect(self) -> Iterator[Any]:
@@ -150,11 +152,40 @@ class Collector:
         if sizes.file is not None:
             yield _gauge("store_bytes", "The size of the store's file.", sizes.file)
             yield _gauge("store_wal_bytes", "The size of its write-ahead log.", sizes.wal)
+        yield from self._standbys()
         yield _histogram(
             "commit_duration_seconds",
             "The store's transactions, each of all batches that waited.",
             self._factory.counters.commit_seconds,
         )
+
+    def _standbys(self) -> Iterator[Any]:
+        server = self._status.server
+        if server is None:
+            return
+        standbys = _gauge(
+            "database_standbys",
+            "Standbys of the database's server.",
+            labels=["state", "sync_state"],
+        )
+        lag = _gauge(
+            "database_standby_lag_bytes",
+            "How much of the log the last of them does not have on its disk.",
+            labels=["sync_state"],
+        )
+        # What the server's user may not see is unknown.
+        states = [
+            (each.state or "unknown", each.sync_state or "unknown") for each in server.standbys
+        ]
+        for labels, number in Counter(states).items():
+            standbys.add_metric(labels, number)
+        lags: dict[str, int] = {}
+        for (_, sync_state), standby in zip(states, server.standbys):
+            if standby.lag_bytes is not None:
+                lags[sync_state] = max(standby.lag_bytes, lags.get(sync_state, 0))
+        for sync_state, lag_bytes in lags.items():
+            lag.add_metric([sync_state], lag_bytes)
+        yield from (standbys, lag)
 
 
 def _counter(

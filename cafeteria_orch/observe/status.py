@@ -13,6 +13,8 @@ from twisted.internet.task import LoopingCall
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.counters import Outcome, Tally
 from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.store.asking import Asker
+from cafeteria_orch.store.database import DatabaseServer
 from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.totals import Completeness
 
@@ -46,6 +48,9 @@ class Status:
     :param sink: the store, if there is one.
     :param problems: the last warnings and errors.
     :param completeness: asks the store which tables are complete.
+    :param server: asks the database's server what it is, if it has one.
+    :param node: the name of this server among several.
+    :ivar node: the same.
     """
 
     def __init__(
@@ -57,12 +62,16 @@ class Status:
         sink: Sink | None = None,
         problems: RecentProblems,
         completeness: Completeness | None = None,
+        server: Asker[DatabaseServer] | None = None,
+        node: str = "-",
     ) -> None:
         self.sink = sink
+        self.node = node
         self._reactor = reactor
         self._factory = factory
         self._problems = problems
         self._completeness = completeness
+        self._server = server
         self._version = version
         self._phase = "starting"
         self._started: float = reactor.seconds()
@@ -101,11 +110,21 @@ class Status:
             return " ".join(str(self.sink.refusal).split())
         return None if state == "ready" else state
 
+    @property
+    def server(self) -> DatabaseServer | None:
+        """What the database's server said last; ``None`` if it said nothing, or there is none."""
+        if self._server is None or self._server.latest is None:
+            return None
+        return self._server.latest.content
+
     def render(self) -> bytes:
         """What the page shows, as JSON."""
         return json.dumps(self._gather(), separators=(",", ":"), allow_nan=False).encode()
 
     def _take_sample(self) -> None:
+        if self._server is not None:
+            # Metrics are read at any time, and do not wait for an answer.
+            self._server.refresh()
         total = self._factory.counters.total()
         self._samples.append(
             _Sample(
@@ -124,6 +143,7 @@ class Status:
         shown = nlargest(MAX_CONNECTIONS, connections, key=lambda each: each.received_bytes)
         return {
             "version": self._version,
+            "node": self.node,
             "time": self._factory.wall_time(),
             "started_at": self._wall_time(self._started),
             "state": self.state,
@@ -132,6 +152,7 @@ class Status:
             "received_bytes": factory.received_bytes,
             "in_flight_bytes": factory.memory.used,
             "store": None if sink is None else sink.sizes()._asdict(),
+            "database": None if sink is None else self._database(sink.kind),
             "connections": {
                 "open": len(connections),
                 "accepted": factory.counters.accepted_connections,
@@ -185,11 +206,24 @@ class Status:
             **{outcome.name.lower(): tally[outcome] for outcome in Outcome},
         }
 
+    def _database(self, kind: str) -> dict[str, Any]:
+        answer = None if self._server is None else self._server.latest
+        server = self.server
+        return {
+            "kind": kind,
+            "asked_at": answer and answer.asked_at,
+            "server": server
+            and {
+                **server._asdict(),
+                "standbys": [standby._asdict() for standby in server.standbys],
+            },
+        }
+
     def _complete_tables(self) -> dict[str, Any] | None:
         if self._completeness is None or self._completeness.latest is None:
             return None
         answer = self._completeness.latest
-        tables = answer.tables
+        tables = answer.content
         return {
             "asked_at": answer.asked_at,
             "tables": tables and {name: totals._asdict() for name, totals in tables.items()},

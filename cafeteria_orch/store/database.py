@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.wire.messages import TableBatch
 
+from .asking import Read
 from .totals import TableTotals
 
 
@@ -56,6 +57,35 @@ class StoreSizes(NamedTuple):
 
     file: int | None
     wal: int | None
+
+
+class Standby(NamedTuple):
+    """A standby of a database's server; ``None`` for what the server's user may not see.
+
+    :ivar lag_bytes: how much of the log is not on its disk yet.
+    :ivar lag_seconds: how long that took lately; ``None`` too while nothing is written.
+    """
+
+    name: str
+    state: str | None
+    sync_state: str | None
+    lag_bytes: int | None
+    lag_seconds: float | None
+
+
+class DatabaseServer(NamedTuple):
+    """The server of a database.
+
+    :ivar is_primary: whether it can be written to.
+    :ivar is_synchronous: whether commits wait for a standby.
+    """
+
+    host: str
+    port: int
+    version: str
+    is_primary: bool
+    is_synchronous: bool
+    standbys: list[Standby]
 
 
 class Database(Protocol):
@@ -116,6 +146,12 @@ class Database(Protocol):
     def wal_bytes(self) -> int:
         """The size of what is written ahead of the file."""
 
+    def read_wait(self) -> str | None:
+        """Say what a transaction that does not end waits for, in any thread.
+
+        :return: ``None`` if that is not known.
+        """
+
     def close(self) -> None:
         """Close the database, and let another server have it."""
 
@@ -126,6 +162,14 @@ class Store(Protocol):
     @property
     def codec(self) -> str:
         """``compiled`` where the bodies are read without the interpreter; else ``pure``."""
+
+    @property
+    def kind(self) -> str:
+        """The name of the database's program, in small letters."""
+
+    @property
+    def read_server(self) -> Read[DatabaseServer] | None:
+        """Reads what the database's server is, in any thread; ``None`` where there is none."""
 
     def check(self) -> None:
         """Make sure that the database can be opened, and change nothing.

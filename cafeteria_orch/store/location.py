@@ -69,6 +69,9 @@ class SQLiteStore:
     :param node: the name of the server that opens it.
     """
 
+    kind = "sqlite"
+    read_server = None
+
     def __init__(self, path: str, node: str | None = None) -> None:
         self._path = path
         self._node = node

@@ -22,13 +22,21 @@ class Outage:
 
     :param began: when it began, by the reactor's clock.
     :ivar reason: why the store takes nothing, in one line.
+    :ivar is_explained: whether the cause was found later.
     """
 
     def __init__(self, began: float, reason: str) -> None:
         self.reason = reason
+        self.is_explained = False
         self._began = self._reported = began
         self._refused = 0
         _log.error("action: store | result: fail | error: {error}", error=reason)
+
+    def explain(self, cause: str) -> None:
+        """Log and say why it is so, which was not known when it began."""
+        self.reason = f"{self.reason}: {cause}"
+        self.is_explained = True
+        _log.error("action: store | result: fail | error: {error}", error=self.reason)
 
     def note(self, refused: int, now: float) -> None:
         """Count messages that were refused, and report the outage if that is due."""

@@ -20,6 +20,7 @@ from cafeteria_orch.wire.tables import Table
 from .database import (
     Arrival,
     Blame,
+    DatabaseServer,
     Rehearsed,
     SessionIds,
     StoreError,
@@ -35,7 +36,8 @@ from .postgresql_connection import (
     without_secrets,
 )
 from .postgresql_schema import prepare
-from .totals import PATIENCE, TableTotals, totals_by_table, totals_query
+from .postgresql_state import read_server, read_totals, read_wait
+from .totals import TableTotals
 
 if TYPE_CHECKING:
     import psycopg
@@ -238,6 +240,10 @@ class Database:
         """The server's own business."""
         return 0
 
+    def read_wait(self) -> str | None:
+        """Say that the commit waits for a standby, if it does, in any thread."""
+        return read_wait(self._url, self._backend)
+
     def store(self, arrivals: Iterable[Arrival]) -> list[bool]:
         """Store batches, inside a transaction.
 
@@ -336,6 +342,7 @@ class Database:
 
     def _connect(self) -> psycopg.Connection[Any]:
         connection = connect(self._url)
+        self._backend = connection.info.backend_pid
         try:
             check_server(connection)
         except BaseException:
@@ -353,6 +360,7 @@ class PostgreSQLStore:
 
     codec = CODEC
     """``compiled`` where the text of ``COPY`` is made without the interpreter; else ``pure``."""
+    kind = "postgresql"
 
     def __init__(self, url: str, node: str | None = None) -> None:
         self._url = url
@@ -377,10 +385,9 @@ class PostgreSQLStore:
         return StoreSizes(None, None)
 
     def totals(self, _: Callable[[], bool]) -> dict[str, TableTotals] | None:
-        """Read what the database has of each table, over a connection of its own."""
-        try:
-            with connect(self._url) as connection:
-                connection.execute(f"SET statement_timeout = {PATIENCE * 1000:.0f}")
-                return totals_by_table(connection.execute(totals_query()))
-        except psycopg_module().Error:
-            return None
+        """See :func:`read_totals`."""
+        return read_totals(self._url)
+
+    def read_server(self, _: Callable[[], bool]) -> DatabaseServer | None:
+        """See :func:`read_server`."""
+        return read_server(self._url)

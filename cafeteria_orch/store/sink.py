@@ -66,6 +66,7 @@ class Sink:
         self._watch = ProgressWatch(reactor, self._stalled)
         self._thread: threading.Thread | None = None
         self._stopped: Deferred[None]
+        self._database: Database
         self._factory: OrchestratorFactory
         self._limited_log = RateLimitedLog(reactor, _log)
 
@@ -87,13 +88,13 @@ class Sink:
 
         :raises StoreError: if it cannot be opened, or another server has it.
         """
-        database = self._store.open()
+        self._database = self._store.open()
         self._jobs = SimpleQueue()
         self._outage = self._death = None
         self._stopped = Deferred()
         writer = Writer(
             self._reactor,
-            database,
+            self._database,
             self._jobs,
             report=self._report,
             ended=self._writer_ended,
@@ -116,6 +117,11 @@ class Sink:
     def codec(self) -> str:
         """``compiled`` where the bodies are read without the interpreter; else ``pure``."""
         return self._store.codec
+
+    @property
+    def kind(self) -> str:
+        """The name of the database's program."""
+        return self._store.kind
 
     @property
     def refusal(self) -> str | None:
@@ -246,9 +252,25 @@ class Sink:
         if self._thread is not None and not self._thread.is_alive():
             # It could not even say so, as where there was no memory left for that.
             self._writer_ended(RuntimeError())
-        elif self._hang is None:
+            return
+        if self._hang is None:
             reason = f"the store has not answered for {MAX_COMMIT_SECONDS:g} s"
             self._hang = Outage(since, reason)
+        if not self._hang.is_explained:
+            # A daemon: what hangs must not keep the process from ending.
+            threading.Thread(
+                target=self._read_wait, args=(self._hang,), name="cafeorch-wait", daemon=True
+            ).start()
+
+    def _read_wait(self, hang: Outage) -> None:
+        """Find out why the store does not answer. In a thread of its own."""
+        cause = self._database.read_wait()
+        if cause is not None:
+            self._reactor.callFromThread(self._explain, hang, cause)
+
+    def _explain(self, hang: Outage, cause: str) -> None:
+        if hang is self._hang and not hang.is_explained:
+            hang.explain(cause)
 
     def _writer_ended(self, error: BaseException | None) -> None:
         """The writer's thread has ended: as it was told, or by an error of its own."""

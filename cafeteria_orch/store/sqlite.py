@@ -200,6 +200,9 @@ class Database:
         """The size of the WAL."""
         return file_size(self._wal)
 
+    def read_wait(self) -> None:
+        """A disk says nothing of what it waits for."""
+
     def store(self, arrivals: Iterable[Arrival]) -> list[bool]:
         """Store batches, inside a transaction.
 

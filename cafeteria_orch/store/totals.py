@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from cafeteria_orch.common.clock import WallTime
 from cafeteria_orch.wire.tables import TABLES
 
+from .asking import Asker, Read
+
 INTERVAL = 30.0
 """How old, in seconds, an answer may be before the store is asked again."""
-
-PATIENCE = 2.0
-"""How long, in seconds, the store may take for it; a reader keeps its WAL from being cut back."""
 
 # How many steps SQLite's virtual machine takes between two looks at the time.
 _STEPS = 20_000
@@ -60,62 +58,18 @@ class TableTotals(NamedTuple):
     complete: int
 
 
-Read = Callable[[Callable[[], bool]], Optional[dict[str, TableTotals]]]
-
-
-class Answer(NamedTuple):
-    """What the store said.
-
-    :ivar asked_at: when it was asked, in seconds since the epoch.
-    :ivar tables: the totals by table; ``None`` if it took too long, or could not be read.
-    """
-
-    asked_at: float
-    tables: dict[str, TableTotals] | None
-
-
-class Completeness:
-    """Asks a store now and then, while somebody wants to know.
+class Completeness(Asker[dict[str, TableTotals]]):
+    """Asks a store which tables are complete.
 
     :param reactor: measures the time, and takes the answer from the thread.
-    :param read: reads the totals, unless what it is given says that it is too late.
+    :param read: reads the totals.
     :param wall_time: says what time it is; the reactor's own clock by default.
-    :ivar latest: the store's last answer.
     """
 
-    def __init__(self, reactor: Any, read: Read, wall_time: WallTime | None = None) -> None:
-        self._reactor = reactor
-        self._read = read
-        self._wall_time: WallTime = wall_time or reactor.seconds
-        self._asked_at = 0.0
-        self._is_asking = False
-        self.latest: Answer | None = None
-
-    def refresh(self) -> None:
-        """Ask, unless the last answer is new or the next one on its way; does not wait."""
-        now = self._reactor.seconds()
-        is_old = self.latest is None or now - self._asked_at >= INTERVAL
-        if is_old and not self._is_asking:
-            self._is_asking = True
-            self._asked_at = now
-            # A daemon: a disk that hangs must not keep the process from ending.
-            threading.Thread(
-                target=self._ask,
-                args=(self._wall_time(), now),
-                name="cafeorch-completeness",
-                daemon=True,
-            ).start()
-
-    def _ask(self, asked_at: float, began: float) -> None:
-        tables = None
-        try:
-            tables = self._read(lambda: self._reactor.seconds() - began > PATIENCE)
-        finally:
-            self._reactor.callFromThread(self._answered, Answer(asked_at, tables))
-
-    def _answered(self, answer: Answer) -> None:
-        self._is_asking = False
-        self.latest = answer
+    def __init__(
+        self, reactor: Any, read: Read[dict[str, TableTotals]], wall_time: WallTime | None = None
+    ) -> None:
+        super().__init__(reactor, read, INTERVAL, wall_time)
 
 
 def read_totals(path: str, is_too_late: Callable[[], bool]) -> dict[str, TableTotals] | None:

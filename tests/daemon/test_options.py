@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from twisted.logger import LogLevel
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__
+from cafeteria_orch.daemon.node import DEFAULT_NODE, node_name
 from cafeteria_orch.daemon.options import Options
 from cafeteria_orch.edge.proxy import parse_networks
 from cafeteria_orch.observe.logs import as_json, as_text
@@ -21,6 +23,7 @@ DEFAULTS = {
     "port": 8080,
     "interface": "127.0.0.1",
     "backlog": 128,
+    "reuse-port": False,
     "listen": [],
     "processors": [],
     "tls-cert": None,
@@ -44,13 +47,16 @@ DEFAULTS = {
     "log-bytes": 64 * 1024 * 1024,
     "log-files": 10,
 }
-"""All but the store, whose default depends on the working directory."""
+"""All but the store and the node, whose defaults depend on the working directory and the host."""
 
 SINGLE = (
     ("port", "0", 0),
     ("port", "65535", 65535),
     ("interface", "::1", "::1"),
     ("backlog", "1", 1),
+    ("node", "till_2.north-7", "till_2.north-7"),
+    ("node", "%H-2", "cafe.example-2"),
+    ("node", "x" * 100, "x" * 100),
     ("store", "none", None),
     ("store", "/srv/tables.db", "/srv/tables.db"),
     ("store-patience", "0", 0.0),
@@ -87,7 +93,7 @@ SINGLE = (
 
 REPEATED = ("listen", "processors")
 
-FLAGS = ("proxy-protocol",)
+FLAGS = ("proxy-protocol", "reuse-port")
 """They take no value on the command line."""
 
 PATHS = ("tls-cert", "tls-key", "tls-client-ca")
@@ -97,6 +103,7 @@ SHORT = {"port": "p", "interface": "i", "backlog": "b", "store": "s", "listen": 
 BAD = (
     ("port", ("x", "80.5", "-1", "65536", "8080 8081")),
     ("backlog", ("x", "0", "-1", "1e3")),
+    ("node", ("two words", "-2", ".x", "caf\xe9", "a\nb", "a/b", "%i", '"', "x" * 101)),
     ("store-patience", ("x", "-1", "none", "inf")),
     ("max-frame-bytes", ("x", "0", "-1", "2147483648", "1MiB")),
     ("max-connections", ("x", "0", "-1", "none")),
@@ -126,6 +133,7 @@ class OptionsTestCase(SynchronousTestCase):
 
     def parse(self, *arguments: str, **environment: str) -> Options:
         """The options that these arguments and variables give."""
+        self.patch(socket, "gethostname", lambda: "cafe.example")
         kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         self.patch(os, "environ", kept | environment)
         options = Options()
@@ -145,13 +153,14 @@ class Values(OptionsTestCase):
     def check(self, options: Options, **changes: Any) -> None:
         """Options are the defaults, except for these changes."""
         changes = {name.replace("_", "-"): value for name, value in changes.items()}
-        expected = DEFAULTS | {"store": str(Path.cwd() / "cafeorch.sqlite3")} | changes
+        depending = {"store": str(Path.cwd() / "cafeorch.sqlite3"), "node": "cafe.example-1"}
+        expected = DEFAULTS | depending | changes
         self.assertEqual({name: options[name] for name in expected}, expected)
 
     def test_defaults(self) -> None:
         """Without options, and with empty or unknown variables, the defaults hold, as values."""
         self.check(self.parse())
-        empty = {variable(name): "" for name in (*DEFAULTS, "store")}
+        empty = {variable(name): "" for name in (*DEFAULTS, "store", "node")}
         self.check(self.parse(**empty, CAFEORCH_COLOUR="red", PORT="9000"))
 
     def test_single_values(self) -> None:
@@ -196,6 +205,19 @@ class Values(OptionsTestCase):
         self.check(self.parse("--proxy-protocol", "--proxy-from", text), **changes)
         self.check(self.parse("--proxy-protocol", CAFEORCH_PROXY_FROM=text), **changes)
         self.check(self.parse("--proxy-from", text, CAFEORCH_PROXY_PROTOCOL="1"), **changes)
+
+    def test_host_names(self) -> None:
+        """Whatever the host is called, its server has a name and starts."""
+        for host, expected in (
+            ("", "host-1"),
+            ("...", "host-1"),
+            ("caf\xe9 of/north\n", "caf-of-north-1"),
+            ("-x_Y.9", "x_Y.9-1"),
+            ("h" * 300, "h" * 64 + "-1"),
+        ):
+            with self.subTest(host=host):
+                self.patch(socket, "gethostname", lambda host=host: host)
+                self.assertEqual(node_name(DEFAULT_NODE), expected)
 
     def test_repeated_values(self) -> None:
         """All values count, in their order; those of the command line replace all others.

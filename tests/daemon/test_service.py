@@ -62,11 +62,11 @@ class Starting(ServiceTestCase):
         self.assertEqual(self.listening(), [(70, self.factory)])
 
     def test_the_log_says_where_it_listens(self) -> None:
-        """The system picks port 0, and the row codec decides how fast the server is."""
+        """The system picks port 0, the row codec decides the speed, several nodes have one log."""
         with capturedLogs() as events:
-            self.started(RecordingEndpoint())
+            self.started(RecordingEndpoint(), node="cafe-2")
         lines = [
-            f"action: start | result: success | row codec: {CODEC} | store: none",
+            f"action: start | result: success | row codec: {CODEC} | store: none | node: cafe-2",
             "action: listen | result: success | address: 127.0.0.1:4321",
         ]
         self.assertEqual(sorted(texts(events, LogLevel.info)), sorted(lines))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import os
 import signal
 import socket
@@ -10,19 +11,23 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from twisted.application.service import Application, IServiceMaker
 from twisted.application.twist._options import TwistOptions
+from twisted.internet import reactor
 from twisted.internet.endpoints import SSL4ServerEndpoint
+from twisted.internet.task import deferLater
 from twisted.logger import ILogObserver, LogLevel, capturedLogs
 from twisted.plugin import getPlugins
 from twisted.scripts._twistd_unix import ServerOptions
 from twisted.trial.unittest import SkipTest, TestCase
 
 from cafeteria_orch import tap
+from cafeteria_orch.daemon import endpoints
 from cafeteria_orch.daemon.descriptors import DescriptorReporter
 from cafeteria_orch.daemon.endpoints import BindProbe, check_endpoints
 from cafeteria_orch.daemon.service import OrchestratorService
@@ -173,6 +178,49 @@ class Listening(TapTestCase):
             tls = SSL4ServerEndpoint(probe, port, object(), interface="127.0.0.1")
             error = self.assertRaises(SystemExit, check_endpoints, [tls], "--listen")
             self.assertIn(address, str(error.code))
+
+    async def test_shared_port(self) -> None:
+        """With ``--reuse-port`` two servers have one port, also after one was started again."""
+        with taken_port() as port:
+            pass
+        for place in (f"--port={port}", f"--listen=tcp:{port}:interface=127.0.0.1"):
+            services = [self.make(place, "--reuse-port", "--store=none") for _ in range(2)]
+            for service in services:
+                service.privilegedStartService()
+            await services[0].stopService()
+            services[0].startService()
+            accepted = [service._factory.counters for service in services]
+            with ExitStack() as clients:
+                for _ in range(40):
+                    clients.enter_context(socket.create_connection(("127.0.0.1", port)))
+                await deferLater(reactor, 0.1)
+            counts = [counters.accepted_connections for counters in accepted]
+            self.assertEqual(sum(counts), 40)
+            # Linux balances by a hash: that all go to one of them is less likely than 1e-11.
+            self.assertGreater(min(counts), 0)
+            self.assertIn(f"127.0.0.1:{port}", self.refusal(place, "--store=none"))
+            for service in services:
+                await service.stopService()
+
+    def test_port_that_others_do_not_share(self) -> None:
+        """``--reuse-port`` makes nobody share: such a port is found before anything starts."""
+        with taken_port() as port:
+            for place in (f"--port={port}", f"--listen=tcp:{port}:interface=127.0.0.1"):
+                refusal = self.refusal(place, "--reuse-port", "--store=none")
+                self.assertIn(f"127.0.0.1:{port}", refusal)
+
+    def test_only_tcp_ports_are_shared(self) -> None:
+        """What has no port of TCP, or makes its own, cannot be shared: one line says so."""
+        cert = Files(self.folder).cert
+        for place in (
+            "unix:cafe.socket",
+            "haproxy:tcp:0",
+            f"ssl:0:privateKey={cert}",
+        ):
+            refusal = self.refusal("--listen=tcp:0", "--listen", place, "--reuse-port")
+            self.assertIn(f"--listen {place}: --reuse-port shares a TCP port", refusal)
+        self.patch(endpoints, "socket", SimpleNamespace())
+        self.assertIn("no SO_REUSEPORT", self.refusal("--reuse-port", "--store=none"))
 
     def test_port_is_let_go(self) -> None:
         """Making the service takes the port to try it, and lets go of it."""
@@ -402,6 +450,13 @@ class Logging(TapTestCase):
         self.assertEqual(Path("a.log").read_text(), "")
         self.log(observer, LogLevel.warn)
         self.assertIn("[test#warn] a line\n", Path("a.log").read_text())
+
+    def test_node(self) -> None:
+        """Lines of several nodes may meet in a collector: as JSON each has its node's name."""
+        self.patch(os, "environ", {"CAFEORCH_LOG_FORMAT": "json", "CAFEORCH_NODE": "cafe-2"})
+        self.log(self.observer("-n", "--logfile=a.log"))
+        (line,) = Path("a.log").read_text().splitlines()
+        self.assertEqual(json.loads(line)["node"], "cafe-2")
 
     def test_daemon_without_a_file(self) -> None:
         """A daemon has no standard output: ``--logfile -`` is refused."""

@@ -7,6 +7,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 from uuid import UUID
 
@@ -22,6 +23,8 @@ from cafeteria_orch.observe.prometheus import Collector, Exposition
 from cafeteria_orch.observe.status import Status
 from cafeteria_orch.server.counters import Outcome
 from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.store.asking import Answer, Asker
+from cafeteria_orch.store.database import DatabaseServer, Standby
 from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.sqlite import Database
 from cafeteria_orch.store.writer import RETRY_INTERVAL
@@ -63,7 +66,30 @@ def value(samples: Scrape, name: str, **labels: str) -> float:
 
 
 def make_status(factory: OrchestratorFactory, sink: Sink | None = None) -> Status:
-    return Status(factory.reactor, factory, __version__, sink=sink, problems=RecentProblems())
+    return Status(
+        factory.reactor,
+        factory,
+        __version__,
+        sink=sink,
+        problems=RecentProblems(),
+        server=server_asker(factory.reactor),
+        node="cafe-2",
+    )
+
+
+def server_asker(reactor: Any) -> Asker[DatabaseServer]:
+    """A database's server that has answered."""
+    standbys = [
+        Standby("near", "streaming", "sync", 7, 0.5),
+        Standby("far", "streaming", "async", 100, None),
+        Standby("farther", "streaming", "async", 4000, 60.0),
+        Standby("new", "backup", "async", None, None),
+        Standby("hidden", None, None, None, None),
+    ]
+    server = DatabaseServer("db.example", 5432, "15.20", True, True, standbys)
+    asker: Asker[DatabaseServer] = Asker(reactor, lambda _: server, 10)
+    asker.latest = Answer(0.0, server)
+    return asker
 
 
 class MetricsTestCase(SynchronousTestCase):
@@ -149,6 +175,38 @@ class Values(MetricsTestCase):
         names = {name for name, _ in scrape(exposition)}
         self.assertFalse([name for name in names if "store" in name or "commit" in name])
 
+    def test_standbys_are_counted_by_their_states(self) -> None:
+        """The lag is that of the last one of its kind; what is not known is no number."""
+        samples = scrape(self.exposition)
+        counts = {
+            (labels["state"], labels["sync_state"]): number
+            for (name, pairs), number in samples.items()
+            if name == "cafeorch_database_standbys" and (labels := dict(pairs))
+        }
+        self.assertEqual(
+            counts,
+            {
+                ("streaming", "sync"): 1,
+                ("streaming", "async"): 2,
+                ("backup", "async"): 1,
+                ("unknown", "unknown"): 1,
+            },
+        )
+        lags = {
+            dict(pairs)["sync_state"]: number
+            for (name, pairs), number in samples.items()
+            if name == "cafeorch_database_standby_lag_bytes"
+        }
+        self.assertEqual(lags, {"sync": 7, "async": 4000})
+
+    def test_a_server_that_does_not_answer_has_no_standbys(self) -> None:
+        """An old answer is not taken for a new one."""
+        asker = self.status._server
+        assert asker is not None
+        asker.latest = Answer(10.0, None)
+        names = {name for name, _ in scrape(self.exposition)}
+        self.assertEqual([name for name in names if "database" in name], [])
+
     def test_build_info_has_the_versions(self) -> None:
         """The labels name what runs."""
         (labels,) = [
@@ -157,8 +215,9 @@ class Values(MetricsTestCase):
             if name == "cafeorch_build_info"
         ]
         self.assertEqual(labels["version"], __version__)
-        names = {"version", "python", "twisted", "sqlite", "row_codec", "store"}
+        names = {"version", "python", "twisted", "sqlite", "row_codec", "store", "node"}
         self.assertEqual(set(labels), names)
+        self.assertEqual(labels["node"], "cafe-2")
 
 
 class Format(MetricsTestCase):

@@ -17,10 +17,11 @@ from cafeteria_orch.observe.problems import MAX_PROBLEMS, RecentProblems
 from cafeteria_orch.observe.status import MAX_CONNECTIONS, MAX_POINTS, SAMPLE_INTERVAL, Status
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.store import totals as completeness
+from cafeteria_orch.store.asking import Answer, Asker
+from cafeteria_orch.store.database import DatabaseServer, Standby
 from cafeteria_orch.store.location import SQLiteStore
 from cafeteria_orch.store.totals import (
     INTERVAL,
-    Answer,
     Completeness,
     TableTotals,
     read_totals,
@@ -29,7 +30,7 @@ from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_t
 from cafeteria_orch.wire.tables import STORES, USERS
 from tests.support.builders import USER_ROW, batch_frame, connect, frame
 from tests.support.services import RecordingSink
-from tests.support.stores import SinkTestCase
+from tests.support.stores import PumpedReactor, SinkTestCase
 
 SECRET = "5d41402abc4b"
 
@@ -128,6 +129,57 @@ class Figures(StatusTestCase):
         self.sink = RecordingSink()
         self.make_status()
         self.assertEqual(self.shown()["store"], {"file": 4096, "wal": 0})
+
+    def test_the_database_is_shown(self) -> None:
+        """Its kind, and what its server says of itself, asked now and then."""
+        self.assertIsNone(self.shown()["database"])
+        self.sink = RecordingSink()
+        self.make_status()
+        self.assertEqual(
+            self.shown()["database"], {"kind": "sqlite", "asked_at": None, "server": None}
+        )
+        reactor = PumpedReactor()
+        standby = Standby("near", "streaming", "sync", 7, 0.5)
+        servers = iter([DatabaseServer("db.example", 5432, "15.20", True, True, [standby]), None])
+        asker: Asker[DatabaseServer] = Asker(reactor, lambda _: next(servers), 10, lambda: 1.7e9)
+        self.status = Status(
+            reactor,
+            self.factory,
+            __version__,
+            sink=self.sink,
+            problems=self.problems,
+            server=asker,
+            node="cafe-2",
+        )
+        self.status.start()
+        self.addCleanup(self.status.stop)
+        reactor.pump_until(lambda: asker.latest)
+        self.assertEqual(self.shown()["node"], "cafe-2")
+        self.assertEqual(
+            self.shown()["database"],
+            {
+                "kind": "sqlite",
+                "asked_at": 1.7e9,
+                "server": {
+                    "host": "db.example",
+                    "port": 5432,
+                    "version": "15.20",
+                    "is_primary": True,
+                    "is_synchronous": True,
+                    "standbys": [
+                        {
+                            "name": "near",
+                            "state": "streaming",
+                            "sync_state": "sync",
+                            "lag_bytes": 7,
+                            "lag_seconds": 0.5,
+                        }
+                    ],
+                },
+            },
+        )
+        reactor.pump([SAMPLE_INTERVAL] * 2)
+        reactor.pump_until(lambda: self.status.server is None)
 
     def test_limits_that_were_hit_are_shown(self) -> None:
         """The others are not."""

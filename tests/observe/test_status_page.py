@@ -142,7 +142,9 @@ STATUS: Mapping[str, Any] = {
     },
     "received_bytes": 10**15,
     "in_flight_bytes": 10**8,
+    "node": "h" * 98 + "-1",
     "store": {"file": 10**12, "wal": 10**8},
+    "database": {"kind": "sqlite", "asked_at": None, "server": None},
     "connections": {
         "open": 1000,
         "accepted": 10**6,
@@ -168,7 +170,9 @@ STATUS: Mapping[str, Any] = {
 NOTHING: Mapping[str, Any] = {
     **STATUS,
     "rates": {"columns": [], "points": []},
+    "node": "cafe-2",
     "store": None,
+    "database": None,
     "connections": {"open": 0, "accepted": 0, "shown": []},
     "tables": [],
     "completeness": None,
@@ -176,16 +180,59 @@ NOTHING: Mapping[str, Any] = {
     "problems": [],
 }
 
+
+def standby(name: str, **changes: Any) -> dict[str, Any]:
+    good = {
+        "state": "streaming",
+        "sync_state": "sync",
+        "lag_bytes": 10**12,
+        "lag_seconds": 86400.0,
+    }
+    return {"name": name, **good, **changes}
+
+
+SERVER: Mapping[str, Any] = {
+    "host": "db." + "h" * 90 + ".example",
+    "port": 5432,
+    "version": "15.20",
+    "is_primary": True,
+    "is_synchronous": True,
+    "standbys": [
+        standby(HOSTILE),
+        standby("far", sync_state="async", lag_bytes=0, lag_seconds=None),
+        standby("hidden", **dict.fromkeys(["state", "sync_state", "lag_bytes", "lag_seconds"])),
+    ],
+}
+"""A database's server with standbys of all kinds."""
+
+
+def with_server(asked_at: float | None, server: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    database = {"kind": "postgresql", "asked_at": asked_at, "server": server}
+    return {**NOTHING, "store": {"file": None, "wal": None}, "database": database}
+
+
 ANSWERS: Mapping[str, Mapping[str, Any]] = {
     "busy": STATUS,
     "idle": NOTHING,
-    "draining": {**NOTHING, "state": "draining", "reason": "draining"},
-    "refusing": {**STATUS, "state": "refusing", "reason": HOSTILE},
+    "draining": {**with_server(None, None), "state": "draining", "reason": "draining"},
+    "refusing": {
+        **STATUS,
+        "state": "refusing",
+        "reason": HOSTILE,
+        "database": with_server(1.7e9, {**SERVER, "is_synchronous": False, "standbys": []})[
+            "database"
+        ],
+    },
     "slow": {**STATUS, "completeness": {"asked_at": 1.7e9, "tables": None}},
     "gone": STATUS,
+    "standbys": with_server(1.7e9, SERVER),
+    "waiting": with_server(1.7e9, {**SERVER, "standbys": [standby("far", sync_state="async")]}),
+    "silent": with_server(1.7e9, None),
 }
 
 VIEWS = (
+    # It has to be silent for long: the first to be loaded.
+    ("gone", "gone", 390, "light"),
     ("phone", "busy", 390, "light"),
     ("small", "busy", 320, "light"),
     ("desktop", "busy", 1280, "light"),
@@ -194,7 +241,9 @@ VIEWS = (
     ("draining", "draining", 390, "light"),
     ("refusing", "refusing", 390, "light"),
     ("slow", "slow", 390, "light"),
-    ("gone", "gone", 390, "light"),
+    ("standbys", "standbys", 390, "light"),
+    ("waiting", "waiting", 390, "light"),
+    ("silent", "silent", 390, "light"),
 )
 """Frames of the page: a name, what the server says, the width in pixels, the scheme."""
 
@@ -278,7 +327,7 @@ class AnyPage(SynchronousTestCase):
     def test_texts_of_clients_are_never_markup(self) -> None:
         """Texts of clients are shown as they are, and are never markup."""
         self.assertEqual(self.seen["hit"], 0)
-        for view in ("desktop", "phone", "refusing"):
+        for view in ("desktop", "phone", "refusing", "standbys"):
             self.assertIn(HOSTILE, self.seen[view]["text"])
             self.assertEqual(re.findall("<img|<i>", self.seen[view]["markup"]), [])
 
@@ -315,6 +364,31 @@ class AnyPage(SynchronousTestCase):
     def test_a_store_that_does_not_answer_in_time(self) -> None:
         """It says when the store could not be asked which tables are complete."""
         self.assertIn("query its view ingest_status", self.seen["slow"]["text"])
+
+    def test_the_node_is_named(self) -> None:
+        """Whoever has the pages of several nodes open can tell them apart."""
+        self.assertIn("cafe-2 · version", self.seen["idle"]["text"])
+        self.assertIn(
+            "<title>ready \u2013 cafe-2 \u2013 cafeteria_orch</title>", self.seen["idle"]["markup"]
+        )
+
+    def test_the_standbys_of_a_database(self) -> None:
+        """Each with its state and its lag; where there is none, or none is known, a line says so."""
+        text = self.seen["standbys"]["text"]
+        self.assertIn("PostgreSQL 15.20 at db.", text)
+        self.assertIn(":5432, the primary; a commit waits for a standby", text)
+        markup = self.seen["standbys"]["markup"]
+        first, second, third = table_of(markup, "standbys")
+        self.assertEqual(first, f"{HOSTILE} streaming yes (sync) 1.0 TB 86400.000 s")
+        self.assertEqual(second, "far streaming no (async) 0 B \u2013")
+        self.assertEqual(third, "hidden \u2013 \u2013 \u2013 \u2013")
+        self.assertIn("GRANT pg_monitor", text)
+        self.assertIn("commits wait for no standby", self.seen["refusing"]["text"])
+        self.assertIn("No standbys.", self.seen["refusing"]["text"])
+        self.assertIn("nothing is acknowledged", self.seen["waiting"]["text"])
+        self.assertIn("the database's server did not answer", self.seen["silent"]["text"])
+        self.assertIn("Waiting for the database.", self.seen["draining"]["text"])
+        self.assertNotIn("Waiting for the database.", self.seen["desktop"]["text"])
 
     def test_a_server_that_is_gone_is_shown_as_gone(self) -> None:
         """A server that answers no more is not shown as if it did."""

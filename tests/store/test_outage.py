@@ -425,6 +425,65 @@ class HangTests(GroupTestCase):
         )
         self.assertEqual(self.batch_numbers(), [1, 2])
 
+    def test_cause_that_the_database_knows(self) -> None:
+        """It is asked in a thread, again while it does not know, and told in the same outage."""
+        answers = iter([None, "it waits for somebody"])
+        asked: list[threading.Thread] = []
+
+        def read_wait(_: Database) -> str | None:
+            asked.append(threading.current_thread())
+            return next(answers)
+
+        self.patch(Database, "read_wait", read_wait)
+        with capturedLogs() as events:
+            self.send()
+            self.gate.await_transaction()
+            self.reactor.advance(MAX_COMMIT_SECONDS)
+            self.reactor.pump_until(lambda: asked)
+            self.assertEqual(self.sink.refusal, "the store has not answered for 5 s")
+            self.send()
+            self.reactor.advance(MAX_COMMIT_SECONDS)
+            reason = "the store has not answered for 5 s: it waits for somebody"
+            self.reactor.pump_until(lambda: self.sink.refusal == reason)
+            self.send()
+            self.reactor.advance(2 * MAX_COMMIT_SECONDS)
+            self.gate.open(3)
+            self.reactor.pump_until(lambda: self.sink.refusal is None)
+        self.assertEqual(len(asked), 2)
+        self.assertNotIn(threading.current_thread(), asked)
+        self.assertEqual(
+            [line for line in texts(events, LogLevel.error) if line.startswith("action: store")],
+            [
+                "action: store | result: fail | error: the store has not answered for 5 s",
+                f"action: store | result: fail | error: {reason}",
+            ],
+        )
+
+    def test_cause_that_comes_too_late(self) -> None:
+        """A store that answers again is not refused for what it waited for before."""
+        known = threading.Event()
+        told = threading.Event()
+
+        def read_wait(_: Database) -> str:
+            known.wait(10)
+            told.set()
+            return "it waits for somebody"
+
+        self.patch(Database, "read_wait", read_wait)
+        with capturedLogs() as events:
+            self.send()
+            self.gate.await_transaction()
+            self.reactor.advance(MAX_COMMIT_SECONDS)
+            self.gate.open()
+            self.reactor.pump_until(lambda: self.sink.refusal is None)
+            known.set()
+            told.wait(10)
+            self.reactor.pump_for(0.05)
+        self.assertIsNone(self.sink.refusal)
+        self.assertEqual(
+            [line for line in texts(events, LogLevel.error) if "somebody" in line], []
+        )
+
     def test_no_answer_before_the_store_has_decided(self) -> None:
         """However long it takes: a FAIL for what is committed later would store it twice."""
         transport = self.send()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from cafeteria_orch.store.asking import Answer
 from cafeteria_orch.store.location import SQLiteStore
-from cafeteria_orch.store.totals import INTERVAL, Answer, Completeness, TableTotals
+from cafeteria_orch.store.totals import INTERVAL, Completeness, TableTotals
 from tests.support.builders import SUCCESS, batch_frame, connect
 from tests.support.stores import SinkTestCase
 

@@ -95,6 +95,10 @@ class RecordingSink(Sink):
     def codec(self) -> str:
         return "pure"
 
+    @property
+    def kind(self) -> str:
+        return "sqlite"
+
     def register(self, factory: OrchestratorFactory) -> None:
         self.calls.append("register")
 

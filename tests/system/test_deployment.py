@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
+from difflib import unified_diff
 from pathlib import Path
 from unittest.mock import patch
 
@@ -22,6 +23,26 @@ from tests.support.disks import make_folder
 DOCS = Path(__file__).parent.parent.parent / "docs"
 DOCKER_STOP_TIMEOUT = 10.0
 """Seconds that docker waits for a container to stop."""
+
+
+MEANT = """
+-Description=cafeteria_orch, the orchestrator of the coffee shops' tables
++Description=cafeteria_orch, the orchestrator of the coffee shops' tables, node %i
+-StateDirectory=cafeorch
++StateDirectory=cafeorch/%i
+-WorkingDirectory=/var/lib/cafeorch
+-Environment=CAFEORCH_STORE=/var/lib/cafeorch/cafeorch.sqlite3
++WorkingDirectory=/var/lib/cafeorch/%i
++Environment=CAFEORCH_STORE=/var/lib/cafeorch/%i/cafeorch.sqlite3
++Environment=CAFEORCH_NODE=%H-%i
++Environment=CAFEORCH_REUSE_PORT=1
++# Each node has figures of its own, on port 9101, 9102, ...
++Environment=CAFEORCH_METRICS=tcp:910%i:interface=127.0.0.1
++EnvironmentFile=-/etc/cafeorch@%i.env
+-SyslogIdentifier=cafeorch
++SyslogIdentifier=cafeorch@%i
+"""
+"""What sets a node of several apart, by the lines of the two units."""
 
 
 def options_of(command: Sequence[str], environment: dict[str, str]) -> Options:
@@ -56,11 +77,12 @@ class ExampleTestCase(SynchronousTestCase):
 
 
 class Units(ExampleTestCase):
-    """``cafeorch.service`` and ``cafeorch.socket``."""
+    """``cafeorch.service``, ``cafeorch.socket`` and ``cafeorch@.service``."""
 
     def setUp(self) -> None:
         self.service = (DOCS / "cafeorch.service").read_text()
         self.socket = (DOCS / "cafeorch.socket").read_text()
+        self.template = (DOCS / "cafeorch@.service").read_text()
 
     def values(self, key: str, unit: str | None = None) -> list[str]:
         """Return all values of a key in a unit."""
@@ -85,6 +107,36 @@ class Units(ExampleTestCase):
         """The variables are those of options."""
         self.assert_known(self.service)
         self.assert_known(self.socket)
+        self.assert_known(self.template)
+
+    def test_the_template_is_the_unit(self) -> None:
+        """A node of several differs in what it is called and what is its own, and in no more."""
+        one, several = (
+            text[text.index("[Unit]") :].splitlines() for text in (self.service, self.template)
+        )
+        # Behind the names of the two files; without the places of what differs.
+        _, _, *lines = unified_diff(one, several, n=0, lineterm="")
+        differences = [line for line in lines if not line.startswith("@@")]
+        self.assertEqual(differences, MEANT.strip().splitlines())
+
+    def test_nodes(self) -> None:
+        """Each shares the port, and has a name, a store and figures of its own."""
+        _, *command = shlex.split(self.value("ExecStart", self.template))
+        nodes = []
+        for instance in "12":
+            unit = self.template.replace("%i", instance).replace("%H", "cafe.example")
+            environment = dict(entry.split("=", 1) for entry in self.values("Environment", unit))
+            options = options_of(command, environment)
+            self.assertTrue(options["reuse-port"])
+            self.assertEqual(options["node"], f"cafe.example-{instance}")
+            self.assertEqual(options["metrics"], f"tcp:910{instance}:interface=127.0.0.1")
+            folder = Path("/var/lib", self.value("StateDirectory", unit))
+            self.assertEqual(Path(options["store"]).parent, folder)
+            self.assertEqual(self.value("WorkingDirectory", unit), str(folder))
+            nodes.append((options["store"], options["port"]))
+        (first, port), (second, same_port) = nodes
+        self.assertNotEqual(first, second)
+        self.assertEqual(port, same_port)
 
     def test_stop(self) -> None:
         """The server has time for its drain and its log."""
@@ -122,9 +174,10 @@ class Units(ExampleTestCase):
         if shutil.which("systemd-analyze") is None:
             raise SkipTest("there is no systemd-analyze here")
         folder = make_folder(self)
-        service = re.sub(r"(?m)^(User|Group)=.*\n", "", self.service)
-        service = service.replace(shlex.split(self.value("ExecStart"))[0], "/bin/true")
-        (folder / "cafeorch.service").write_text(service)
+        program = shlex.split(self.value("ExecStart"))[0]
+        for name, text in (("cafeorch", self.service), ("cafeorch@1", self.template)):
+            service = re.sub(r"(?m)^(User|Group)=.*\n", "", text)
+            (folder / f"{name}.service").write_text(service.replace(program, "/bin/true"))
         (folder / "cafeorch.socket").write_text(self.socket)
         found = subprocess.run(
             ["systemd-analyze", "verify", *folder.iterdir()],

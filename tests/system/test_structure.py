@@ -44,6 +44,7 @@ EXTRAS = {
     "store.postgresql": {"psycopg"},
     "store.postgresql_connection": {"psycopg"},
     "store.postgresql_schema": {"psycopg"},
+    "store.postgresql_state": {"psycopg"},
 }
 """What comes with an extra, and the modules that use it."""
 

@@ -37,14 +37,15 @@ def absolute(location: str) -> str:
     return str(Path(path).absolute())
 
 
-def store_at(location: str) -> Store:
+def store_at(location: str, node: str | None = None) -> Store:
     """The store at a place.
 
     :param location: of :func:`absolute`.
+    :param node: the name of this server, which stands with each session that it stores.
     """
     if location.startswith(_POSTGRESQL):
-        return PostgreSQLStore(location)
-    return SQLiteStore(location)
+        return PostgreSQLStore(location, node)
+    return SQLiteStore(location, node)
 
 
 def _check_url(url: str) -> None:
@@ -65,10 +66,12 @@ class SQLiteStore:
     """A file that is the store of one server.
 
     :param path: of the file.
+    :param node: the name of the server that opens it.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, node: str | None = None) -> None:
         self._path = path
+        self._node = node
 
     @property
     def codec(self) -> str:
@@ -88,7 +91,7 @@ class SQLiteStore:
             lock = StoreLock(self._path)
             try:
                 clear_blank(self._path)
-                return Database(self._path, lock=lock)
+                return Database(self._path, lock=lock, node=self._node)
             except BaseException:
                 lock.close()
                 raise

@@ -68,11 +68,13 @@ class Database:
 
     :param url: of the database.
     :param keep_schema: try to create or upgrade the schema, and undo it.
+    :param node: the name of this server, which its sessions get.
     :raises StoreError: if it cannot be opened, or is not a store.
     """
 
-    def __init__(self, url: str, *, keep_schema: bool = False) -> None:
+    def __init__(self, url: str, *, keep_schema: bool = False, node: str | None = None) -> None:
         self._url = url
+        self._node = node
         self._errors: Any = psycopg_module()
         self._session_ids = SessionIds()
         # Of the transaction that is open, or whose commit has raised.
@@ -310,13 +312,14 @@ class Database:
         session_id = self._session_ids.get(session)
         if session_id is None:
             ((session_id,),) = self._connection.execute(
-                "INSERT INTO session (client_id, ip, connected_at, common_name)"
-                " VALUES (%s, %s, %s, %s) RETURNING id",
+                "INSERT INTO session (client_id, ip, connected_at, common_name, node)"
+                " VALUES (%s, %s, %s, %s, %s) RETURNING id",
                 (
                     client_id_text(session),
                     session.ip,
                     timestamp(session.connected_at),
                     session.common_name,
+                    self._node,
                 ),
             ).fetchall()
             self._session_ids.add(session, session_id)
@@ -336,12 +339,14 @@ class PostgreSQLStore:
     """A database that servers share.
 
     :param url: of the database, which libpq understands.
+    :param node: the name of the server that opens it.
     """
 
     codec = "pure"
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, node: str | None = None) -> None:
         self._url = url
+        self._node = node
 
     def check(self) -> None:
         """Make sure that the database can be the store, and change nothing.
@@ -351,11 +356,11 @@ class PostgreSQLStore:
         Database(self._url, keep_schema=True).close()
 
     def open(self) -> Database:
-        """Open the database; the schema is created where there is none.
+        """Open the database; the schema is created where there is none, an older one upgraded.
 
         :raises StoreError: if it cannot be the store.
         """
-        return Database(self._url)
+        return Database(self._url, node=self._node)
 
     def sizes(self) -> StoreSizes:
         """The files are the server's own business."""

@@ -1,4 +1,4 @@
-"""The store's schema in PostgreSQL: made by the first server that starts, checked by all."""
+"""The store's schema in PostgreSQL: made or upgraded by the first server that starts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from cafeteria_orch.wire.tables import TABLES
 
 from .database import StoreError
+from .postgresql_connection import psycopg_module
+from .postgresql_views import typed_views
 from .schema import ingest_status
 
 if TYPE_CHECKING:
     import psycopg
 
-SCHEMA_VERSION = 1
-"""Of a new store in PostgreSQL."""
+SCHEMA_VERSION = 2
+"""Of a new store in PostgreSQL. Version 1 has no typed views, and no session has a node."""
 
 # Of all servers that start at once, one makes the schema. Any number that others do not use.
 _LOCK = 0x63616665
@@ -28,7 +30,8 @@ CREATE TABLE session (
     connected_at text NOT NULL,
     finished_at text,
     agency_id integer,
-    common_name text
+    common_name text,
+    node text
 );
 CREATE INDEX ON session (client_id);
 CREATE TABLE batch (
@@ -64,28 +67,35 @@ _RIGHTS += [("session", "UPDATE"), ("table_eof", "UPDATE")]
 
 
 def prepare(connection: psycopg.Connection[Any]) -> None:
-    """Create the schema where there is none, inside a transaction, and check one that is there.
+    """Bring the schema up to :data:`SCHEMA_VERSION` inside a transaction, and check it.
 
     :raises StoreError: if the database cannot be the store.
     """
     connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_PATIENCE}s'")
     connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
     version = _version(connection)
-    if version is None:
-        for statement in _statements():
-            connection.execute(statement)
-    elif version > SCHEMA_VERSION:
+    if version > SCHEMA_VERSION:
         raise StoreError(
             f"it has schema version {version}, this program knows {SCHEMA_VERSION}: run the newer"
             " program, or name another --store"
         )
+    try:
+        for statement in statements(version):
+            connection.execute(statement)
+    except psycopg_module().errors.InsufficientPrivilege as error:
+        if not version:
+            raise
+        raise StoreError(
+            f"it has schema version {version}, and its user may not upgrade it to"
+            f" {SCHEMA_VERSION}: {error.diag.message_primary}"
+        ) from error
     for name, right in _RIGHTS:
         if not _ask(connection, "has_table_privilege(%s, %s)", name, right):
             raise StoreError(f"its user has no right to {right} in table {name}")
 
 
-def _version(connection: psycopg.Connection[Any]) -> int | None:
-    """The version of the schema; ``None`` if there is none yet."""
+def _version(connection: psycopg.Connection[Any]) -> int:
+    """The version of the schema; 0 if there is none yet."""
     there = [name for name in _NAMES if _ask(connection, "to_regclass(%s)", name) is not None]
     if _ask(connection, "to_regclass('schema_version')") is not None:
         ((marks,),) = connection.execute(_IS_OURS).fetchall()
@@ -97,7 +107,7 @@ def _version(connection: psycopg.Connection[Any]) -> int | None:
         there.append("schema_version")
     if there:
         raise StoreError(f"it has a table {there[0]} of something else: name another --store")
-    return None
+    return 0
 
 
 def _ask(connection: psycopg.Connection[Any], expression: str, *values: object) -> Any:
@@ -105,7 +115,23 @@ def _ask(connection: psycopg.Connection[Any], expression: str, *values: object) 
     return connection.execute(query, values).fetchall()[0][0]
 
 
-def _statements() -> Iterator[str]:
+def statements(version: int) -> Iterator[str]:
+    """What makes a store of an older version one of :data:`SCHEMA_VERSION`.
+
+    :param version: of the store; 0 if there is nothing in it yet.
+    """
+    if version == SCHEMA_VERSION:
+        return
+    if version == 0:
+        yield from _creation()
+    else:
+        # At the end of the table, as in a new store. Servers that run go on, and leave it empty.
+        yield "ALTER TABLE session ADD COLUMN node text"
+    yield from typed_views()
+    yield f"UPDATE schema_version SET version = {SCHEMA_VERSION}"  # noqa: S608
+
+
+def _creation() -> Iterator[str]:
     yield from filter(str.strip, _TABLES.split(";"))
     for table in TABLES:
         columns = ", ".join(f"{name} text" for name in table.columns)
@@ -113,4 +139,4 @@ def _statements() -> Iterator[str]:
         # the transaction of its batch.
         yield f"CREATE TABLE {table.name} (batch_id bigint NOT NULL, {columns})"
     yield ingest_status()
-    yield f"INSERT INTO schema_version VALUES ('cafeteria_orch', {SCHEMA_VERSION})"  # noqa: S608
+    yield "INSERT INTO schema_version VALUES ('cafeteria_orch', 0)"

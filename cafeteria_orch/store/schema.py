@@ -8,11 +8,11 @@ from cafeteria_orch.wire.tables import TABLES
 
 from .views import typed_views
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Of a new store.
 
 Version 1 has no common names; before version 3, some columns are numeric; before version 4, there
-are no typed views.
+are no typed views; before version 5, no session has a node.
 """
 
 APPLICATION_ID = 0x63616665
@@ -26,7 +26,8 @@ CREATE TABLE session (
     connected_at TEXT NOT NULL,
     finished_at TEXT,
     agency_id INTEGER,
-    common_name TEXT
+    common_name TEXT,
+    node TEXT
 );
 CREATE TABLE batch (
     id INTEGER PRIMARY KEY,
@@ -48,6 +49,12 @@ CREATE TABLE table_eof (
     PRIMARY KEY (session_id, table_name)
 );
 """
+
+# Columns that came with a version. They stand at the end of their table, as in a new store.
+_ADDED = {
+    2: "ALTER TABLE session ADD COLUMN common_name TEXT",
+    5: "ALTER TABLE session ADD COLUMN node TEXT",
+}
 
 _VIEW = """
 CREATE VIEW ingest_status AS
@@ -105,9 +112,8 @@ def statements(version: int) -> Iterator[str]:
         return
     if version == 0:
         yield from _creation()
-    elif version == 1:
-        # What is added stands at the end of its table, here as in a new store.
-        yield "ALTER TABLE session ADD COLUMN common_name TEXT"
+    else:
+        yield from (added for number, added in _ADDED.items() if number > version)
     yield "DROP VIEW IF EXISTS ingest_status"
     yield ingest_status()
     yield from typed_views()

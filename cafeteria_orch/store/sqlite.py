@@ -62,15 +62,22 @@ class Database:
     :param path: the file; a missing one is created, one of an older version is upgraded.
     :param keep_version: try the upgrade, and undo it.
     :param lock: is released when the database is closed.
+    :param node: the name of this server, which its sessions get.
     :raises StoreError: if the file cannot be opened, or is not a store.
     """
 
     def __init__(
-        self, path: str, *, keep_version: bool = False, lock: StoreLock | None = None
+        self,
+        path: str,
+        *,
+        keep_version: bool = False,
+        lock: StoreLock | None = None,
+        node: str | None = None,
     ) -> None:
         _check_library()
         self._path = path
         self._lock = lock
+        self._node = node
         self._wal = Path(f"{real_path(path)}-wal")
         self._opened_files: tuple[object, ...] | None = None
         self._session_ids = SessionIds()
@@ -257,13 +264,14 @@ class Database:
         session_id = self._session_ids.get(session)
         if session_id is None:
             inserted = self._connection.execute(
-                "INSERT INTO session (client_id, ip, connected_at, common_name)"
-                " VALUES (?, ?, ?, ?)",
+                "INSERT INTO session (client_id, ip, connected_at, common_name, node)"
+                " VALUES (?, ?, ?, ?, ?)",
                 (
                     client_id_text(session),
                     session.ip,
                     timestamp(session.connected_at),
                     session.common_name,
+                    self._node,
                 ),
             )
             session_id = inserted.lastrowid or 0

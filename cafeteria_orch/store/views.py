@@ -2,12 +2,13 @@
 
 A view ``users_typed`` has the columns of ``users``, each with a meaning, and before them the
 batch, its agency and the time it came. What a cell cannot mean is NULL: empty text, and text that
-is no number or time.
+is no number or time. Each database says it with functions of its own, and means the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from cafeteria_orch.wire.tables import TABLES, Table
 
@@ -26,24 +27,48 @@ _KINDS = {
 }
 """What a column means; one that is not here is text."""
 
-_TEXT = "nullif(CAST({cell} AS TEXT), '')"
+
+class Dialect(NamedTuple):
+    """How a database says what a cell means.
+
+    :ivar text: a ``{cell}`` as text; NULL for empty text.
+    :ivar meanings: by kind, what such a ``{text}`` means.
+    :ivar received_at: the time that a batch came.
+    :ivar end: the end of the view.
+    """
+
+    text: str
+    meanings: Mapping[str, str]
+    received_at: str
+    end: str
+
+
 _IS_NUMBER = (
     "{text} GLOB '*[0-9]*' AND {text} NOT GLOB '*[^0-9.+-]*'"
     " AND {text} NOT GLOB '*.*.*' AND substr({text}, 2) NOT GLOB '*[+-]*'"
 )
-_IS_DATE = "{text} GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]*'"
+# By arithmetic ("+0 days"): some versions take the 31st of February for a day, others for the 2nd
+# of March; and so with hour 24.
+_IS_DATE = "date(substr({text}, 1, 10), '+0 days') = substr({text}, 1, 10) AND {text} >= '0001'"
 
-_EXPRESSIONS = {
-    "text": "{text}",
-    # Where a column of theirs has gaps, spreadsheets and data frames write 1364 as 1364.0.
-    "identifier": "CASE WHEN {text} GLOB '*[0-9].0' AND {text} NOT GLOB '*[^0-9]*.0'"
-    " THEN substr({text}, 1, length({text}) - 2) ELSE {text} END",
-    "number": f"CASE WHEN {_IS_NUMBER} THEN CAST({{text}} AS REAL) END",
-    "integer": f"CASE WHEN {_IS_NUMBER} THEN CAST({{text}} AS INTEGER) END",
-    "boolean": "CASE lower({text}) WHEN 'true' THEN 1 WHEN 'false' THEN 0 END",
-    "date": f"CASE WHEN {_IS_DATE} THEN date({{text}}) END",
-    "time": f"CASE WHEN {_IS_DATE} THEN datetime({{text}}) END",
-}
+_SQLITE = Dialect(
+    text="nullif(CAST({cell} AS TEXT), '')",
+    meanings={
+        "text": "{text}",
+        # Where a column of theirs has gaps, spreadsheets and data frames write 1364 as 1364.0.
+        "identifier": "CASE WHEN {text} GLOB '*[0-9].0' AND {text} NOT GLOB '*[^0-9]*.0'"
+        " THEN substr({text}, 1, length({text}) - 2) ELSE {text} END",
+        "number": f"CASE WHEN {_IS_NUMBER} THEN CAST({{text}} AS REAL) END",
+        "integer": f"CASE WHEN {_IS_NUMBER} AND abs(CAST({{text}} AS REAL)) < 9e18"
+        " THEN CAST({text} AS INTEGER) END",
+        "boolean": "CASE lower({text}) WHEN 'true' THEN 1 WHEN 'false' THEN 0 END",
+        "date": f"CASE WHEN {_IS_DATE} THEN date({{text}}, '+0 days') END",
+        "time": f"CASE WHEN {_IS_DATE} THEN datetime({{text}}, '+0 days') END",
+    },
+    received_at="batch.received_at",
+    # So that a join makes an index of the view; else it computes each cell for each pair of rows.
+    end="LIMIT -1",
+)
 
 _VIEW = """
 CREATE VIEW {table}_typed AS
@@ -55,26 +80,33 @@ WITH known AS (
 SELECT
     batch.id AS batch_id,
     coalesce(session.agency_id, known.agency_id) AS agency_id,
-    batch.received_at,
+    {received_at} AS received_at,
     {columns}
 FROM {table}
 JOIN batch ON batch.id = {table}.batch_id
 JOIN session ON session.id = batch.session_id
 LEFT JOIN known ON known.client_id = session.client_id
--- So that a join makes an index of the view; else it computes each cell for each pair of rows.
-LIMIT -1
+{end}
 """
 
 
 def typed_views() -> Iterator[str]:
-    """What makes the views anew."""
+    """What makes the views anew in SQLite."""
     for table in TABLES:
         yield f"DROP VIEW IF EXISTS {table.name}_typed"
-        columns = ",\n    ".join(_column(table, name) for name in table.columns)
-        yield _VIEW.format(table=table.name, columns=columns)
+        yield typed_view(table, _SQLITE)
 
 
-def _column(table: Table, name: str) -> str:
-    text = _TEXT.format(cell=f"{table.name}.{name}")
-    expression = _EXPRESSIONS[_KINDS.get(name, "text")]
-    return f"{expression.format(text=text)} AS {name}"
+def typed_view(table: Table, dialect: Dialect) -> str:
+    """What makes the view of a table."""
+    columns = []
+    for name in table.columns:
+        text = dialect.text.format(cell=f"{table.name}.{name}")
+        meaning = dialect.meanings[_KINDS.get(name, "text")].format(text=text)
+        columns.append(f"{meaning} AS {name}")
+    return _VIEW.format(
+        table=table.name,
+        received_at=dialect.received_at,
+        columns=",\n    ".join(columns),
+        end=dialect.end,
+    )

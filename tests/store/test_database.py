@@ -191,7 +191,7 @@ class Sessions(DatabaseTestCase):
         """It is written with the first batch, and once."""
         self.session.client_id = CLIENT
         self.store()
-        row = (1, str(CLIENT), PEER, NOW_TEXT, None, None, None)
+        row = (1, str(CLIENT), PEER, NOW_TEXT, None, None, None, None)
         self.assertEqual(self.sessions(), [row])
         self.store(batch_number=2)
         with self.database.transaction():
@@ -204,6 +204,16 @@ class Sessions(DatabaseTestCase):
         self.session.common_name = "agency-ñ"
         self.store()
         self.assertEqual(self.query("SELECT common_name FROM session"), [("agency-ñ",)])
+
+    def test_node(self) -> None:
+        """A session has the name of the server that stored it; an unnamed server's has none."""
+        self.store()
+        self.database.close()
+        self.open(node="north-1")
+        self.store(Session(PEER, NOW))
+        self.assertEqual(
+            self.query("SELECT node FROM session ORDER BY id"), [(None,), ("north-1",)]
+        )
 
     def test_equal_sessions(self) -> None:
         """Two connections of one client have a row each."""
@@ -232,7 +242,7 @@ class Sessions(DatabaseTestCase):
         with self.database.transaction():
             self.database.finish_session(self.session, NOW + 1)
         finished_at = NOW_TEXT.replace(":20.", ":21.")
-        self.assertEqual(self.sessions(), [(1, None, PEER, NOW_TEXT, finished_at, 3, None)])
+        self.assertEqual(self.sessions(), [(1, None, PEER, NOW_TEXT, finished_at, 3, None, None)])
 
     def test_finish_one_of_two(self) -> None:
         """The end of one session is not that of another, and an agency need not be told."""

@@ -204,7 +204,7 @@ class Sinks(SynchronousTestCase):
     def test_dropped_table(self) -> None:
         """A table that somebody has dropped refuses its batches, with FAIL 1."""
         self.start()
-        query(self.url, "DROP TABLE users")
+        query(self.url, "DROP TABLE users CASCADE")
         self.assertEqual(self.send(batch_frame()), TRY_AGAIN)
         self.assertIn('relation "users" does not exist', self.sink.refusal or "")
 

@@ -64,6 +64,7 @@ class UpgradeTestCase(SynchronousTestCase):
         self.path = self.folder / "store.sqlite3"
         make_older_store(self.path, self.older)
         self.before = contents(self.path)
+        self.columns_before = len(columns(self.path, "session"))
 
     def open(self, path: Path | None = None) -> Database:
         database = Database(str(path or self.path))
@@ -86,7 +87,8 @@ class UpgradeTestCase(SynchronousTestCase):
         path = path or self.path
         self.assertEqual(version(path), self.older)
         names = [column[1] for column in columns(path, "session")]
-        self.assertEqual("common_name" in names, self.older == 2)
+        self.assertEqual("common_name" in names, self.older > 1)
+        self.assertNotIn("node", names)
         self.assertEqual(contents(path), self.before)
 
 
@@ -161,7 +163,7 @@ class Upgrade(UpgradeTestCase):
             reader.execute("SELECT * FROM ingest_status").fetchall()
             self.open()
             self.assertEqual(
-                len(reader.execute("SELECT * FROM session").fetchone()), 5 + self.older
+                len(reader.execute("SELECT * FROM session").fetchone()), self.columns_before
             )
         self.assert_upgraded()
 
@@ -177,6 +179,12 @@ class UpgradeOfVersion2(Upgrade):
     """The same of a store of version 2."""
 
     older = 2
+
+
+class UpgradeOfVersion4(Upgrade):
+    """The same of a store of version 4."""
+
+    older = 4
 
 
 class Interrupted(UpgradeTestCase):
@@ -246,6 +254,12 @@ class InterruptedOfVersion2(Interrupted):
     """The same of a store of version 2."""
 
     older = 2
+
+
+class InterruptedOfVersion4(Interrupted):
+    """The same of a store of version 4."""
+
+    older = 4
 
 
 class Checking(UpgradeTestCase):

@@ -30,6 +30,7 @@ COLUMNS = {
         ("finished_at", "TEXT", 0),
         ("agency_id", "INTEGER", 0),
         ("common_name", "TEXT", 0),
+        ("node", "TEXT", 0),
     ],
     "batch": [
         ("id", "INTEGER", 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 from cafeteria_orch.sender.exports import find_exports
@@ -13,9 +14,9 @@ from cafeteria_orch.wire.tables import (
     TRANSACTION_ITEMS,
     TRANSACTIONS,
     USERS,
-    Table,
 )
 from tests.support.builders import DATA, PEER
+from tests.support.postgresql import InPostgreSQL
 from tests.support.stores import CLIENT, NOW, NOW_TEXT, DatabaseTestCase
 
 
@@ -27,10 +28,12 @@ class Meaning(DatabaseTestCase):
         (table,) = [table for table in TABLES if column in table.columns][:1]
         rows = [tuple(cell if name == column else "" for name in table.columns) for cell in cells]
         self.store(table=table, rows=rows)
-        found = self.query(f"SELECT {column} FROM {table.name}_typed ORDER BY rowid")
+        batch = f"batch_id = {self.count('batch')}"
+        found = self.meanings(f"SELECT {column} FROM {table.name}_typed WHERE {batch}")
+        came = self.query(f"SELECT {column} FROM {table.name} WHERE {batch}")
         self.assertEqual(
-            [(type(cell), cell) for (cell,) in found],
-            [(type(cell), cell) for cell in cells.values()],
+            {text: (type(cell), cell) for (text,), cell in zip(came, found)},
+            {text: (type(cell), cell) for text, cell in cells.items()},
         )
 
     def test_identifiers(self) -> None:
@@ -42,12 +45,31 @@ class Meaning(DatabaseTestCase):
     def test_numbers(self) -> None:
         """What is no number is NULL, and not 0."""
         cells: dict[str, Any] = {"12.50": 12.5, "-3": -3.0, "+.5": 0.5, "007": 7.0}
-        wrong = ("", "abc", "1,5", "1.2.3", "1-2", "-", ".", "0x10", "12 €")
-        self.assert_means("price", cells | dict.fromkeys(wrong))
+        wrong: tuple[str, ...] = (
+            "",
+            "abc",
+            "1,5",
+            "1.2.3",
+            "1-2",
+            "-",
+            ".",
+            "0x10",
+            "12 €",
+            "1e5",
+        )
+        wrong += ("NaN", "Infinity", "--1", "+-1", " 1", "1\n", "1_000", "٣")
+        self.assert_means("price", cells | {"5.": 5.0} | dict.fromkeys(wrong))
 
     def test_integers(self) -> None:
         """A quantity is an integer, also where it came as 2.0."""
         self.assert_means("quantity", {"3": 3, "2.0": 2, "-1": -1, "": None, "two": None})
+        cells: dict[str, Any] = {
+            "2.9": 2,
+            "-2.9": -2,
+            ".5": 0,
+            "123456789012345678": 123456789012345678,
+        }
+        self.assert_means("quantity", cells | {"9" * 19: None, "-" + "9" * 400: None})
 
     def test_booleans(self) -> None:
         """Whoever wrote them, and nothing else is one."""
@@ -60,14 +82,48 @@ class Meaning(DatabaseTestCase):
             "2024-01-14 06:18:35": "2024-01-14 06:18:35",
             "2024-01-14T06:18": "2024-01-14 06:18:00",
             "2024-01-14": "2024-01-14 00:00:00",
+            "2024-01-14T06:18:35.999Z": "2024-01-14 06:18:35",
+            "2024-01-14 06:18:35+02:30": "2024-01-14 03:48:35",
+            "2024-01-14 23:18 -02:30 ": "2024-01-15 01:48:00",
+            "2024-01-1406:18": "2024-01-14 06:18:00",
+            "2024-01-14 \tT 24:30": "2024-01-15 00:30:00",
+            "0001-01-01": "0001-01-01 00:00:00",
+            "9999-12-31 23:59:59": "9999-12-31 23:59:59",
         }
-        wrong = ("", "2024-13-01 00:00:00", "2460000", "now", "14/01/2024")
+        wrong: tuple[str, ...] = (
+            "",
+            "2024-13-01 00:00:00",
+            "2460000",
+            "now",
+            "14/01/2024",
+            "20240114",
+        )
+        wrong += ("2024-01-14 6:18", "2024-01-14 06", "2024-01-14 06:60", "2024-01-14 25:00")
+        wrong += ("2024-01-14 06:18:60", "2024-01-14 06:18:35.", "2024-01-14 06:18 PST", "epoch")
+        wrong += ("2024-01-14 06:18+2", "2024-01-14 06:18+15:00", " 2024-01-14", "2024-01-14x")
+        wrong += (
+            "2024-01-14\u00a006:18",
+            "9999-12-31 23:00-02:00",
+            "9999-12-31 24:00",
+            "infinity",
+        )
         self.assert_means("registered_at", cells | dict.fromkeys(wrong))
 
     def test_dates(self) -> None:
         """A date has no time."""
         cells = {"2003-06-13": "2003-06-13", "2003-06-13 10:00:00": "2003-06-13", "": None}
         self.assert_means("birthdate", {**cells, "13": None})
+        days = ("2024-02-29", "2000-02-29", "1900-02-28", "2024-04-30", "2024-12-31")
+        never: tuple[str, ...] = (
+            "2024-02-30",
+            "2024-02-31",
+            "2023-02-29",
+            "1900-02-29",
+            "2024-04-31",
+            "2024-01-32",
+        )
+        never += ("0000-00-00", "0000-01-01", "2024-00-10", "2024-01-00", "12024-01-01")
+        self.assert_means("birthdate", {day: day for day in days} | dict.fromkeys(never))
 
     def test_text(self) -> None:
         """Other text stays letter for letter; empty text is NULL."""
@@ -87,11 +143,9 @@ class Origin(DatabaseTestCase):
             self.store(session, batch_number=number)
         with self.database.transaction():
             self.database.finish_session(late, NOW)
-        found = self.query("SELECT batch_id, agency_id, received_at, user_id FROM users_typed")
-        self.assertEqual(
-            sorted(found),
-            [(1, 7, NOW_TEXT, "7"), (2, 7, NOW_TEXT, "7"), (3, None, NOW_TEXT, "7")],
-        )
+        found = self.query("SELECT batch_id, agency_id, user_id FROM users_typed")
+        self.assertEqual(sorted(found), [(1, 7, "7"), (2, 7, "7"), (3, None, "7")])
+        self.assertEqual(self.meanings("SELECT received_at FROM users_typed"), [NOW_TEXT] * 3)
 
 
 class Joins(DatabaseTestCase):
@@ -141,11 +195,49 @@ class Joins(DatabaseTestCase):
         for table in TABLES:
             self.assertEqual(self.count_rows(f"{table.name}_typed"), self.count_rows(table.name))
             self.assertEqual(
-                self.columns(table), ["batch_id", "agency_id", "received_at", *table.columns]
+                self.columns_of(f"{table.name}_typed"),
+                ["batch_id", "agency_id", "received_at", *table.columns],
             )
 
-    def columns(self, table: Table) -> list[str]:
-        return [
-            name
-            for (name,) in self.query(f"SELECT name FROM pragma_table_info('{table.name}_typed')")
-        ]
+
+class MeaningInPostgreSQL(InPostgreSQL, Meaning):
+    """The same of PostgreSQL."""
+
+    def test_types(self) -> None:
+        """Numbers are exact, and times have a type to calculate with."""
+        row = ("1", "2", "3", "9007199254740993.10", "1e5", "2024-01-14 06:18:35")
+        self.store(table=TRANSACTION_ITEMS, rows=[row])
+        found = self.query("SELECT unit_price, subtotal FROM transaction_items_typed")
+        self.assertEqual(found, [(Decimal("9007199254740993.10"), None)])
+        day = self.query("SELECT extract(dow FROM created_at)::int FROM transaction_items_typed")
+        self.assertEqual(day, [(0,)])
+
+    def test_number_of_any_length(self) -> None:
+        """No number is too long for a query."""
+        cells = ("9" * 15_000, "." + "9" * 15_000, "9" * 200_000, "." + "9" * 20_000)
+        self.store(rows=[(cell, "", cell, "") for cell in cells])
+        self.store(table=TRANSACTION_ITEMS, rows=[("", "", "1", cell, "1", "") for cell in cells])
+        found = self.query("SELECT unit_price IS NULL FROM transaction_items_typed")
+        self.assertEqual(found, [(False,), (False,), (True,), (True,)])
+
+    def test_settings(self) -> None:
+        """What a session sets for dates, times and their zone changes no meaning."""
+        import psycopg  # noqa: PLC0415
+
+        self.store(rows=[("1", "", "2003-06-13", "2024-01-14 06:18:35-05:00")])
+        settings = "-c DateStyle=SQL,DMY -c TimeZone=Asia/Tokyo -c IntervalStyle=sql_standard"
+        with psycopg.connect(self.url, options=settings) as connection:
+            cells = connection.execute(
+                "SELECT birthdate = DATE '2003-06-13', registered_at = TIMESTAMP"
+                " '2024-01-14 11:18:35', received_at = TIMESTAMP '2023-11-14 22:13:20.250'"
+                " FROM users_typed"
+            ).fetchall()
+        self.assertEqual(cells, [(True, True, True)])
+
+
+class OriginInPostgreSQL(InPostgreSQL, Origin):
+    """The same of PostgreSQL."""
+
+
+class JoinsInPostgreSQL(InPostgreSQL, Joins):
+    """The same of PostgreSQL."""

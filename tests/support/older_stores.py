@@ -143,9 +143,140 @@ COMMIT;
 """What that of version 2 had beside it; the columns of the five tables were the same."""
 
 
+VERSION_4 = """
+BEGIN;
+CREATE VIEW users_typed AS
+WITH known AS (
+    SELECT client_id, max(agency_id) AS agency_id FROM session
+    WHERE client_id IS NOT NULL GROUP BY client_id
+)
+SELECT
+    batch.id AS batch_id,
+    coalesce(session.agency_id, known.agency_id) AS agency_id,
+    batch.received_at,
+    CASE WHEN nullif(CAST(users.user_id AS TEXT), '') GLOB '*[0-9].0'
+        AND nullif(CAST(users.user_id AS TEXT), '') NOT GLOB '*[^0-9]*.0'
+        THEN substr(nullif(CAST(users.user_id AS TEXT), ''), 1,
+            length(nullif(CAST(users.user_id AS TEXT), '')) - 2)
+        ELSE nullif(CAST(users.user_id AS TEXT), '') END AS user_id,
+    nullif(CAST(users.gender AS TEXT), '') AS gender,
+    CASE WHEN nullif(CAST(users.birthdate AS TEXT), '')
+        GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]*'
+        THEN date(nullif(CAST(users.birthdate AS TEXT), '')) END AS birthdate,
+    CASE WHEN nullif(CAST(users.registered_at AS TEXT), '')
+        GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]*'
+        THEN datetime(nullif(CAST(users.registered_at AS TEXT), '')) END AS registered_at
+FROM users
+JOIN batch ON batch.id = users.batch_id
+JOIN session ON session.id = batch.session_id
+LEFT JOIN known ON known.client_id = session.client_id
+LIMIT -1;
+PRAGMA user_version = 4;
+COMMIT;
+"""
+"""What that of version 4 had beside it: typed views, of which this is one."""
+
+POSTGRESQL_VERSION_1 = """
+CREATE TABLE session (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    client_id text,
+    ip text NOT NULL,
+    connected_at text NOT NULL,
+    finished_at text,
+    agency_id integer,
+    common_name text
+);
+CREATE INDEX ON session (client_id);
+CREATE TABLE batch (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    session_id bigint NOT NULL REFERENCES session,
+    client_id text,
+    opcode integer NOT NULL,
+    batch_number bigint NOT NULL,
+    status integer NOT NULL,
+    amount integer NOT NULL,
+    digest bytea NOT NULL,
+    received_at text NOT NULL,
+    UNIQUE (client_id, opcode, batch_number, digest)
+);
+CREATE TABLE table_eof (
+    session_id bigint NOT NULL REFERENCES session,
+    table_name text NOT NULL,
+    received_at text NOT NULL,
+    last_batch_id bigint NOT NULL,
+    PRIMARY KEY (session_id, table_name)
+);
+CREATE TABLE schema_version (application text NOT NULL, version integer NOT NULL);
+CREATE TABLE menu_items (batch_id bigint NOT NULL, product_id text, name text, category text,
+    price text, is_seasonal text, available_from text, available_to text);
+CREATE TABLE stores (batch_id bigint NOT NULL, store_id text, store_name text, street text,
+    postal_code text, city text, state text, latitude text, longitude text);
+CREATE TABLE transaction_items (batch_id bigint NOT NULL, transaction_id text, item_id text,
+    quantity text, unit_price text, subtotal text, created_at text);
+CREATE TABLE transactions (batch_id bigint NOT NULL, transaction_id text, store_id text,
+    payment_method_id text, user_id text, original_amount text, discount_applied text,
+    final_amount text, created_at text, voucher_id text);
+CREATE TABLE users (batch_id bigint NOT NULL, user_id text, gender text, birthdate text,
+    registered_at text);
+CREATE VIEW ingest_status AS
+WITH part AS (
+    SELECT
+        session_id,
+        CASE batch.opcode WHEN 4 THEN 'menu_items' WHEN 5 THEN 'stores'
+        WHEN 6 THEN 'transaction_items' WHEN 7 THEN 'transactions' WHEN 8 THEN 'users' END
+        AS table_name,
+        count(*) AS batches,
+        sum(amount) AS rows,
+        min(received_at) AS first_received_at,
+        max(received_at) AS last_received_at,
+        max(id) AS last_batch_id
+    FROM batch
+    GROUP BY session_id, opcode
+)
+SELECT
+    session_id,
+    client_id,
+    -- A connection that was cut never said its agency, another of the same client did.
+    coalesce(agency_id, (
+        SELECT max(agency_id) FROM session AS other WHERE other.client_id = session.client_id
+    )) AS agency_id,
+    common_name,
+    table_name,
+    batches,
+    rows,
+    first_received_at,
+    last_received_at,
+    EXISTS (
+        SELECT 1
+        FROM table_eof JOIN session AS other ON other.id = table_eof.session_id
+        WHERE table_eof.table_name = part.table_name
+        AND (other.id = session.id OR other.client_id = session.client_id)
+        AND table_eof.last_batch_id >= part.last_batch_id
+    ) AS complete
+FROM part JOIN session ON session.id = session_id;
+INSERT INTO schema_version VALUES ('cafeteria_orch', 1);
+INSERT INTO session (client_id, ip, connected_at, finished_at, agency_id, common_name) VALUES
+    ('00000000-0000-0000-0000-000000000007', '192.0.2.7', '2023-11-14 22:13:20.250',
+    '2023-11-14 22:13:21.000', 3, 'agency-7'),
+    (NULL, '192.0.2.8', '2023-11-14 22:13:20.250', NULL, NULL, NULL);
+INSERT INTO batch
+    (session_id, client_id, opcode, batch_number, status, amount, digest, received_at) VALUES
+    (1, '00000000-0000-0000-0000-000000000007', 8, 1, 0, 1,
+    '\\x38232d86412be6a0df386b4e562a57a1', '2023-11-14 22:13:20.250'),
+    (2, NULL, 8, 1, 0, 1, '\\x38232d86412be6a0df386b4e562a57a1', '2023-11-14 22:13:20.250');
+INSERT INTO users VALUES
+    (1, '7', 'female', '2003-06-13', '2024-01-11 17:50:12'),
+    (2, '7', 'female', '2003-06-13', '2024-01-11 17:50:12');
+INSERT INTO table_eof VALUES (1, 'users', '2023-11-14 22:13:20.500', 1);
+"""
+"""A store of version 1 in PostgreSQL and what it had stored, as that program wrote it."""
+
+
 def make_older_store(path: Path, version: int = 1) -> None:
-    """Make a store of version 1 or 2."""
+    """Make a store of version 1, 2 or 4."""
     with closing(sqlite3.connect(path, isolation_level=None)) as store:
         store.executescript(VERSION_1)
-        if version == 2:
+        if version >= 2:
             store.executescript(VERSION_2)
+        if version >= 4:
+            store.executescript(VERSION_4)

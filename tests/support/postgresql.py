@@ -9,6 +9,8 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import date, datetime
+from decimal import Decimal
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -110,12 +112,15 @@ class InPostgreSQL(DatabaseTestCase):
         self.url = cluster().new_database()
         super().setUp()
 
-    def open(self) -> None:
-        self.database = postgresql.Database(self.url)
+    def open(self, **options: Any) -> None:
+        self.database = postgresql.Database(self.url, **options)
         self.addCleanup(self.database.close)
 
     def query(self, sql: str) -> list[tuple[Any, ...]]:
         return query(self.url, sql)
+
+    def meanings(self, sql: str) -> list[Any]:
+        return [_as_in_sqlite(cell) for (cell,) in self.query(sql)]
 
     def columns_of(self, name: str) -> list[str]:
         found = self.query(
@@ -123,3 +128,13 @@ class InPostgreSQL(DatabaseTestCase):
             f" WHERE table_name = '{name}' ORDER BY ordinal_position"
         )
         return [column for (column,) in found]
+
+
+def _as_in_sqlite(cell: Any) -> Any:
+    if isinstance(cell, datetime):
+        return cell.isoformat(" ", "milliseconds" if cell.microsecond else "seconds")
+    if isinstance(cell, date):
+        return cell.isoformat()
+    if isinstance(cell, Decimal):
+        return float(cell)
+    return int(cell) if isinstance(cell, bool) else cell

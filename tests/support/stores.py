@@ -21,6 +21,7 @@ from cafeteria_orch.server.counters import Outcome, Tally
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store.database import Arrival
+from cafeteria_orch.store.database import Database as AnyDatabase
 from cafeteria_orch.store.insertion import store_codec
 from cafeteria_orch.store.location import SQLiteStore
 from cafeteria_orch.store.sink import Sink
@@ -130,7 +131,7 @@ CLIENT = UUID(int=7)
 
 
 def store_batch(
-    database: Database, batch: TableBatch, session: Session, received_at: float
+    database: AnyDatabase, batch: TableBatch, session: Session, received_at: float
 ) -> bool:
     """Store one batch, inside a transaction; whether it was new."""
     (is_new,) = database.store([Arrival(batch, session, received_at)])
@@ -151,8 +152,8 @@ class DatabaseTestCase(SynchronousTestCase):
         self.open()
         self.session = Session(PEER, NOW)
 
-    def open(self) -> None:
-        self.database = Database(self.path)
+    def open(self, **options: Any) -> None:
+        self.database = Database(self.path, **options)
         self.addCleanup(self.database.close)
 
     def store(self, session: Session | None = None, **changes: Any) -> bool:
@@ -163,6 +164,10 @@ class DatabaseTestCase(SynchronousTestCase):
     def query(self, sql: str) -> list[tuple[Any, ...]]:
         """What another program reads in the store at this moment."""
         return query(self.path, sql)
+
+    def meanings(self, sql: str) -> list[Any]:
+        """The one column of a query of typed views, as SQLite has it: times are text there."""
+        return [cell for (cell,) in self.query(sql)]
 
     def columns_of(self, name: str) -> list[str]:
         """The columns of a table or a view."""

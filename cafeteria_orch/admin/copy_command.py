@@ -80,8 +80,10 @@ def _copy(options: argparse.Namespace) -> int:
                 with showing_progress(copy.rows, "compared", _say) as compared:
                     verdict = verification.run(compared)
         problems = [
-            *_not_copied("session", copy.report.sessions_not_copied),
-            *_not_copied("batch", copy.report.not_copied),
+            *(
+                f"batch {number} is not copied: {why}"
+                for number, why in copy.report.not_copied.items()
+            ),
             *verdict.differences,
         ]
         if verdict.differing > len(verdict.differences):
@@ -91,10 +93,6 @@ def _copy(options: argparse.Namespace) -> int:
     for problem in problems:
         _say(problem)
     return 1 if problems else 0
-
-
-def _not_copied(what: str, reasons: dict[int, str]) -> list[str]:
-    return [f"{what} {number} is not copied: {why}" for number, why in reasons.items()]
 
 
 def _print_json(

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TypeVar
 
 from cafeteria_orch.store.database import StoreError
 from cafeteria_orch.wire.tables import TABLES, Table
@@ -26,8 +25,6 @@ MAX_CHARACTERS = 4 * 1024 * 1024
 MAX_BATCHES = 1000
 """A transaction ends at the batch that brings it to one of these."""
 
-_T = TypeVar("_T")
-
 _PARTS_OF_A_SESSION = slice(0, 4)
 
 
@@ -40,14 +37,12 @@ class Report:
     :ivar sent_to_both: the ids of batches that their clients had sent to the target, too, where
         they have other ids.
     :ivar not_copied: why, by the id of each batch that the target cannot store.
-    :ivar sessions_not_copied: the same of sessions.
     """
 
     batches: int = 0
     rows: int = 0
     sent_to_both: set[int] = field(default_factory=set)
     not_copied: dict[int, str] = field(default_factory=dict)
-    sessions_not_copied: dict[int, str] = field(default_factory=dict)
 
 
 class Copy:
@@ -114,9 +109,8 @@ class Copy:
         """
         after = 0
         while page := self._source.sessions(after, self.highest.session):
+            self._target.write_sessions(page)
             after = page[-1][0]
-            failed = self._write(page, self._target.write_sessions)
-            self.report.sessions_not_copied |= {session[0]: why for session, why in failed}
         for table in TABLES:
             if table.opcode in self._first_left:
                 self._copy_table(table, copied)
@@ -126,17 +120,25 @@ class Copy:
     def _copy_table(self, table: Table, copied: Callable[[int], object]) -> None:
         entries = self._entries_left(table)
         for group in groups(self._source.batches(table, entries, self.highest.batch)):
-
-            def write(batches: list[StoredBatch]) -> None:
-                elsewhere = self._target.write_batches(table, batches)
-                self.report.sent_to_both |= elsewhere
-                new = [batch for batch in batches if batch.entry.id not in elsewhere]
-                self.report.batches += len(new)
-                self.report.rows += sum(len(rows) for _, rows in new)
-
-            failed = self._write(group, write)
-            self.report.not_copied |= {batch.entry.id: why for batch, why in failed}
+            self._write(table, group)
             copied(sum(batch.entry.amount for batch in group))
+
+    def _write(self, table: Table, batches: list[StoredBatch]) -> None:
+        """Write batches in one transaction; if one cannot be stored, all others in several."""
+        try:
+            elsewhere = self._target.write_batches(table, batches)
+        except CannotStore as error:
+            if len(batches) == 1:
+                self.report.not_copied[batches[0].entry.id] = str(error)
+                return
+            half = len(batches) // 2
+            self._write(table, batches[:half])
+            self._write(table, batches[half:])
+        else:
+            new = [rows for entry, rows in batches if entry.id not in elsewhere]
+            self.report.sent_to_both |= elsewhere
+            self.report.batches += len(new)
+            self.report.rows += sum(map(len, new))
 
     def _entries_left(self, table: Table) -> Iterator[Entry]:
         after = self._first_left[table.opcode] - 1
@@ -149,24 +151,9 @@ class Copy:
         after = 0
         while page := self._source.sessions(after, self.highest.session):
             ends = self._source.ends_of_tables(after, page[-1][0])
-            ends = [end for end in ends if end[0] not in self.report.sessions_not_copied]
             if ends:
                 self._target.write_ends_of_tables(ends)
             after = page[-1][0]
-
-    def _write(self, items: list[_T], write: Callable[[list[_T]], None]) -> list[tuple[_T, str]]:
-        """Write in one transaction; if something cannot be stored, all the rest in several.
-
-        :return: what cannot be stored, and why.
-        """
-        try:
-            write(items)
-        except CannotStore as error:
-            if len(items) == 1:
-                return [(items[0], str(error))]
-            half = len(items) // 2
-            return self._write(items[:half], write) + self._write(items[half:], write)
-        return []
 
 
 def groups(batches: Iterable[StoredBatch]) -> Iterator[list[StoredBatch]]:

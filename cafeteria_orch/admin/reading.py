@@ -33,6 +33,7 @@ COLUMNS = {
         "finished_at",
         "agency_id",
         "common_name",
+        "node",
     ),
     "batch": (
         "id",
@@ -164,7 +165,7 @@ class Reader:
                 while batch_id < entry.id:
                     batch_id, rows = next(groups, _NO_MORE)
                 found = [row[1:] for row in rows] if batch_id == entry.id else []
-                yield StoredBatch(entry, _as_text(found))
+                yield StoredBatch(entry, _as_text(entry, found))
 
     def _rows(self, table: Table, first: int, last: int) -> Iterator[tuple[Any, ...]]:
         """The rows of a table, each after the id of its batch, in the order of those ids.
@@ -182,7 +183,7 @@ class Reader:
         return self._connection.stream(f"SELECT {columns} {where} {order}", (first, last))
 
 
-def _as_text(rows: list[Row]) -> list[Row]:
+def _as_text(entry: Entry, rows: list[Row]) -> list[Row]:
     """Rows whose cells are all text.
 
     Some columns of an older store are numeric: such a cell becomes the shortest text that reads
@@ -192,7 +193,9 @@ def _as_text(rows: list[Row]) -> list[Row]:
     if kinds <= {str, type(None)}:
         return rows
     if bytes in kinds:
-        raise StoreError("a cell is a BLOB, as no server stores it: make it text")
+        raise StoreError(
+            f"a cell of batch {entry.id} is a BLOB, as no server stores it: make it text"
+        )
     return [
         tuple(cell if cell is None or isinstance(cell, str) else repr(cell) for cell in row)
         for row in rows

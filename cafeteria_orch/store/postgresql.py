@@ -7,15 +7,14 @@ at a time.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.wire.errors import BatchRejected
-from cafeteria_orch.wire.messages import TableBatch
-from cafeteria_orch.wire.rows import Row
+from cafeteria_orch.wire.messages import CODEC, TableBatch
 from cafeteria_orch.wire.tables import Table
 
 from .database import (
@@ -40,8 +39,6 @@ from .totals import PATIENCE, TableTotals, totals_by_table, totals_query
 
 if TYPE_CHECKING:
     import psycopg
-
-_SPECIAL = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
 
 # A row, or an entry of an index that an operator has added, is too long for a page.
 _PROGRAM_LIMIT = "54"
@@ -80,6 +77,9 @@ class Database:
         # Of the transaction that is open, or whose commit has raised.
         self._transaction_id: str | None = None
         self._newest: tuple[int, bytes] | None = None
+        # A round trip costs more than what it is for: one of these goes with its neighbour.
+        self._is_at_savepoint = False
+        self._is_release_due = False
         try:
             self._connection = self._connect()
             try:
@@ -112,7 +112,7 @@ class Database:
             try:
                 yield
                 self._transaction_id = transaction_id
-                self._connection.execute("COMMIT")
+                self._connection.execute(self._after_release("COMMIT"))
                 self._session_ids.commit()
             except BaseException as error:
                 if isinstance(error, Rehearsed):
@@ -133,8 +133,10 @@ class Database:
 
     def _begin_here(self) -> str:
         cursor = self._connection.execute(
-            "BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_current_xact_id()::text"
+            "BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_current_xact_id()::text;"
+            " SAVEPOINT one"
         )
+        self._is_at_savepoint, self._is_release_due = True, False
         cursor.nextset()
         return str(cursor.fetchall()[0][0])
 
@@ -169,7 +171,9 @@ class Database:
         """Inside a transaction: undo what is written inside of this if it fails."""
         newest = self._newest
         with self._session_ids.forgetting():
-            self._connection.execute("SAVEPOINT one")
+            if not self._is_at_savepoint:
+                self._connection.execute(self._after_release("SAVEPOINT one"))
+            self._is_at_savepoint = False
             try:
                 yield
             except BaseException:
@@ -177,7 +181,13 @@ class Database:
                 if self.in_transaction:
                     self._connection.execute("ROLLBACK TO one; RELEASE one")
                 raise
-            self._connection.execute("RELEASE one")
+            self._is_release_due = True
+
+    def _after_release(self, statement: str) -> str:
+        """A statement, and before it the release of a savepoint that is left."""
+        release = "RELEASE one; " if self._is_release_due else ""
+        self._is_release_due = False
+        return release + statement
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -281,11 +291,10 @@ class Database:
 
     def _copy(self, table: Table, batches: list[tuple[int, TableBatch]]) -> None:
         columns = ", ".join(("batch_id", *table.columns))
-        texts = [copy_text(batch_id, batch.rows) for batch_id, batch in batches]
         with self._connection.cursor() as cursor:
             with cursor.copy(f"COPY {table.name} ({columns}) FROM STDIN") as copy:
-                for text in texts:
-                    copy.write(text)
+                for batch_id, batch in batches:
+                    copy.write(batch.copy_text(batch_id))
             rows = sum(batch.amount for _, batch in batches)
             if cursor.rowcount != rows:
                 # A trigger may leave rows out. What is acknowledged is stored wholly.
@@ -342,7 +351,8 @@ class PostgreSQLStore:
     :param node: the name of the server that opens it.
     """
 
-    codec = "pure"
+    codec = CODEC
+    """``compiled`` where the text of ``COPY`` is made without the interpreter; else ``pure``."""
 
     def __init__(self, url: str, node: str | None = None) -> None:
         self._url = url
@@ -374,29 +384,3 @@ class PostgreSQLStore:
                 return totals_by_table(connection.execute(totals_query()))
         except psycopg_module().Error:
             return None
-
-
-def copy_text(batch_id: int, rows: Sequence[Row]) -> bytes:
-    """Rows in the text format of ``COPY``, each after the id of its batch.
-
-    :raises BatchRejected: for a NUL, which PostgreSQL cannot store.
-    """
-    if not rows:
-        return b""
-    start = f"\n{batch_id}\t"
-    nulls = sum([row.count(None) for row in rows])
-    tabs = sum(map(len, rows)) - 1
-    text = start.join(_lines(rows) if nulls else map("\t".join, cast("Any", rows)))
-    counts = text.count("\t"), text.count("\n"), text.count("\\"), text.count("\r")
-    # Few batches have any cell to escape, and to escape each costs several times the rest.
-    if counts != (tabs, len(rows) - 1, nulls, 0):
-        escaped = [[cell and cell.translate(_SPECIAL) for cell in row] for row in rows]
-        text = start.join(_lines(escaped))
-    if "\0" in text:
-        raise BatchRejected("PostgreSQL cannot store a NUL character")
-    return f"{start[1:]}{text}\n".encode()
-
-
-def _lines(rows: Iterable[Iterable[str | None]]) -> Iterator[str]:
-    for row in rows:
-        yield "\t".join([r"\N" if cell is None else cell for cell in row])

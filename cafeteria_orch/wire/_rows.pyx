@@ -12,6 +12,7 @@ from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport uint64_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from functools import lru_cache
@@ -272,3 +273,91 @@ cdef inline char *put_length(char *at, Py_ssize_t length) noexcept:
     at[2] = <char> (length >> 16 & 0xFF)
     at[3] = <char> (length >> 24 & 0xFF)
     return at + LENGTH
+
+
+def copy_text(body, offset, count, table, batch_id):
+    """As :func:`cafeteria_orch.wire.rows.copy_text`."""
+    text = None
+    if is_plain(body, offset, count) and type(batch_id) is int:
+        text = copy_plain(<bytes> body, offset, count, columns_of(table), b"%d\t" % batch_id)
+    return pure.copy_text(body, offset, count, table, batch_id) if text is None else text
+
+
+cdef bytes copy_plain(
+    bytes body, Py_ssize_t offset, Py_ssize_t count, TableColumns table, bytes start
+):
+    """The text, or ``None`` if the rows are malformed or hold a NUL."""
+    cdef Cursor cursor = cursor_at(body, offset)
+    cdef Cell first = Cell(PyBytes_AS_STRING(start), PyBytes_GET_SIZE(start))
+    # Beside the bytes of the cells, each of which may be escaped: a NULL's two, and what follows.
+    cdef Py_ssize_t widest = first.size + 3 * table.columns.width + 1
+    cdef char *begin
+    cdef char *end
+    if not table.fit or count > cursor.left // LENGTH:
+        return None
+    if cursor.left > MAX_BYTES // 4 or count > MAX_BYTES // 4 // widest:
+        return None
+    # As large as it can get: what is not written takes no memory.
+    begin = <char *> malloc(<size_t> (2 * cursor.left + count * widest))
+    if begin == NULL:
+        raise MemoryError
+    try:
+        with nogil:
+            end = put_lines(begin, &cursor, count, &table.columns, &first)
+        return None if end == NULL else PyBytes_FromStringAndSize(begin, end - begin)
+    finally:
+        free(begin)
+
+
+cdef char *put_lines(
+    char *at, Cursor *cursor, Py_ssize_t count, const Columns *columns, const Cell *first
+) noexcept nogil:
+    """Write the rows of a body that has them and nothing else, and return where they end.
+
+    ``NULL`` if it has not, or there is a NUL in a cell.
+    """
+    cdef Cell cells[MAX_KEYS]
+    cdef Py_ssize_t row, column
+    cdef bint is_utf8 = is_ascii(cursor.at, cursor.left)
+    for row in range(count):
+        if not take_row(cursor, columns, cells):
+            return NULL
+        memcpy(at, first.text, <size_t> first.size)
+        at += first.size
+        for column in range(columns.width):
+            if column:
+                at[0] = b"\t"
+                at += 1
+            if cells[column].text == NULL:
+                at[0], at[1] = b"\\", b"N"
+                at += 2
+            elif is_utf8 or is_text(&cells[column]):
+                at = put_escaped(at, &cells[column])
+                if at == NULL:
+                    return NULL
+            else:
+                return NULL
+        at[0] = b"\n"
+        at += 1
+    return NULL if cursor.left else at
+
+
+cdef inline char *put_escaped(char *at, const Cell *cell) noexcept nogil:
+    """Write a cell, and return where it ends; ``NULL`` if there is a NUL in it."""
+    cdef Py_ssize_t place
+    cdef char byte
+    for place in range(cell.size):
+        byte = cell.text[place]
+        if byte == b"\\" or 0 <= byte <= b"\r":
+            if byte == 0:
+                return NULL
+            if byte == b"\t" or byte == b"\n" or byte == b"\r" or byte == b"\\":
+                at[0] = b"\\"
+                at += 1
+                byte = (
+                    b"t" if byte == b"\t" else b"n" if byte == b"\n"
+                    else b"r" if byte == b"\r" else byte
+                )
+        at[0] = byte
+        at += 1
+    return at

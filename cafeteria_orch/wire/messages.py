@@ -23,11 +23,11 @@ from .tables import END_OF_TABLE, TABLES, Table
 
 # The pure codec is the specification of the compiled one, which is there if it could be built.
 if os.environ.get("CAFEORCH_PURE", "0") in {"", "0"} and find_spec("cafeteria_orch.wire._rows"):
-    from ._rows import check_rows, decode_rows, encode_row, encode_rows
+    from ._rows import check_rows, copy_text, decode_rows, encode_row, encode_rows
 
     CODEC = "compiled"
 else:
-    from .rows import check_rows, decode_rows, encode_row, encode_rows
+    from .rows import check_rows, copy_text, decode_rows, encode_row, encode_rows
 
     CODEC = "pure"
 
@@ -44,6 +44,7 @@ __all__ = [
     "RawMessage",
     "TableBatch",
     "check_rows",
+    "copy_text",
     "decode",
     "decode_rows",
     "encode",
@@ -139,6 +140,14 @@ class TableBatch:
         if rows is not None:
             attributes["rows"] = tuple(rows)
         return batch
+
+    def copy_text(self, batch_id: int) -> bytes:
+        """The rows of a batch that came, in the text format of PostgreSQL's ``COPY``.
+
+        :param batch_id: stands before each row.
+        :raises BatchRejected: for a NUL, which PostgreSQL cannot store.
+        """
+        return copy_text(self.body, BATCH_HEADER.size, self.amount, self.table, batch_id)
 
     def encode_body(self) -> bytes:
         """Encode the rows; :attr:`body` is not used.

@@ -8,12 +8,12 @@ place by its key alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from struct import Struct
 from struct import error as struct_error
-from typing import Optional
+from typing import Any, Optional, cast
 
-from .errors import ProtocolError
+from .errors import BatchRejected, ProtocolError
 from .tables import Table
 
 Row = tuple[Optional[str], ...]
@@ -22,6 +22,8 @@ Row = tuple[Optional[str], ...]
 # one comparison refuses both, and no offset ever goes backwards.
 _LENGTH = Struct("<I")
 _SMALLEST_PAIR = 2 * _LENGTH.size
+
+_COPY_ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
 
 
 def decode_rows(body: bytes, offset: int, count: int, table: Table) -> list[Row]:
@@ -138,3 +140,33 @@ def encode_rows(rows: Iterable[Row], table: Table) -> bytes:
     :raises ValueError: as :func:`encode_row`.
     """
     return b"".join([encode_row(row, table) for row in rows])
+
+
+def copy_text(body: bytes, offset: int, count: int, table: Table, batch_id: int) -> bytes:
+    r"""The rows of a batch in the text format of PostgreSQL's ``COPY``, each after a batch's id.
+
+    An optional column that a row leaves out is ``\N``; the text ``\N`` becomes another.
+
+    :raises BatchRejected: for a NUL, which PostgreSQL cannot store.
+    :raises ProtocolError: as :func:`decode_rows`.
+    """
+    rows = decode_rows(body, offset, count, table)
+    if not rows:
+        return b""
+    start = f"\n{batch_id}\t"
+    nulls = sum([row.count(None) for row in rows])
+    tabs = sum(map(len, rows)) - 1
+    text = start.join(_lines(rows) if nulls else map("\t".join, cast("Any", rows)))
+    counts = text.count("\t"), text.count("\n"), text.count("\\"), text.count("\r")
+    # Few batches have any cell to escape, and to escape each costs several times the rest.
+    if counts != (tabs, len(rows) - 1, nulls, 0):
+        escaped = [[cell and cell.translate(_COPY_ESCAPES) for cell in row] for row in rows]
+        text = start.join(_lines(escaped))
+    if "\0" in text:
+        raise BatchRejected("PostgreSQL cannot store a NUL character")
+    return f"{start[1:]}{text}\n".encode()
+
+
+def _lines(rows: Iterable[Iterable[str | None]]) -> Iterator[str]:
+    for row in rows:
+        yield "\t".join([r"\N" if cell is None else cell for cell in row])

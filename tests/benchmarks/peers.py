@@ -120,6 +120,23 @@ def postgresql(payloads: Sequence[bytes]) -> Iterator[Side]:
             administration.execute(f"DROP SCHEMA {schema} CASCADE")
 
 
+@contextmanager
+def ours_in_postgresql(payloads: Sequence[bytes]) -> Iterator[Side]:
+    """The server of this project, with its store in a schema of its own."""
+    schema = f"benchmark_{uuid4().hex}"
+    parts = urlsplit(POSTGRESQL)
+    options = f"options=-csearch_path%3D{schema}"
+    url = parts._replace(query="&".join(filter(None, (parts.query, options)))).geturl()
+    with closing(_connect_postgresql(schema, autocommit=True)) as administration:
+        administration.execute(f"CREATE SCHEMA {schema}")
+        try:
+            pure = not has_compiled_codec()
+            with orchestrator("--store", url, pure=pure) as target:
+                yield _framed("PostgreSQL", target.port, payloads)
+        finally:
+            administration.execute(f"DROP SCHEMA {schema} CASCADE")
+
+
 def copy_text(rows: Sequence[Row]) -> bytes:
     """Rows in the text format of ``COPY``."""
     lines = (
@@ -242,21 +259,47 @@ GOALS = dict.fromkeys(("PostgreSQL", "RabbitMQ"), Goal(1))
 """For those that store."""
 
 
+SHARED_GOAL = Goal(0.8)
+"""For our server on PostgreSQL: it writes through one connection."""
+
+
 def peers(effort: Effort) -> list[Figure]:
     """Full batches that are acknowledged, by our server and by each peer that is there."""
     payloads = workload.payloads(_BATCHES)
     return [*_peers("1 client", 1, payloads, effort), *_peers("8 clients", 8, payloads, effort)]
 
 
-def _peers(who: str, clients: int, payloads: Sequence[bytes], effort: Effort) -> list[Figure]:
-    megabytes = sum(len(INT32.encode(each)) for each in payloads) / len(payloads) / 1e6
+def shared_store(effort: Effort) -> list[Figure]:
+    """Full batches that are acknowledged, by our server and by what it stores them in."""
+    payloads = workload.payloads(_BATCHES)
+    return [_pair("1 client", 1, payloads, effort), _pair("8 clients", 8, payloads, effort)]
 
-    def rate(name: str, side: Side) -> float:
+
+def _pair(who: str, clients: int, payloads: Sequence[bytes], effort: Effort) -> Figure:
+    what = f"full batches, stored in PostgreSQL, {who}, {row_codec.CODEC} codec, against COPY"
+    rate = partial(_rate, clients, payloads, effort)
+    with ExitStack() as stack:
         try:
-            return megabytes * batches_per_second(side, clients, effort.seconds)
-        except Exception as error:
-            raise BenchmarkError(f"{name}: {error}") from error
+            their_side = stack.enter_context(postgresql(payloads))
+        except PeerMissing as error:
+            return Figure(what, "MB/s", None, remark=str(error))
+        our_side = stack.enter_context(ours_in_postgresql(payloads))
+        our_rate, their_rate = effort.interleave(
+            partial(rate, "ours", our_side), partial(rate, "PostgreSQL", their_side)
+        )
+    return Figure(what, "MB/s", our_rate, their_rate, SHARED_GOAL, their_side.promise)
 
+
+def _rate(clients: int, payloads: Sequence[bytes], effort: Effort, name: str, side: Side) -> float:
+    megabytes = sum(len(INT32.encode(each)) for each in payloads) / len(payloads) / 1e6
+    try:
+        return megabytes * batches_per_second(side, clients, effort.seconds)
+    except Exception as error:
+        raise BenchmarkError(f"{name}: {error}") from error
+
+
+def _peers(who: str, clients: int, payloads: Sequence[bytes], effort: Effort) -> list[Figure]:
+    rate = partial(_rate, clients, payloads, effort)
     sides: dict[str, Side] = {}
     missing: dict[str, str] = {}
     with ExitStack() as stack:
@@ -283,4 +326,4 @@ def _peers(who: str, clients: int, payloads: Sequence[bytes], effort: Effort) ->
     ]
 
 
-BENCHMARKS: dict[str, Benchmark] = {"peers": peers}
+BENCHMARKS: dict[str, Benchmark] = {"peers": peers, "shared": shared_store}

@@ -178,7 +178,7 @@ class Sinks(SynchronousTestCase):
         lost: list[str] = []
 
         def execute(connection: Any, sql: Any, *values: Any, **options: Any) -> Any:
-            if sql != "COMMIT" or lost:
+            if not str(sql).endswith("COMMIT") or lost:
                 return real(connection, sql, *values, **options)
             lost.append(sql)
             if after:
@@ -187,7 +187,7 @@ class Sinks(SynchronousTestCase):
             raise psycopg.OperationalError("the connection is lost")
 
         self.patch(psycopg.Connection, "execute", execute)
-        return lambda: self.assertEqual(lost, ["COMMIT"])
+        return lambda: self.assertEqual(len(lost), 1)
 
     def test_lost_answer(self) -> None:
         """A group whose COMMIT was not answered is stored once, whatever became of it."""

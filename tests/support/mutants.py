@@ -11,17 +11,19 @@ import struct
 import sys
 from array import array
 from random import Random
+from types import ModuleType
+from typing import Any
 
 from cafeteria_orch.store import insertion
 from cafeteria_orch.wire import _rows as compiled
 from cafeteria_orch.wire import rows as pure
-from cafeteria_orch.wire.errors import ProtocolError
+from cafeteria_orch.wire.errors import BatchRejected, ProtocolError
 from cafeteria_orch.wire.messages import BATCH_HEADER
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import MENU_ITEMS, TRANSACTIONS, USERS, Table
 
 TABLES = (MENU_ITEMS, TRANSACTIONS, USERS)
-CELLS = ("", "1", "female", "2024-01-11 17:50:12", "ñandú", "🧉", "x" * 40)
+CELLS = ("", "1", "female", "2024-01-11 17:50:12", "ñandú", "🧉", "x" * 40, "\t" * 40, "\0", r"\N")
 NUMBERS = (-(2**31), -1, 0, 1, 2, 4, 5, 8, 9, 20, 64, 255, 2**16, 2**31 - 1)
 COMPARED = 50
 """Every fiftieth body is decoded by the pure codec too."""
@@ -41,7 +43,7 @@ class Guard:
             function.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
     def decode(self, body: bytes, count: int, table: Table) -> list[Row] | str:
-        """The rows, or what is wrong: whether they are decoded or only checked."""
+        """The rows, or what is wrong: whether they are decoded, only checked, or copied."""
         end = id(body) + HEADER + len(body)
         self._poison(end, 1)
         try:
@@ -54,10 +56,25 @@ class Guard:
             agree = str(error) == decoded
         else:
             agree = not isinstance(decoded, str)
+        text = copied(compiled, body, count, table)
         self._unpoison(end, 1)
+        if isinstance(decoded, str):
+            agree = agree and text == decoded
+        elif any("\0" in cell for row in decoded for cell in filter(None, row)):
+            agree = agree and isinstance(text, str)
+        else:
+            agree = agree and text.count(b"\n") == count
         if not agree:
             raise AssertionError(f"{body!r}, {count}: checked otherwise than {decoded!r}")
         return decoded
+
+
+def copied(codec: ModuleType, body: bytes, count: int, table: Table) -> Any:
+    """The text of ``COPY``, or what is wrong."""
+    try:
+        return codec.copy_text(body, 0, count, table, 7)
+    except (ProtocolError, BatchRejected) as error:
+        return str(error)
 
 
 class Query:
@@ -139,6 +156,8 @@ def main(bodies: int, seed: int) -> None:
                 expected: list[Row] | str = pure.decode_rows(body, 0, count, table)
             except ProtocolError as error:
                 expected = str(error)
+            if copied(compiled, body, count, table) != copied(pure, body, count, table):
+                raise AssertionError(f"{body!r}, {count}: copied otherwise")
             if result != expected:
                 raise AssertionError(f"{body!r}, {count}: {result!r}, not {expected!r}")
             compared += 1

@@ -22,6 +22,7 @@ from tests.benchmarks.peers import PeerMissing, RabbitmqClient, copy_text
 from tests.benchmarks.report import BenchmarkError, Effort, Figure
 from tests.benchmarks.servers import plain_receiver
 from tests.support.builders import frame
+from tests.support.postgresql import cluster
 
 TINY = Effort(seconds=0.05, repeat=1, scale=0.001)
 SUCCESS = frame(b"\x01")
@@ -237,6 +238,28 @@ class PostgresqlTests(SynchronousTestCase):
                 "SELECT 1 FROM information_schema.schemata WHERE schema_name = %s", [schema]
             )
             self.assertEqual(found.fetchall(), [])
+
+    def test_ours(self) -> None:
+        """Our server stores the batches in a schema of its own, which is gone in the end."""
+        self.patch(peers, "POSTGRESQL", cluster().url("postgres"))
+        figures = peers.shared_store(TINY)
+        for figure, who in zip(figures, ("1 client", "8 clients")):
+            what, ours, other, _, goal = figure.cells()
+            self.assertIn(f"stored in PostgreSQL, {who}", what)
+            self.assertRegex(other, r"MB/s \(PostgreSQL .*COPY and COMMIT")
+            self.assertIn("MB/s", ours)
+            self.assertIn("≥ 0.8", goal)
+        with peers._connect_postgresql("public") as other_program:
+            found = other_program.execute(
+                "SELECT 1 FROM information_schema.schemata WHERE schema_name LIKE 'benchmark%'"
+            )
+            self.assertEqual(found.fetchall(), [])
+
+    def test_ours_without_postgresql(self) -> None:
+        """Without it the row says why."""
+        with patch.object(peers, "POSTGRESQL", "postgresql://user@127.0.0.1:1"):
+            figure, *_ = peers.shared_store(TINY)
+        self.assertRegex(figure.cells()[1], "not measured: .*refused")
 
 
 class RabbitmqTests(SynchronousTestCase):

@@ -37,6 +37,7 @@ static PyObject *checked_decode(const char *text, Py_ssize_t size, const char *e
 """
 
 WALK = "wire/_rows.pxd"
+CODEC = "wire/_rows.pyx"
 FUNCTIONS = "store/_wire_tables.pyx"
 
 MISTAKES = {
@@ -52,6 +53,8 @@ MISTAKES = {
         "take(&cursor.rest, batch[1])",
         "cursor.rest.at; cursor.rest.left = 0",
     ),
+    "no room for escapes": (CODEC, "2 * cursor.left", "cursor.left"),
+    "a cell too long": (CODEC, "in range(cell.size)", "in range(cell.size + 1)"),
     "a copy too short": (FUNCTIONS, "malloc(cursor.left)", "malloc(cursor.left - 1)"),
 }
 """What is changed in a file of the package, and must be caught."""

@@ -107,6 +107,7 @@ class AgreementTests(Compiled):
             # Of what is right, it may make the rows or not.
             checked = outcome(lambda: [self.codec.check_rows(*arguments)][1:])
             self.assertEqual(checked, outcome(list) if expected[0] == "list" else expected)
+            self.assertAgree("copy_text", *arguments, 7)
 
     @given(st.data())
     def test_valid(self, data: DataObject) -> None:
@@ -162,6 +163,9 @@ class AgreementTests(Compiled):
                 self.assertAgree("decode_rows", body, 0, number, OPTIONAL)
                 self.assertAgree("decode_rows", body, number, 1, OPTIONAL)
         self.assertAgree("encode_row", (Text("a"), "b"), OPTIONAL)
+        for batch_id in (Number(7), True, 7.0, None, "seven"):
+            with self.subTest(batch_id=batch_id):
+                self.assertAgree("copy_text", body, 0, 1, OPTIONAL, batch_id)
 
     # A row has a width, and a cell one of a handful of classes: there is little more to find.
     @settings(max_examples=300)
@@ -172,6 +176,19 @@ class AgreementTests(Compiled):
         self.assertAgree("encode_row", data.draw(any_rows(table)), table)
         drawn = data.draw(st.none() | st.lists(any_rows(table), max_size=3))
         self.assertAgree("encode_rows", drawn, table)
+
+    @given(st.data(), NUMBERS)
+    def test_copied(self, data: DataObject, batch_id: int) -> None:
+        """Of rows that are full of what ``COPY`` has a meaning for, and have a NUL here and there."""
+        table = data.draw(st.sampled_from((*NARROW, FULLEST, TOO_WIDE)))
+        alphabet = data.draw(st.sampled_from(("\t\n\r\\N", "\t\n\r\\ñ🧉\x0b", "\\\0a")))
+        cell = st.text(alphabet, max_size=6)
+        row = st.tuples(
+            *(cell | st.none() if name in table.optional else cell for name in table.columns)
+        )
+        drawn = data.draw(st.lists(row, max_size=3))
+        body = pure.encode_rows(drawn, table)
+        self.assertAgree("copy_text", body, 0, len(drawn), table, batch_id)
 
     def test_many_keys(self) -> None:
         """Of tables with as many keys as the compiled codec holds, and with more."""
@@ -233,6 +250,7 @@ class KeepingTests(Compiled):
             (row + latin, 2, USERS),
             (row + b"\0", 1, USERS),
             (row[:-1], 1, USERS),
+            (wire_row([(column, "a\0") for column in USERS.columns]), 1, USERS),
             (struct.pack("<i", 0), 1, USERS),
             (wire_row([("a", "x")]) + bytes(4), 2, OPTIONAL),
         ]
@@ -246,6 +264,7 @@ class KeepingTests(Compiled):
         def every_way() -> None:
             for body, count, table in bodies:
                 outcome(self.codec.decode_rows, body, 0, count, table)
+                outcome(self.codec.copy_text, body, 0, count, table, 1)
             for cells in encoded:
                 outcome(self.codec.encode_row, cells, USERS)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +17,7 @@ from twisted.internet.endpoints import clientFromString
 from cafeteria_orch import __version__
 from cafeteria_orch.common.arguments import DEFAULT_CONNECT, endpoint, number
 from cafeteria_orch.common.commands import run
+from cafeteria_orch.common.progress import showing_progress
 from cafeteria_orch.wire.errors import ProtocolError
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, INT32
 from cafeteria_orch.wire.tables import Table
@@ -54,7 +54,7 @@ async def send_directory(reactor: Any, options: argparse.Namespace) -> int:
                     f"All had been acknowledged before. To send everything again, remove {state}."
                 )
             elif tables:
-                with _progress(rows) as acknowledged:
+                with showing_progress(rows, "acknowledged", _say) as acknowledged:
                     delivery = _delivery(reactor, journal, options, acknowledged)
                     problems = await _deliver(delivery, tables, options)
                 _report(delivery.totals, reactor.seconds() - started)
@@ -167,32 +167,6 @@ def _changed_since(export: Export, plan: FilePlan) -> ExportError:
     batches = f"{len(plan.acknowledged)} of its {plan.batches} batches"
     what = f"it has changed since {batches} were acknowledged: {RESTORE_IT}"
     return ExportError(export.path, None, what)
-
-
-class _PlainProgress:
-    """Prints the progress in lines, without a terminal or without tqdm."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._done = 0
-
-    def update(self, rows: int) -> None:
-        """Count acknowledged rows; print a line at every tenth of the total."""
-        tenth = self._done * 10 // max(1, self._total)
-        self._done += rows
-        if self._done * 10 // max(1, self._total) > tenth:
-            _say(f"{self._done} of {self._total} rows acknowledged")
-
-
-@contextmanager
-def _progress(rows: int) -> Iterator[Callable[[int], object]]:
-    if not (sys.stderr.isatty() and find_spec("tqdm")):
-        yield _PlainProgress(rows).update
-        return
-    from tqdm import tqdm  # noqa: PLC0415 (of the extra "cli")
-
-    with tqdm(total=rows, unit="row", unit_scale=True) as bar:
-        yield bar.update
 
 
 def _report(totals: Mapping[Table, Totals], seconds: float) -> None:

@@ -166,15 +166,17 @@ class Server:
             self.process.wait(PATIENCE)
 
 
-class Sender:
-    """A process that runs ``cafeorch-send`` on a folder, and can be killed."""
+class Program:
+    """A process that runs one of the commands, and can be killed.
 
-    def __init__(self, test: SynchronousTestCase, folder: Path, port: int, *options: str) -> None:
+    :param code: runs it in Python.
+    :ivar output: what it has said, when it has ended.
+    """
+
+    def __init__(self, test: SynchronousTestCase, code: str, *arguments: str) -> None:
         self.output = ""
-        command = [sys.executable, "-c", "from cafeteria_orch.sender.cli import main; main()"]
-        command += [str(folder), f"--connect=tcp:{LOOPBACK}:{port}", *options]
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, "-c", code, *arguments],
             env=ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -188,6 +190,10 @@ class Sender:
         """Whether it has ended by itself."""
         return self._process.poll() is not None
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self._process.send_signal(number)
+
     def kill(self) -> None:
         """Kill it, if it is still there."""
         self._process.kill()
@@ -200,6 +206,14 @@ class Sender:
         """
         self.output, _ = self._process.communicate(timeout=PATIENCE)
         return self._process.returncode
+
+
+class Sender(Program):
+    """A process that runs ``cafeorch-send`` on a folder."""
+
+    def __init__(self, test: SynchronousTestCase, folder: Path, port: int, *options: str) -> None:
+        code = "from cafeteria_orch.sender.cli import main; main()"
+        super().__init__(test, code, str(folder), f"--connect=tcp:{LOOPBACK}:{port}", *options)
 
 
 class RawClient:

@@ -219,6 +219,7 @@ class Packaging(SynchronousTestCase):
         self.assertIn("--drain-timeout", output("twistd", "cafeorch", "--help"))
         self.assertIn("--batch-rows", output("cafeorch-send", "--help"))
         self.assertIn("--warmup", output("cafeorch-bench", "--help"))
+        self.assertIn("--json", output("cafeorch", "store", "copy", "--help"))
         return environment
 
     def test_install(self) -> None:

@@ -1,0 +1,7 @@
+"""What an operator does with a store, beside the server: the command ``cafeorch``.
+
+``cli`` has the command; each of its parts has a module, as ``copy_command``. ``connections``
+speaks to the databases, ``reading`` and ``writing`` know the tables of a store, ``copying`` and
+``verification`` move them and compare them. A module here may import ``wire``, ``common`` and
+``store``; it blocks, so no module of the server imports this room.
+"""

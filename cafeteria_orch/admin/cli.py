@@ -1,0 +1,34 @@
+"""``cafeorch``: what an operator does with a store."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from cafeteria_orch import __version__
+
+from . import copy_command
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: of each command, its part of it has the function that runs it."""
+    whole = argparse.ArgumentParser(
+        prog="cafeorch", description="Work with the store of an orchestrator."
+    )
+    whole.add_argument("--version", action="version", version=f"cafeteria_orch {__version__}")
+    parts = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    what = "the database that the server keeps its batches in"
+    store = parts.add_parser("store", help=what, description=f"Work with {what}.")
+    commands = store.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    copy_command.add_to(commands)
+    return whole
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command.
+
+    :raises SystemExit: with its status.
+    """
+    options = parser().parse_args(arguments)
+    raise SystemExit(options.run(options))

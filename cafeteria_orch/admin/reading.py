@@ -1,0 +1,250 @@
+"""What a store has, in the order of its ids, a bounded part of it at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, groupby, pairwise
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from cafeteria_orch.store.database import StoreError
+from cafeteria_orch.store.location import store_at
+from cafeteria_orch.store.postgresql import PostgreSQLStore
+from cafeteria_orch.store.postgresql_schema import SCHEMA_VERSION as POSTGRESQL_VERSION
+from cafeteria_orch.store.schema import APPLICATION_ID
+from cafeteria_orch.store.schema import SCHEMA_VERSION as SQLITE_VERSION
+from cafeteria_orch.wire.rows import Row
+from cafeteria_orch.wire.tables import Table
+
+from .connections import Connection, Found, PostgreSQLConnection, SQLiteConnection
+
+PAGE = 1000
+"""How many entries are read at once."""
+
+# After all ids that there can be.
+_NO_MORE: tuple[int, Iterator[tuple[Any, ...]]] = (2**63, iter(()))
+
+COLUMNS = {
+    "session": (
+        "id",
+        "client_id",
+        "ip",
+        "connected_at",
+        "finished_at",
+        "agency_id",
+        "common_name",
+        "node",
+    ),
+    "batch": (
+        "id",
+        "session_id",
+        "client_id",
+        "opcode",
+        "batch_number",
+        "status",
+        "amount",
+        "digest",
+        "received_at",
+    ),
+    "table_eof": ("session_id", "table_name", "received_at", "last_batch_id"),
+}
+"""The tables beside the five; a store of an older version lacks some columns."""
+
+
+class Ids(NamedTuple):
+    """The largest ids of sessions and batches."""
+
+    session: int
+    batch: int
+
+
+class Entry(NamedTuple):
+    """A row of the table ``batch``."""
+
+    id: int
+    session_id: int
+    client_id: str | None
+    opcode: int
+    batch_number: int
+    status: int
+    amount: int
+    digest: bytes
+    received_at: str
+
+
+class StoredBatch(NamedTuple):
+    """A batch and its rows, each cell as text."""
+
+    entry: Entry
+    rows: list[Row]
+
+
+class Reader:
+    """Reads a store.
+
+    :param connection: to it.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._columns = {table: self._select_list(table) for table in COLUMNS}
+
+    @property
+    def name(self) -> str:
+        """Where the store is, without a password."""
+        return self._connection.name
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the rows of a batch are in the order in which they were stored."""
+        return self._connection.keeps_order
+
+    def _select_list(self, table: str) -> str:
+        there = self._connection.columns(table)
+        return ", ".join(name if name in there else f"NULL AS {name}" for name in COLUMNS[table])
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    def highest(self) -> Ids:
+        """The largest ids in use; 0 where there is none."""
+        ((session,),) = self._connection.execute("SELECT coalesce(max(id), 0) FROM session")
+        ((batch,),) = self._connection.execute("SELECT coalesce(max(id), 0) FROM batch")
+        return Ids(session, batch)
+
+    def sessions(self, after: int, last: int) -> Found:
+        """The first of the sessions with ids in a range, in their order."""
+        return self._page("session", "id > ?", (after, last))
+
+    def entries(self, after: int, last: int, table: Table | None = None) -> list[Entry]:
+        """The first of the batches with ids in a range, in their order.
+
+        :param table: of which they are; of any table by default.
+        """
+        opcode = "" if table is None else f" AND opcode = {table.opcode:d}"
+        return [*map(Entry._make, self._page("batch", f"id > ?{opcode}", (after, last)))]
+
+    def _page(self, table: str, condition: str, ids: tuple[int, int]) -> Found:
+        return self._connection.execute(
+            f"SELECT {self._columns[table]} FROM {table}"  # noqa: S608
+            f" WHERE {condition} AND id <= ? ORDER BY id LIMIT {PAGE}",
+            ids,
+        )
+
+    def ends_of_tables(self, after: int, last: int) -> Found:
+        """The rows of ``table_eof`` of the sessions with ids in a range."""
+        return self._connection.execute(
+            f"SELECT {self._columns['table_eof']} FROM table_eof"  # noqa: S608
+            " WHERE session_id > ? AND session_id <= ? ORDER BY session_id, table_name",
+            (after, last),
+        )
+
+    def count(self, table: str, last: int) -> int:
+        """The number of rows of a table, up to those of a session or batch.
+
+        :param table: any table of a store.
+        :param last: the largest id that counts.
+        """
+        column = {"session": "id", "batch": "id", "table_eof": "session_id"}.get(table, "batch_id")
+        counting = f"SELECT count(*) FROM {table} WHERE {column} <= ?"  # noqa: S608
+        ((number,),) = self._connection.execute(counting, (last,))
+        return int(number)
+
+    def batches(self, table: Table, entries: Iterable[Entry], last: int) -> Iterator[StoredBatch]:
+        """Read the rows of some batches, and pass over those of others.
+
+        :param entries: in the order of their ids.
+        :param last: the largest id of them.
+        """
+        entries = iter(entries)
+        for first in entries:
+            groups = groupby(self._rows(table, first.id, last), itemgetter(0))
+            batch_id, rows = next(groups, _NO_MORE)
+            for entry in chain([first], entries):
+                while batch_id < entry.id:
+                    batch_id, rows = next(groups, _NO_MORE)
+                found = [row[1:] for row in rows] if batch_id == entry.id else []
+                yield StoredBatch(entry, _as_text(entry, found))
+
+    def _rows(self, table: Table, first: int, last: int) -> Iterator[tuple[Any, ...]]:
+        """The rows of a table, each after the id of its batch, in the order of those ids.
+
+        There is no index on them. In a file they are in this order already, unless somebody has
+        put them there by hand: only then does SQLite have to sort them, in a temporary file.
+        """
+        order = f"batch_id, {self._connection.row_order}"
+        where = f"FROM {table.name} WHERE batch_id BETWEEN ? AND ? ORDER BY "
+        if isinstance(self._connection, SQLiteConnection):
+            ids = self._connection.stream(f"SELECT batch_id {where} rowid", (first, last))
+            if all(before <= after for before, after in pairwise(ids)):
+                order = "rowid"
+        columns = ", ".join(("batch_id", *table.columns))
+        return self._connection.stream(f"SELECT {columns} {where} {order}", (first, last))
+
+
+def _as_text(entry: Entry, rows: list[Row]) -> list[Row]:
+    """Rows whose cells are all text.
+
+    Some columns of an older store are numeric: such a cell becomes the shortest text that reads
+    back as the same number.
+    """
+    kinds = set(map(type, chain.from_iterable(rows)))
+    if kinds <= {str, type(None)}:
+        return rows
+    if bytes in kinds:
+        raise StoreError(
+            f"a cell of batch {entry.id} is a BLOB, as no server stores it: make it text"
+        )
+    return [
+        tuple(cell if cell is None or isinstance(cell, str) else repr(cell) for cell in row)
+        for row in rows
+    ]
+
+
+def open_reader(location: str) -> Reader:
+    """Open a store and read it as it is at this moment, whatever is written meanwhile.
+
+    :param location: of :func:`~cafeteria_orch.store.location.absolute`.
+    :raises StoreError: if it cannot be read, or is not a store.
+    """
+    is_file = not isinstance(store_at(location), PostgreSQLStore)
+    connect = SQLiteConnection if is_file else PostgreSQLConnection
+    connection: Connection = connect(location, read_only=True)
+    try:
+        if is_file:
+            _check_version(connection.name, _sqlite_version(connection), SQLITE_VERSION)
+        else:
+            _check_version(connection.name, _postgresql_version(connection), POSTGRESQL_VERSION)
+        return Reader(connection)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _check_version(name: str, version: int | None, newest: int) -> None:
+    if version is None:
+        raise StoreError(f"{name} is not a store of cafeteria_orch: name another")
+    if version > newest:
+        raise StoreError(
+            f"the store {name} has schema version {version}, this program knows {newest}: run the"
+            " newer program"
+        )
+
+
+def _sqlite_version(connection: Connection) -> int | None:
+    if connection.execute("PRAGMA application_id") != [(APPLICATION_ID,)]:
+        return None
+    ((version,),) = connection.execute("PRAGMA user_version")
+    return int(version)
+
+
+def _postgresql_version(connection: Connection) -> int | None:
+    if connection.execute("SELECT to_regclass('schema_version')") == [(None,)]:
+        return None
+    if "application" not in connection.columns("schema_version"):
+        return None
+    found = connection.execute(
+        "SELECT version FROM schema_version WHERE application = 'cafeteria_orch'"
+    )
+    return int(found[0][0]) if found else None

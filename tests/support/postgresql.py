@@ -82,6 +82,14 @@ def cluster() -> Cluster:
 
     :raises SkipTest: if PostgreSQL is not installed.
     """
+    return Cluster(programs())
+
+
+def programs() -> Path:
+    """The folder of PostgreSQL's programs.
+
+    :raises SkipTest: if it is not installed, or what connects to it.
+    """
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not found:
         raise SkipTest("PostgreSQL is not installed")
@@ -89,7 +97,7 @@ def cluster() -> Cluster:
         import psycopg  # noqa: F401, PLC0415
     except ImportError as error:
         raise SkipTest("psycopg is not installed") from error
-    return Cluster(found[-1].parent)
+    return found[-1].parent
 
 
 def query(url: str, sql: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import NamedTuple
@@ -21,7 +21,6 @@ from cafeteria_orch.wire.tables import USERS
 
 from .builders import opcode_first
 from .faults import ENVIRONMENT, LOOPBACK, PATIENCE, Sender, new_folder
-from .postgresql import query
 
 ROWS = 20
 """The rows of each batch."""
@@ -234,26 +233,37 @@ class Ledger:
         return astuple(self)
 
 
-def balance(url: str, prefix: str, answered: Iterable[Answered]) -> Ledger:
+STORED = "SELECT user_id, batch_id, amount FROM users JOIN batch ON batch.id = batch_id"
+"""What :func:`balance` wants of a database."""
+
+
+def balance(
+    stored: Iterable[tuple[str, int, int]], prefix: str, answered: Iterable[Answered]
+) -> Ledger:
     """Compare what clients were told with what the database has.
 
-    :param prefix: of the names of the clients.
+    :param stored: the rows of :data:`STORED`.
+    :param prefix: of the names of the clients; the rows of others do not count.
     """
     answered = list(answered)
     told = {(each.name, each.number) for each in answered if each.is_success}
     ledger = Ledger(len(told), len(answered) - len(told))
-    stored: Counter[tuple[str, int]] = Counter()
-    for name, index, amount, rows, different in query(
-        url,
-        "SELECT split_part(user_id, '/', 1), split_part(user_id, '/', 2)::integer, amount,"
-        " count(*), count(DISTINCT users)"
-        " FROM users JOIN batch ON batch.id = batch_id WHERE starts_with(user_id, %s)"
-        " GROUP BY 1, 2, 3, batch.id",
-        (prefix,),
-    ):
-        stored[name, index] += 1
-        ledger.partial += (amount, rows, different) != (ROWS, ROWS, ROWS)
-    ledger.lost = len(told - stored.keys())
-    ledger.doubled = sum(times > 1 for times in stored.values())
-    ledger.unanswered = len(stored.keys() - told)
+    rows: defaultdict[tuple[str, str, int, int], Counter[str]] = defaultdict(Counter)
+    for user_id, batch_id, amount in stored:
+        name, index, row = user_id.split("/")
+        if name.startswith(prefix):
+            rows[name, index, batch_id, amount][row] += 1
+    whole = Counter(map(str, range(ROWS)))
+    batches = Counter((name, int(index)) for name, index, _, _ in rows)
+    ledger.partial = sum(
+        (amount, found) != (ROWS, whole) for (_, _, _, amount), found in rows.items()
+    )
+    ledger.lost = len(told - batches.keys())
+    ledger.doubled = sum(times > 1 for times in batches.values())
+    ledger.unanswered = len(batches.keys() - told)
     return ledger
+
+
+def longest_wait(answered: Iterable[Answered]) -> float:
+    """The longest time from a batch's first sending to its answer."""
+    return max(each.at - each.sent for each in answered)

@@ -6,13 +6,25 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
+from uuid import UUID
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from tests.support.faults import seeded, slow, wait_for
+from cafeteria_orch.wire.messages import encode
+from tests.support.faults import RawClient, seeded, slow, wait_for
 from tests.support.fleet import Balancer, Node
 from tests.support.network import Network
-from tests.support.senders import Answered, Exporter, FieldClient, Ledger, WindowClients, balance
+from tests.support.senders import (
+    STORED,
+    Answered,
+    Exporter,
+    FieldClient,
+    Ledger,
+    WindowClients,
+    balance,
+    ledger_batch,
+    longest_wait,
+)
 from tests.support.standby import DATABASE, USER, Cluster
 from tests.support.tracing import untraced
 
@@ -27,6 +39,8 @@ SECONDS_AFTER_CUT = 12.0
 
 ROUNDS = 20
 
+TERMINATE = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+
 
 class Event(NamedTuple):
     """What has happened in a round.
@@ -39,8 +53,7 @@ class Event(NamedTuple):
     over: float
 
 
-@untraced
-class FailoverTests(SynchronousTestCase):
+class FleetTestCase(SynchronousTestCase):
     """Two clusters, three orchestrators and a balancer, each on a machine of its own."""
 
     def setUp(self) -> None:
@@ -58,7 +71,23 @@ class FailoverTests(SynchronousTestCase):
         for node in self.nodes:
             node.start()
         self.port = balancer.port
-        self.rounds = 0
+
+    def exchange_clusters(self) -> float:
+        """Promote the standby.
+
+        :return: when it was the primary.
+        """
+        over = self.standby.promote()
+        self.primary, self.standby = self.standby, self.primary
+        return over
+
+
+@untraced
+class FailoverTests(FleetTestCase):
+    """Rounds of one fault each, under load by senders of three kinds."""
+
+    chance: random.Random
+    rounds = 0
 
     @slow
     def test_one_of_each(self) -> None:
@@ -130,7 +159,11 @@ class FailoverTests(SynchronousTestCase):
         self.assertEqual([said for exporter in exporters for said in exporter.said], [])
         all_answered = answered()
         exported = [each for exporter in exporters for each in exporter.answered]
-        ledger = balance(self.primary.url, prefix, [*all_answered, *exported])
+        ledger = balance(
+            self.primary.ask(f"{STORED} WHERE starts_with(user_id, '{prefix}')"),
+            prefix,
+            [*all_answered, *exported],
+        )
         longest, late = longest_wait(all_answered), first_answers(all_answered, event.over)
         row = (
             self.rounds, event.what, *ledger.figures(), sum(field.cuts for field in fields),
@@ -171,8 +204,7 @@ class FailoverTests(SynchronousTestCase):
         return self._promote("the primary's machine lost")
 
     def _promote(self, what: str) -> Event:
-        over = self.standby.promote()
-        self.primary, self.standby = self.standby, self.primary
+        over = self.exchange_clusters()
         time.sleep(SECONDS_AFTER_PROMOTION)
         self.back.plug_in(self.standby.machine)
         self.standby.follow(self.primary)
@@ -189,12 +221,71 @@ class FailoverTests(SynchronousTestCase):
     def pause(self, least: float, most: float) -> None:
         time.sleep(self.chance.uniform(least, most))
 
-    chance: random.Random
 
+class OldPrimaryTests(FleetTestCase):
+    """A primary that has what its standby does not have, and what an operator does to it."""
 
-def longest_wait(answered: Iterable[Answered]) -> float:
-    """The longest time from a batch's first sending to its answer."""
-    return max(each.at - each.sent for each in answered)
+    def setUp(self) -> None:
+        super().setUp()
+        self.client = RawClient(self.port, UUID(int=1))
+        self.addCleanup(self.client.close)
+
+    def send(self, index: int) -> None:
+        self.client.send(encode(ledger_batch("c", index)))
+
+    def assert_no_answer(self, seconds: float) -> None:
+        with self.assertRaises(TimeoutError):
+            self.client.receive(seconds)
+
+    def stored(self, cluster: Cluster) -> list[int]:
+        return [number for (number,) in cluster.ask("SELECT batch_number FROM batch ORDER BY id")]
+
+    @slow
+    def test_commit_without_standby(self) -> None:
+        """A commit whose wait for the standby is ended is not acknowledged: it can be lost yet."""
+        self.send(0)
+        self.client.expect_success()
+        self.back.pull(self.standby.machine)
+        self.send(1)
+        wait_for(lambda: self.waiting(self.primary), "the commit waits for the standby")
+        self.primary.ask(TERMINATE)
+        wait_for(lambda: self.stored(self.primary) == [1, 2], "it is visible all the same")
+        self.assert_no_answer(3)
+        self.primary.kill()
+        self.back.plug_in(self.standby.machine)
+        self.assertEqual(self.stored(self.standby), [1])
+        self.exchange_clusters()
+        self.client.expect_success()
+        self.assertEqual(self.stored(self.primary), [1, 2])
+
+    @slow
+    def test_old_primary_returns(self) -> None:
+        """One that was not rebuilt takes batches, acknowledges none, and is left when it ends."""
+        self.back.pull(self.primary.machine)
+        self.exchange_clusters()
+        self.send(0)
+        self.client.expect_success()
+        self.assertEqual(self.stored(self.primary), [1])
+        # Whoever starts now finds it first, and it takes writes.
+        self.back.plug_in(self.standby.machine)
+        for node in self.nodes:
+            node.kill()
+            node.start()
+        self.client = RawClient(self.port, UUID(int=1))
+        self.addCleanup(self.client.close)
+        self.send(1)
+        wait_for(lambda: self.waiting(self.standby), "the commit waits for a standby")
+        self.assert_no_answer(3)
+        self.standby.stop()
+        self.client.expect_success()
+        self.assertEqual(self.stored(self.primary), [1, 2])
+        # What nobody was told is what rebuilding throws away.
+        self.standby.follow(self.primary)
+
+    @staticmethod
+    def waiting(cluster: Cluster) -> bool:
+        """Whether a commit waits for a standby."""
+        return bool(cluster.ask("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"))
 
 
 def first_answers(answered: Iterable[Answered], moment: float) -> float:

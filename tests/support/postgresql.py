@@ -65,6 +65,12 @@ class Cluster:
             self.run("pg_ctl", "-D", "data", "-w", "-m", "immediate", "stop")
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def processes(self) -> list[int]:
+        """The server's processes, the first one and those that it has now."""
+        first = (self._folder / "data" / "postmaster.pid").read_text().split()[0]
+        children = Path(f"/proc/{first}/task/{first}/children").read_text()
+        return [int(first), *map(int, children.split())]
+
     def url(self, database: str, user: str = _USER) -> str:
         """Where a database is."""
         return f"postgresql://{user}@127.0.0.1:{self.port}/{database}"

@@ -12,10 +12,9 @@ from typing import Protocol
 from cafeteria_orch.store.database import StoreError
 from cafeteria_orch.store.insertion import insert_decoded
 from cafeteria_orch.store.location import store_at
-from cafeteria_orch.store.postgresql import PostgreSQLStore, copy_text
+from cafeteria_orch.store.postgresql import PostgreSQLStore
 from cafeteria_orch.store.postgresql_connection import check_server
 from cafeteria_orch.store.sqlite import Database as SQLiteDatabase
-from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import TableBatch
 from cafeteria_orch.wire.tables import Table
 
@@ -187,14 +186,11 @@ class PostgreSQLTarget:
 
     def _copy(self, table: Table, batches: Sequence[StoredBatch]) -> None:
         columns = ", ".join(("batch_id", *table.columns))
-        try:
-            texts = [copy_text(entry.id, rows) for entry, rows in batches]
-        except BatchRejected as error:
-            raise CannotStore(str(error)) from error
         with self._connection.explaining(), self._connection.raw.cursor() as cursor:
             with cursor.copy(f"COPY {table.name} ({columns}) FROM STDIN") as copy:
-                for text in texts:
-                    copy.write(text)
+                for entry, rows in batches:
+                    for row in rows:
+                        copy.write_row((entry.id, *row))
             _check_all_in(cursor.rowcount, sum(len(rows) for _, rows in batches))
 
     def _insert(self, table: str, rows: Found, conflict: str) -> Found:

@@ -232,7 +232,7 @@ class IntoPostgreSQL(CopyTestCase):
             outcome = self.copy("--json")
             self.assertEqual((outcome.status, outcome.summary["complete"]), (1, False))
             self.assertEqual(outcome.summary["copied"]["batches"], copied)
-            why = "PostgreSQL cannot store a NUL character"
+            why = "PostgreSQL text fields cannot contain NUL (0x00) bytes"
             self.assertEqual(outcome.summary["not_copied"], {"3": why})
             self.assertEqual(outcome.summary["differences"], [])
             self.assertEqual(

@@ -114,6 +114,7 @@ class Database:
                 self._transaction_id = transaction_id
                 self._connection.execute(self._after_release("COMMIT"))
                 self._session_ids.commit()
+                self._newest = None
             except BaseException as error:
                 if isinstance(error, Rehearsed):
                     self._connection.execute("ROLLBACK")
@@ -128,7 +129,7 @@ class Database:
             with suppress(self._errors.OperationalError):
                 return self._begin_here()
             self._connection.close()
-        self._connection = self._connect()
+        self._connection = self._connect(lost=self._place)
         return self._begin_here()
 
     def _begin_here(self) -> str:
@@ -160,6 +161,8 @@ class Database:
         ((status,),) = self._connection.execute(query, {"id": self._transaction_id}).fetchall()
         if status == "in progress":
             raise self._errors.OperationalError("the last commit is still in progress")
+        # Somebody may have ended its wait for the standby: then this one's commit waits for both.
+        self.touch()
         return status == "committed" and bool(
             self._connection.execute(
                 "SELECT 1 FROM batch WHERE id = %s AND digest = %s", self._newest
@@ -204,7 +207,10 @@ class Database:
         return status in {states.INTRANS, states.INERROR}
 
     def touch(self) -> None:
-        """Write something that changes nothing, inside a transaction, as a trial."""
+        """Write something that changes nothing, inside a transaction, as a trial.
+
+        A commit that has written nothing waits for no standby.
+        """
         self._connection.execute("SELECT pg_logical_emit_message(true, 'cafeteria_orch', '')")
 
     def blame(self, error: Exception) -> Blame:
@@ -245,6 +251,9 @@ class Database:
         """
         arrivals = list(arrivals)
         ids = self._insert_batches(arrivals) if arrivals else []
+        if None in ids:
+            # The standby may not have those that are here: see was_committed().
+            self.touch()
         new: defaultdict[Table, list[tuple[int, TableBatch]]] = defaultdict(list)
         for batch_id, arrival in zip(ids, arrivals):
             if batch_id is not None:
@@ -334,13 +343,14 @@ class Database:
             self._session_ids.add(session, session_id)
         return int(session_id)
 
-    def _connect(self) -> psycopg.Connection[Any]:
-        connection = connect(self._url)
+    def _connect(self, lost: tuple[str, int] | None = None) -> psycopg.Connection[Any]:
+        connection = connect(self._url, lost)
         try:
             check_server(connection)
         except BaseException:
             connection.close()
             raise
+        self._place = connection.info.host, connection.info.port
         return connection
 
 

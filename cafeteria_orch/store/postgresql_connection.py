@@ -11,13 +11,14 @@ from .database import StoreError
 if TYPE_CHECKING:
     import psycopg
 
-# Without them, a server that is cut off would be waited for without limit.
+# Without them, a server that is cut off would be waited for without limit. While it answers, none
+# of them ends a connection: a server waits for a lock before it takes the rows.
 _DEFAULTS = {
-    "connect_timeout": 5,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
+    "connect_timeout": 2,
+    "keepalives_idle": 2,
+    "keepalives_interval": 1,
     "keepalives_count": 3,
-    "tcp_user_timeout": 20_000,
+    "tcp_user_timeout": 5_000,
     "application_name": "cafeteria_orch",
 }
 
@@ -36,14 +37,24 @@ def psycopg_module() -> Any:
     return psycopg
 
 
-def connect(url: str) -> psycopg.Connection[Any]:
-    """Connect to a database."""
+def connect(url: str, lost: tuple[str, int] | None = None) -> psycopg.Connection[Any]:
+    """Connect to a database.
+
+    :param lost: the host and port of the connection before. If the URL names several, they come
+        last: after the loss of a machine, it costs a timeout to try it.
+    """
     module = psycopg_module()
-    given = module.conninfo.conninfo_to_dict(url)
+    settings = _DEFAULTS | module.conninfo.conninfo_to_dict(url)
+    hosts = settings.get("host", "").split(",")
+    ports = str(settings.get("port", "")).split(",")
+    if lost is not None and len(hosts) > 1 and "hostaddr" not in settings:
+        places = list(zip(hosts, ports if len(ports) > 1 else ports * len(hosts)))
+        places.sort(key=lambda place: place in {(lost[0], str(lost[1])), (lost[0], "")})
+        settings["host"], settings["port"] = map(",".join, zip(*places))
+    settings["client_encoding"] = "UTF8"
     connection: psycopg.Connection[Any] = module.connect(
-        url, autocommit=True, prepare_threshold=None, client_encoding="UTF8",
-        **{name: value for name, value in _DEFAULTS.items() if name not in given},
-    )  # fmt: skip
+        autocommit=True, prepare_threshold=None, **settings
+    )
     return connection
 
 

@@ -6,10 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from . import endtoend, micro, peers
+from . import endtoend, micro, peers, scaling
 from .report import Benchmark, BenchmarkError, Effort, Figure, machine, table
 
-BENCHMARKS: dict[str, Benchmark] = micro.BENCHMARKS | endtoend.BENCHMARKS | peers.BENCHMARKS
+BENCHMARKS: dict[str, Benchmark] = (
+    micro.BENCHMARKS | endtoend.BENCHMARKS | peers.BENCHMARKS | scaling.BENCHMARKS
+)
 
 _QUICK = Effort(seconds=1.0, repeat=1, scale=0.1)
 

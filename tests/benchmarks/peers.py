@@ -70,8 +70,8 @@ class PostgresqlClient:
     :param schema: that has the table.
     """
 
-    def __init__(self, schema: str) -> None:
-        self._connection = _connect_postgresql(schema)
+    def __init__(self, schema: str, url: str = "") -> None:
+        self._connection = _connect_postgresql(schema, url)
         self._cursor = self._connection.cursor()
 
     def send(self, rows: bytes, /) -> None:
@@ -146,7 +146,7 @@ def copy_text(rows: Sequence[Row]) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def _connect_postgresql(schema: str, **options: Any) -> Any:
+def _connect_postgresql(schema: str, url: str = "", **options: Any) -> Any:
     import psycopg  # noqa: PLC0415 (it may be missing)
 
     settings = {
@@ -155,7 +155,7 @@ def _connect_postgresql(schema: str, **options: Any) -> Any:
         "statement_timeout": f"{ANSWER_TIMEOUT}s",
     }
     said = " ".join(f"-c {name}={value}" for name, value in settings.items())
-    return psycopg.connect(POSTGRESQL, options=said, connect_timeout=5, **options)
+    return psycopg.connect(url or POSTGRESQL, options=said, connect_timeout=5, **options)
 
 
 # RabbitMQ

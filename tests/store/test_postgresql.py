@@ -14,6 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Session
+from cafeteria_orch.store import postgresql_connection
 from cafeteria_orch.store.database import Arrival, Blame, StoreError
 from cafeteria_orch.store.location import store_at
 from cafeteria_orch.store.postgresql import Database, PostgreSQLStore
@@ -24,6 +25,7 @@ from cafeteria_orch.wire.messages import encode, end_of_table
 from cafeteria_orch.wire.tables import TRANSACTIONS
 from tests.support.builders import PEER, SUCCESS, USER_ROW, batch_frame, connect, frame, received
 from tests.support.postgresql import TERMINATE, InPostgreSQL, cluster, query
+from tests.support.processes import PATIENCE, wait_until
 from tests.support.stores import CLIENT, NOW, REJECTED, TRY_AGAIN, PassingTime
 
 
@@ -125,6 +127,111 @@ class Errors(InPostgreSQL):
         self.open()
         found = self.database._connection.execute("SHOW synchronous_commit").fetchall()
         self.assertEqual(found, [("on",)])
+
+
+class Standbys(InPostgreSQL):
+    """What is acknowledged is on the standby, also after somebody has ended the wait for it.
+
+    A commit whose wait for the standby is ended, as by a fast stop of the server or
+    ``pg_terminate_backend``, is visible on the primary though the standby may not have it.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.session = Session(PEER, NOW, CLIENT)
+        self.arrivals = [Arrival(received(), self.session, NOW)]
+        # Another server, which knows the session: a duplicate makes it write nothing.
+        self.other = Database(self.url)
+        self.addCleanup(self.other.close)
+        with self.other.transaction():
+            self.other.store([Arrival(received(batch_number=2), self.session, NOW)])
+        threads = ThreadPoolExecutor(2)
+        self.addCleanup(threads.shutdown)
+        self.submit = threads.submit
+        self.addCleanup(self.set_standby, "")
+        self.set_standby("nobody")
+        self.leave_a_commit()
+
+    def set_standby(self, name: str) -> None:
+        """Have commits wait for a standby."""
+        self.query(f"ALTER SYSTEM SET synchronous_standby_names = '{name}'")
+        self.query("SELECT pg_reload_conf()")
+        wait_until(lambda: self.query("SHOW synchronous_standby_names") == [(name,)], "it is set")
+
+    def leave_a_commit(self) -> None:
+        """End the wait of a commit, which then is not replicated."""
+        import psycopg  # noqa: PLC0415
+
+        commit = self.submit(self.commit, self.database)
+        self.wait_until_waiting()
+        self.query(TERMINATE)
+        with self.assertRaises(psycopg.OperationalError):
+            commit.result(PATIENCE)
+        self.assertEqual(self.count("batch"), 2)
+
+    def wait_until_waiting(self) -> None:
+        """Wait until a commit waits for the standby."""
+        waiting = (
+            "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+            " AND datname = current_database()"
+        )
+        wait_until(lambda: self.query(waiting), "a commit waits for the standby")
+
+    def commit(self, database: Database) -> list[bool]:
+        with database.transaction():
+            return database.store(self.arrivals)
+
+    def test_duplicate(self) -> None:
+        """A duplicate of a batch that is not replicated is acknowledged when it is."""
+        again = self.submit(self.commit, self.other)
+        self.wait_until_waiting()
+        self.assertFalse(again.done())
+        self.set_standby("")
+        self.assertEqual(again.result(PATIENCE), [False])
+
+    def test_committed_before(self) -> None:
+        """So is a commit that the writer asks about after it has lost its answer."""
+
+        def ask() -> bool:
+            with self.database.transaction():
+                return bool(self.database.was_committed())
+
+        asked = self.submit(ask)
+        self.wait_until_waiting()
+        self.assertFalse(asked.done())
+        self.set_standby("")
+        self.assertTrue(asked.result(PATIENCE))
+
+
+class Failovers(InPostgreSQL):
+    """Another server takes the place of the one whose connection is lost."""
+
+    def test_lost_host_comes_last(self) -> None:
+        """Of several hosts, the one whose connection was lost is tried after the others."""
+        port = cluster().port
+        for ports in (f"{port}", f"{port},{port}"):
+            host, *more = ports.split(",")
+            first = f"127.0.0.1:{port}" if more else "127.0.0.1"
+            url = f"postgresql://postgres@{first},localhost:{host}/postgres"
+            found = []
+            for lost in (None, ("127.0.0.1", port), ("localhost", port)):
+                with postgresql_connection.connect(url, lost) as connection:
+                    found.append(connection.info.host)
+            self.assertEqual(found, ["127.0.0.1", "localhost", "127.0.0.1"])
+
+    def test_old_batch_proves_nothing(self) -> None:
+        """A transaction without batches is not known by a batch of an earlier one.
+
+        The other server may have given its number to another transaction, and has that batch.
+        """
+        self.store()
+        with (
+            patch.object(self.database, "_transaction_id", "1"),
+            self.database.transaction(),
+        ):
+            self.database.end_table("users", self.session, NOW)
+        with self.database.transaction():
+            self.assertFalse(self.database.was_committed())
 
 
 class Sinks(SynchronousTestCase):

@@ -75,6 +75,12 @@ class Cluster:
             self.run("pg_ctl", "-D", "data", "-w", "-m", "immediate", "stop")
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def processes(self) -> list[int]:
+        """The server's processes, the first one and those that it has now."""
+        first = (self._folder / "data" / "postmaster.pid").read_text().split()[0]
+        children = Path(f"/proc/{first}/task/{first}/children").read_text()
+        return [int(first), *map(int, children.split())]
+
     def url(self, database: str, user: str = _USER) -> str:
         """Where a database is."""
         return f"postgresql://{user}@127.0.0.1:{self.port}/{database}"
@@ -92,6 +98,14 @@ def cluster() -> Cluster:
 
     :raises SkipTest: if PostgreSQL is not installed.
     """
+    return Cluster(programs())
+
+
+def programs() -> Path:
+    """The folder of PostgreSQL's programs.
+
+    :raises SkipTest: if it is not installed, or what connects to it.
+    """
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not found:
         raise SkipTest("PostgreSQL is not installed")
@@ -99,7 +113,7 @@ def cluster() -> Cluster:
         import psycopg  # noqa: F401, PLC0415
     except ImportError as error:
         raise SkipTest("psycopg is not installed") from error
-    return Cluster(found[-1].parent)
+    return found[-1].parent
 
 
 def query(url: str, sql: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:

@@ -11,14 +11,10 @@ from contextlib import closing
 from cafeteria_orch.wire.messages import TableBatch, encode
 from cafeteria_orch.wire.tables import TABLES, USERS
 from tests.support.builders import DATA, SUCCESS, frame
-from tests.support.postgresql import cluster, query
+from tests.support.postgresql import TERMINATE, cluster, query
 from tests.support.processes import PROGRAMS, Client, ProcessTestCase, wait_until
 
 FIELD_CLIENTS = 4
-TERMINATE = (
-    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-    " WHERE application_name = 'cafeteria_orch' AND datname = current_database()"
-)
 
 
 class FieldClient(threading.Thread):

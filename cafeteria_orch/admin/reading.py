@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from cafeteria_orch.store.database import StoreError
 from cafeteria_orch.store.location import store_at
-from cafeteria_orch.store.postgresql import PostgreSQLStore
 from cafeteria_orch.store.postgresql_schema import SCHEMA_VERSION as POSTGRESQL_VERSION
 from cafeteria_orch.store.schema import APPLICATION_ID
 from cafeteria_orch.store.schema import SCHEMA_VERSION as SQLITE_VERSION
@@ -208,7 +207,7 @@ def open_reader(location: str) -> Reader:
     :param location: of :func:`~cafeteria_orch.store.location.absolute`.
     :raises StoreError: if it cannot be read, or is not a store.
     """
-    is_file = not isinstance(store_at(location), PostgreSQLStore)
+    is_file = store_at(location).kind == "sqlite"
     connect = SQLiteConnection if is_file else PostgreSQLConnection
     connection: Connection = connect(location, read_only=True)
     try:

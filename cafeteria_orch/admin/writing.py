@@ -12,7 +12,6 @@ from typing import Protocol
 from cafeteria_orch.store.database import StoreError
 from cafeteria_orch.store.insertion import insert_decoded
 from cafeteria_orch.store.location import store_at
-from cafeteria_orch.store.postgresql import PostgreSQLStore
 from cafeteria_orch.store.postgresql_connection import check_server
 from cafeteria_orch.store.sqlite import Database as SQLiteDatabase
 from cafeteria_orch.wire.messages import TableBatch
@@ -85,7 +84,7 @@ def open_target(location: str) -> Target:
     :param location: of :func:`~cafeteria_orch.store.location.absolute`.
     :raises StoreError: if it cannot be opened, or a server has its file.
     """
-    if isinstance(store_at(location), PostgreSQLStore):
+    if store_at(location).kind == "postgresql":
         return PostgreSQLTarget(location)
     return SQLiteTarget(location)
 

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .database import Store, StoreSizes
+from cafeteria_orch.wire.messages import CODEC
+
+from . import postgresql, postgresql_state
+from .database import DatabaseServer, Store, StoreSizes
 from .files import StoreLock, clear_blank, explaining, file_size
 from .insertion import store_codec
-from .postgresql import PostgreSQLStore
 from .sqlite import Database, check_store
 from .totals import TableTotals, read_totals
 
@@ -108,3 +110,45 @@ class SQLiteStore:
     def totals(self, is_too_late: Callable[[], bool]) -> dict[str, TableTotals] | None:
         """Read what the file has of each table; see :func:`read_totals`."""
         return read_totals(self._path, is_too_late)
+
+
+class PostgreSQLStore:
+    """A database that servers share.
+
+    :param url: of the database, which libpq understands.
+    :param node: the name of the server that opens it.
+    """
+
+    codec = CODEC
+    """``compiled`` where the text of ``COPY`` is made without the interpreter; else ``pure``."""
+    kind = "postgresql"
+
+    def __init__(self, url: str, node: str | None = None) -> None:
+        self._url = url
+        self._node = node
+
+    def check(self) -> None:
+        """Make sure that the database can be the store, and change nothing.
+
+        :raises StoreError: if it cannot.
+        """
+        postgresql.Database(self._url, keep_schema=True).close()
+
+    def open(self) -> postgresql.Database:
+        """Open the database; the schema is created where there is none, an older one upgraded.
+
+        :raises StoreError: if it cannot be the store.
+        """
+        return postgresql.Database(self._url, node=self._node)
+
+    def sizes(self) -> StoreSizes:
+        """The files are the server's own business."""
+        return StoreSizes(None, None)
+
+    def totals(self, _: Callable[[], bool]) -> dict[str, TableTotals] | None:
+        """See :func:`postgresql_state.read_totals`."""
+        return postgresql_state.read_totals(self._url)
+
+    def read_server(self, _: Callable[[], bool]) -> DatabaseServer | None:
+        """See :func:`postgresql_state.read_server`."""
+        return postgresql_state.read_server(self._url)

@@ -7,24 +7,22 @@ at a time.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.wire.errors import BatchRejected
-from cafeteria_orch.wire.messages import CODEC, TableBatch
+from cafeteria_orch.wire.messages import TableBatch
 from cafeteria_orch.wire.tables import Table
 
 from .database import (
     Arrival,
     Blame,
-    DatabaseServer,
     Rehearsed,
     SessionIds,
     StoreError,
-    StoreSizes,
     client_id_text,
     timestamp,
 )
@@ -36,8 +34,7 @@ from .postgresql_connection import (
     without_secrets,
 )
 from .postgresql_schema import prepare
-from .postgresql_state import read_server, read_totals, read_wait
-from .totals import TableTotals
+from .postgresql_state import read_wait
 
 if TYPE_CHECKING:
     import psycopg
@@ -359,45 +356,3 @@ class Database:
             raise
         self._place = connection.info.host, connection.info.port
         return connection
-
-
-class PostgreSQLStore:
-    """A database that servers share.
-
-    :param url: of the database, which libpq understands.
-    :param node: the name of the server that opens it.
-    """
-
-    codec = CODEC
-    """``compiled`` where the text of ``COPY`` is made without the interpreter; else ``pure``."""
-    kind = "postgresql"
-
-    def __init__(self, url: str, node: str | None = None) -> None:
-        self._url = url
-        self._node = node
-
-    def check(self) -> None:
-        """Make sure that the database can be the store, and change nothing.
-
-        :raises StoreError: if it cannot.
-        """
-        Database(self._url, keep_schema=True).close()
-
-    def open(self) -> Database:
-        """Open the database; the schema is created where there is none, an older one upgraded.
-
-        :raises StoreError: if it cannot be the store.
-        """
-        return Database(self._url, node=self._node)
-
-    def sizes(self) -> StoreSizes:
-        """The files are the server's own business."""
-        return StoreSizes(None, None)
-
-    def totals(self, _: Callable[[], bool]) -> dict[str, TableTotals] | None:
-        """See :func:`read_totals`."""
-        return read_totals(self._url)
-
-    def read_server(self, _: Callable[[], bool]) -> DatabaseServer | None:
-        """See :func:`read_server`."""
-        return read_server(self._url)

@@ -39,21 +39,23 @@ _PLAIN = "batch_rows"
 
 
 class Costs:
-    """Seconds of processor time, and the rows that they were spent on.
+    """What was spent, in seconds of processor time, and the rows that it was spent on.
 
     :ivar rows: those that were stored.
     :ivar nodes: of all orchestrators.
     :ivar database: of all processes of PostgreSQL.
     :ivar clients: of this process.
+    :ivar wal_bytes: that PostgreSQL has written ahead of its tables.
     """
 
     def __init__(self) -> None:
         self.rows = 0
+        self.wal_bytes = 0.0
         self.nodes = self.database = self.clients = 0.0
 
-    def for_a_million(self, seconds: float) -> float:
+    def for_a_million(self, spent: float) -> float:
         """What a million rows cost of these."""
-        return seconds / self.rows * 1e6
+        return spent / self.rows * 1e6
 
     @contextmanager
     def counted(self, cluster: Cluster, nodes: Sequence[int]) -> Iterator[None]:
@@ -126,13 +128,19 @@ class Measurement:
         way = self._way
         query(self._url, f"TRUNCATE {way.tables}")
         query(self._url, "CHECKPOINT")
+        before = self._wal_bytes()
         with self.costs.counted(self._cluster, way.processes):
             rate = batches_per_second(way.side, way.clients, seconds)
         ((stored,),) = query(self._url, f"SELECT count(*) FROM {way.table}")
         if not stored:
             raise BenchmarkError("no batch was stored in time: raise --seconds")
         self.costs.rows += stored
+        self.costs.wal_bytes += self._wal_bytes() - before
         return rate * rows_per_batch
+
+    def _wal_bytes(self) -> float:
+        ((written,),) = query(self._url, "SELECT pg_current_wal_insert_lsn() - '0/0'")
+        return float(written)
 
 
 def scaling(effort: Effort) -> list[Figure]:
@@ -228,6 +236,14 @@ def figures(
                 plain.for_a_million(plain.clients), None, "COPY and COMMIT of prepared text",
             ),
         ]  # fmt: skip
+    found.append(
+        Figure(
+            f"WAL for a million rows of {_TABLE}, 1 node", "MB",
+            costs[0].for_a_million(costs[0].wal_bytes / 1e6),
+            costs[len(NODES)].for_a_million(costs[len(NODES)].wal_bytes / 1e6),
+            None, "COPY and COMMIT of prepared text",
+        )
+    )  # fmt: skip
     return found
 
 

@@ -16,8 +16,8 @@ from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store import postgresql_connection
 from cafeteria_orch.store.database import Arrival, Blame, StoreError
-from cafeteria_orch.store.location import store_at
-from cafeteria_orch.store.postgresql import Database, PostgreSQLStore
+from cafeteria_orch.store.location import PostgreSQLStore, store_at
+from cafeteria_orch.store.postgresql import Database
 from cafeteria_orch.store.postgresql_connection import without_secrets
 from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.wire.errors import BatchRejected

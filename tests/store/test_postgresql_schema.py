@@ -11,7 +11,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store import postgresql_schema
 from cafeteria_orch.store.database import StoreError
-from cafeteria_orch.store.postgresql import Database, PostgreSQLStore
+from cafeteria_orch.store.location import PostgreSQLStore
+from cafeteria_orch.store.postgresql import Database
 from cafeteria_orch.store.postgresql_schema import SCHEMA_VERSION, statements
 from tests.support.builders import PEER, received
 from tests.support.older_stores import POSTGRESQL_VERSION_1

@@ -20,6 +20,7 @@ from twisted.trial.unittest import SkipTest
 
 from cafeteria_orch.store import postgresql
 from cafeteria_orch.store.database import Store
+from cafeteria_orch.store.location import PostgreSQLStore
 from cafeteria_orch.wire.tables import TABLES
 
 from .processes import free_port
@@ -159,7 +160,7 @@ class SinkInPostgreSQL(SinkTestCase):
 
     def new_store(self) -> Store:
         self.url = cluster().new_database()
-        return postgresql.PostgreSQLStore(self.url)
+        return PostgreSQLStore(self.url)
 
     def start(self, connection_class: Any = None) -> None:
         self.sink.start()

@@ -33,6 +33,7 @@ class CostTests(SynchronousTestCase):
         for seconds in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0):
             cost = Costs()
             cost.rows, cost.nodes, cost.database, cost.clients = 500_000, seconds, seconds, 0.25
+            cost.wal_bytes = 1e8 * seconds
             costs.append(cost)
         rows = scaling.figures({1: 100, 2: 160, 4: 150}, {1: 200, 2: 400, 4: 300}, costs)
         cells = [figure.cells() for figure in rows]
@@ -44,6 +45,7 @@ class CostTests(SynchronousTestCase):
         self.assertEqual([goal for *_, goal in cells[:2]], ["≥ 1.5: met", "-"])
         self.assertEqual([ours for _, ours, *_ in cells[5:8]], ["2 s", "2 s", "0.5 s"])
         self.assertEqual(cells[6][3], "0.25")
+        self.assertEqual(cells[-1][1:4:2], ("200 MB", "0.25"))
 
     def test_cores(self) -> None:
         """Clients have cores that no server has, where there are enough; in the end, all again."""
@@ -82,6 +84,7 @@ class MeasurementTests(SynchronousTestCase):
                 self.assertEqual(costs.rows, stored)
                 self.assertEqual(stored % 50, 0)
                 self.assertGreater(costs.for_a_million(costs.database), 0)
+                self.assertGreater(costs.wal_bytes, 50 * stored)
                 self.assertEqual(costs.nodes > 0, bool(way.processes))
 
     def test_nothing_stored(self) -> None:

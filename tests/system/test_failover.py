@@ -11,6 +11,7 @@ from uuid import UUID
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.wire.messages import encode
+from tests.support.clusters import DATABASE, USER, Cluster
 from tests.support.faults import RawClient, seeded, slow, wait_for
 from tests.support.fleet import Balancer, Node
 from tests.support.network import Network
@@ -25,7 +26,6 @@ from tests.support.senders import (
     ledger_batch,
     longest_wait,
 )
-from tests.support.standby import DATABASE, USER, Cluster
 from tests.support.tracing import untraced
 
 OF_EACH_KIND = 4

@@ -21,7 +21,8 @@ ROWS_PER_BATCH = 4000
 
 _COUNT = "WITH RECURSIVE n (i) AS (VALUES (0) UNION ALL SELECT i + 1 FROM n WHERE i < ? - 1) "
 _SESSION = (
-    "INSERT INTO session VALUES (1, ?, '192.0.2.7', '2025-01-01 12:00:00.000', NULL, 1, NULL)"
+    "INSERT INTO session (id, client_id, ip, connected_at, agency_id)"
+    " VALUES (1, ?, '192.0.2.7', '2025-01-01 12:00:00.000', 1)"
 )
 _BATCHES = (
     "INSERT INTO batch SELECT i + 1, 1, ?, 6, i + 1, 0, ?, randomblob(16),"

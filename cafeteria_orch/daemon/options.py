@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from twisted.logger import LogLevel
+from twisted.logger import Logger, LogLevel
 from twisted.python import usage
 
 from cafeteria_orch import __version__
@@ -17,13 +17,15 @@ from cafeteria_orch.edge.proxy import parse_networks
 from cafeteria_orch.observe.log_files import DEFAULT_LOG_BYTES, DEFAULT_LOG_FILES
 from cafeteria_orch.observe.logs import Render, as_json, as_text
 from cafeteria_orch.server.memory import DEFAULT_MAX_IN_FLIGHT_BYTES
-from cafeteria_orch.store.location import absolute
+from cafeteria_orch.store.location import absolute, has_password
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 
 from .node import DEFAULT_NODE, node_name
 from .service import DEFAULT_DRAIN_TIMEOUT
 
 ENVIRONMENT_PREFIX = "CAFEORCH_"
+
+_log = Logger()
 
 
 def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -253,6 +255,11 @@ class Options(usage.Options):
             for name, needed in _NEEDED.items():
                 if options_of.get(name) and not self[needed]:
                     raise refusal(f"{label(name)} needs {label(needed)}: give both or neither")
+        if has_password(given.get("store") or ""):
+            _log.warn(
+                "action: start | result: warning | error: the process list shows the password of"
+                " --store: name the URL in CAFEORCH_STORE, or the password in a file (PGPASSFILE)"
+            )
 
     def _read(self, options: list[str] | None, label: Callable[[str], str]) -> dict[str, Any]:
         self.update(dict.fromkeys(_PARSERS))

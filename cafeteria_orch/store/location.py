@@ -14,6 +14,7 @@ from . import postgresql, postgresql_state
 from .database import DatabaseServer, Store, StoreSizes
 from .files import StoreLock, clear_blank, explaining, file_size
 from .insertion import store_codec
+from .postgresql_connection import secrets_of
 from .sqlite import Database, check_store
 from .totals import TableTotals, read_totals
 
@@ -37,6 +38,14 @@ def absolute(location: str) -> str:
         raise ValueError("the path is missing")
     # A daemon changes its working directory, and so does --rundir.
     return str(Path(path).absolute())
+
+
+def has_password(location: str) -> bool:
+    """Whether a place of a store has a password in it.
+
+    :param location: of :func:`absolute`.
+    """
+    return location.startswith(_POSTGRESQL) and bool(secrets_of(location))
 
 
 def store_at(location: str, node: str | None = None) -> Store:

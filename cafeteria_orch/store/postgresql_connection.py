@@ -82,13 +82,19 @@ def shown(url: str) -> str:
     return re.sub(r"(://[^:@/?]*):[^@/?]*@", r"\1@", url.partition("?")[0])
 
 
-def without_secrets(url: str, text: str) -> str:
-    """A text in one line, without the passwords of a URL, however they are written."""
+def secrets_of(url: str) -> set[str]:
+    """The passwords in a URL, as they are written there."""
     parts = urlsplit(url)
     secrets = {parts.netloc.rpartition("@")[0].partition(":")[2]}
     secrets |= {value for name, value in parse_qsl(parts.query) if "password" in name}
+    return secrets - {""}
+
+
+def without_secrets(url: str, text: str) -> str:
+    """A text in one line, without the passwords of a URL, however they are written."""
     line = " ".join(text.split())
+    secrets = secrets_of(url)
     secrets |= {unquote(secret) for secret in secrets}
-    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+    for secret in sorted(secrets, key=len, reverse=True):
         line = line.replace(secret, "***")
     return line

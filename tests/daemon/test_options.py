@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from twisted.logger import LogLevel
+from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__
@@ -18,6 +18,7 @@ from cafeteria_orch.daemon.options import Options
 from cafeteria_orch.edge.proxy import parse_networks
 from cafeteria_orch.observe.logs import as_json, as_text
 from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
+from tests.support.builders import texts
 
 DEFAULTS = {
     "port": 8080,
@@ -269,6 +270,20 @@ class Values(OptionsTestCase):
             with self.assertRaisesRegex(SystemExit, f"^cafeorch: --store: .*{pattern}") as caught:
                 self.parse("--store", place)
             self.assertNotRegex(str(caught.exception), "hid|den")
+
+    def test_password_that_others_can_read(self) -> None:
+        """A password on the command line is warned of, and not shown; one elsewhere is not."""
+        for url in ("postgresql://me:hidden@h/db", "postgresql://me@h/db?password=hidden"):
+            with capturedLogs() as events:
+                self.parse("--store", url)
+            (warning,) = texts(events, LogLevel.warn)
+            self.assertIn("the process list shows the password of --store", warning)
+            self.assertNotIn("hidden", warning)
+        with capturedLogs() as events:
+            self.parse(CAFEORCH_STORE=url)
+            self.parse("--store", "postgresql://me@h/db?passfile=x")
+            self.parse("--store", "me:hidden@h")
+        self.assertEqual(texts(events, LogLevel.warn), [])
 
 
 class Mistakes(OptionsTestCase):

@@ -291,8 +291,8 @@ class Mistakes(OptionsTestCase):
 
     def test_bad_values(self) -> None:
         """The line names the option, or the variable, and shows the value."""
-        for name, texts in BAD:
-            for text in texts:
+        for name, values in BAD:
+            for text in values:
                 refusal = self.refusal(f"--{name}={text}")
                 self.assertIn(f"--{name}", refusal)
                 self.assertIn(repr(text), refusal)

@@ -1,420 +1,114 @@
-"""A model of the store: whatever clients, cuts, restarts and faults do, each batch is there once."""
+"""The store, of either kind, held against a model of it."""
 
 from __future__ import annotations
 
 import os
-import sqlite3
-from collections import Counter, deque
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from threading import current_thread
-from typing import Any, NamedTuple
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
-from uuid import UUID
 
 import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
-from twisted.internet.error import ConnectionLost
-from twisted.internet.task import Clock
-from twisted.python.failure import Failure
+from hypothesis.stateful import run_state_machine_as_test
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.server.connection import OrchestratorProtocol
-from cafeteria_orch.server.counters import Outcome, Tally
-from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.store import sink as sink_module
-from cafeteria_orch.store.database import Database
-from cafeteria_orch.store.location import SQLiteStore
-from cafeteria_orch.store.sink import Sink
-from cafeteria_orch.store.writer import Job, Writer
+from cafeteria_orch.store.location import PostgreSQLStore
 from cafeteria_orch.wire.errors import BatchRejected
-from cafeteria_orch.wire.messages import ClientHello, Finished, encode, end_of_table
-from cafeteria_orch.wire.tables import STORES, USERS
-from tests.support.builders import TCPTransport, batch_frame, connect, frame
-from tests.support.stores import Fault, FaultyConnection, connecting
+from cafeteria_orch.wire.tables import TABLES
+from tests.support.postgresql import cluster, query
+from tests.support.store_model import Query, StoreModel
+from tests.support.stores import Fault
 from tests.support.tracing import untraced
 
-CLIENTS = (None, UUID(int=1), UUID(int=2))
-TABLES = (USERS, STORES)
-MAX_CONNECTIONS = 5
-MAX_WAITING = 3
-AMOUNTS = (0, 1, 300)
-"""How many rows the batches have that differ in nothing else."""
 
+class PostgreSQLModel(StoreModel):
+    """The same in PostgreSQL: a fault is an error of the server, or the end of the connection."""
 
-class Key(NamedTuple):
-    """What tells a batch from another. All of its rows hold these."""
+    url: str
 
-    client: UUID | None
-    table: int
-    number: int
-    amount: int
+    def make_store(self) -> None:
+        import psycopg  # noqa: PLC0415
 
-    def frame(self) -> bytes:
-        table = TABLES[self.table]
-        rows = [[str(tuple(self))] + ["x"] * (len(table.columns) - 1)] * self.amount
-        return batch_frame(table=table, rows=rows, batch_number=self.number)
+        self.errors = (psycopg.IntegrityError, psycopg.DataError)
+        self.store = PostgreSQLStore(self.url)
+        self.store.open().close()
+        names = ", ".join(["session", "batch", "table_eof", *(table.name for table in TABLES)])
+        query(self.url, f"TRUNCATE {names}")
+        self.reader = psycopg.connect(self.url, autocommit=True)
 
-
-class End(NamedTuple):
-    """What is sent when no more batches of a table come."""
-
-    client: UUID | None
-    table: int
-
-    def frame(self) -> bytes:
-        return frame(encode(end_of_table(TABLES[self.table].name)))
-
-
-@dataclass
-class Client:
-    """A connection, and what was sent by it that has no answer yet."""
-
-    id: UUID | None
-    protocol: OrchestratorProtocol
-    transport: TCPTransport
-    unanswered: deque[Key | End | None] = field(default_factory=deque)
-    has_finished: bool = False
-
-    def send(self, message: Key | End) -> None:
-        # What comes after a FINISHED is not looked at any more.
-        if not self.has_finished:
-            self.unanswered.append(message)
-            self.protocol.dataReceived(message.frame())
-
-    def answers(self) -> list[bytes]:
-        data, answers = self.transport.value(), []
-        self.transport.clear()
-        while data:
-            end = 4 + int.from_bytes(data[:4], "big")
-            answers.append(data[4:end])
-            data = data[end:]
-        return answers
-
-
-class InlineReactor(Clock):
-    """A clock whose writer's thread is the reactor's own."""
-
-    def callFromThread(self, function: Callable[..., object], *args: object) -> None:
-        function(*args)
-
-
-class InlineSink(Sink):
-    """Its writer works when it is told to, in the thread of the test."""
-
-    database: Database
-    connection: sqlite3.Connection
-
-    def start(self) -> None:
-        with connecting(FaultyConnection) as connections:
-            self.database = self._store.open()
-        (self.connection,) = connections
-        # No power fails here.
-        self.connection.execute("PRAGMA synchronous = OFF")
-        self._thread = current_thread()
-        self.writer = Writer(
-            self._reactor,
-            self.database,
-            self._jobs,
-            report=self._report,
-            ended=self._writer_ended,
-        )
-
-    def close(self) -> None:
-        self.database.close()
-
-    def work(self, max_jobs: int) -> bool:
-        """Commit what waits, a few messages at most; whether there were any."""
-        group: list[Job] = []
-        while len(group) < max_jobs and not self._jobs.empty():
-            job = self._jobs.get()
-            assert job is not None
-            group.append(job)
-        if group:
-            self.writer.commit(group)
-        return bool(group)
-
-    def try_again(self) -> None:
-        """Have the writer try what it has refused."""
-        if self.writer._refused is not None:
-            self.writer.try_again(self.writer._refused)
-
-
-class StoreModel(RuleBasedStateMachine):
-    """Clients of three kinds, the server, and what is known of every batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.folder = TemporaryDirectory()
-        self.path = str(Path(self.folder.name) / "store.sqlite3")
-        self.patch = patch.object(sink_module, "MAX_WAITING_BATCHES", MAX_WAITING)
-        self.patch.start()
-        self.acknowledged: Counter[Key] = Counter()
-        # Sent over connections that were cut, or answered with a FAIL that may not be true.
-        self.uncertain: Counter[Key] = Counter()
-        self.ended: set[End] = set()
-        self.sent: list[Key] = []
-        self.faults = 0
-        # Since the last start, and before it.
-        self.committed = 0
-        self.stored_before = 0
-        self.start()
-
-    def start(self) -> None:
-        self.clients: list[Client] = []
-        self.factory = OrchestratorFactory(InlineReactor())
-        self.sink = InlineSink(self.factory.reactor, SQLiteStore(self.path))
-        self.sink.register(self.factory)
+    def start_sink(self) -> None:
         self.sink.start()
 
-    def teardown(self) -> None:
-        self.restart(is_killed=False)
-        self.check_store()
-        self.sink.close()
-        self.patch.stop()
-        self.folder.cleanup()
+    def remove_store(self) -> None:
+        self.reader.close()
 
-    @precondition(lambda self: len(self.clients) < MAX_CONNECTIONS)
-    @rule(identity=st.sampled_from(CLIENTS))
-    def connect(self, identity: UUID | None) -> None:
-        client = Client(identity, *connect(self.factory))
-        self.clients.append(client)
-        if identity is not None:
-            client.unanswered.append(None)
-            client.protocol.dataReceived(frame(encode(ClientHello(identity))))
+    @contextmanager
+    def reading(self) -> Iterator[Query]:
+        yield lambda sql: self.reader.execute(sql).fetchall()
 
-    @precondition(lambda self: self.clients)
-    @rule(
-        which=st.integers(0, MAX_CONNECTIONS - 1),
-        table=st.sampled_from(range(len(TABLES))),
-        number=st.integers(1, 2),
-        amount=st.sampled_from(AMOUNTS),
-    )
-    def send(self, which: int, table: int, number: int, amount: int) -> None:
-        client = self.client(which)
-        self.sent.append(Key(client.id, table, number, amount))
-        client.send(self.sent[-1])
+    @contextmanager
+    def meeting(self, fault: Fault) -> Iterator[None]:
+        import psycopg  # noqa: PLC0415
 
-    @precondition(lambda self: self.clients and self.sent)
-    @rule(which=st.integers(0, MAX_CONNECTIONS - 1), batch=st.integers(0, 9))
-    def repeat(self, which: int, batch: int) -> None:
-        """A client sends what was sent before, maybe by another, maybe acknowledged."""
-        client = self.client(which)
-        client.send(self.sent[-1 - batch % len(self.sent)]._replace(client=client.id))
+        waiting = [fault]
+        beginning = fault.statement.replace("INSERT INTO", "COPY")
+        # A statement may go with the one before it.
+        pattern = re.compile(rf"(^|; ){beginning}\b")
 
-    @precondition(lambda self: self.clients)
-    @rule(which=st.integers(0, MAX_CONNECTIONS - 1))
-    def resend(self, which: int) -> None:
-        """A client that knows what became of its batches sends the others again."""
-        client = self.client(which)
-        for key in list(self.uncertain):
-            if key.client == client.id and not self.acknowledged[key]:
-                client.send(key)
+        def failing(real: Any) -> Any:
+            def call(self: Any, sql: str, *values: Any, **options: Any) -> Any:
+                if not waiting or not pattern.search(sql):
+                    return real(self, sql, *values, **options)
+                waiting.clear()
+                connection = getattr(self, "connection", self)
+                if fault.outcome == "done":
+                    real(self, sql, *values, **options)
+                if fault.outcome != "failed":
+                    connection.close()
+                if issubclass(fault.error, psycopg.Error):
+                    raise fault.error("no")
+                raise psycopg.errors.DiskFull("no space left on device")
 
-    @precondition(lambda self: self.clients)
-    @rule(which=st.integers(0, MAX_CONNECTIONS - 1), table=st.sampled_from(range(len(TABLES))))
-    def end_table(self, which: int, table: int) -> None:
-        client = self.client(which)
-        client.send(End(client.id, table))
+            return call
 
-    @precondition(lambda self: self.clients)
-    @rule(which=st.integers(0, MAX_CONNECTIONS - 1), agency_id=st.none() | st.integers(0, 9))
-    def finish(self, which: int, agency_id: int | None) -> None:
-        client = self.client(which)
-        client.has_finished = True
-        client.protocol.dataReceived(frame(encode(Finished(agency_id))))
-
-    @precondition(lambda self: self.clients)
-    @rule(which=st.integers(0, MAX_CONNECTIONS - 1), part=st.binary(max_size=9))
-    def cut(self, which: int, part: bytes) -> None:
-        """The connection is lost, between frames or inside of one."""
-        client = self.client(which)
-        if part:
-            client.protocol.dataReceived(b"\0\0\1" + part)
-        self.lose(client)
-
-    @rule(max_jobs=st.integers(1, 4))
-    def work(self, max_jobs: int) -> None:
-        self.sink.work(max_jobs)
-
-    @rule()
-    def try_again(self) -> None:
-        """The store is tried again by itself: that stores nothing, and ends every outage."""
-        self.sink.try_again()
-        assert self.sink.refusal is None
-
-    @rule(
-        statement=st.sampled_from(["BEGIN", "SAVEPOINT", "INSERT INTO users", "COMMIT"]),
-        outcome=st.sampled_from(["failed", "undone"]),
-    )
-    def fail(self, statement: str, outcome: str) -> None:
-        """The disk has a fault, and what the server says is true."""
-        self.fail_with(Fault(statement, "failed" if statement == "BEGIN" else outcome))
-
-    @rule()
-    def fail_after_commit(self) -> None:
-        """The disk has a fault, and what was not acknowledged is stored nevertheless."""
-        self.uncertain.update(self.fail_with(Fault("COMMIT", "done")))
-        self.stored_before = self.stored().total() - self.counts()[Outcome.COMMITTED]
-
-    @rule(error=st.sampled_from([sqlite3.IntegrityError, sqlite3.DataError]))
-    def reject(self, error: type[sqlite3.Error]) -> None:
-        """The store objects to one batch: to its table, or to what it says."""
-        self.fail_with(Fault("INSERT INTO stores", error=error))
-
-    @rule(is_killed=st.booleans())
-    def restart(self, is_killed: bool) -> None:
-        while not is_killed and self.sink.work(4):
-            pass
-        self.collect()
-        self.check_accounts()
-        for client in list(self.clients):
-            self.lose(client)
-        self.sink.close()
-        stored = self.stored()
-        # What is not stored by now never will be.
-        self.uncertain = Counter({key: stored[key] for key in self.uncertain if stored[key]})
-        self.committed = 0
-        self.stored_before = stored.total()
-        self.start()
-
-    @invariant()
-    def check_accounts(self) -> None:
-        """Every batch that was received is in one of the counts, and in the right one."""
-        self.collect()
-        counts = self.counts()
-        committed, duplicates = counts[Outcome.COMMITTED], counts[Outcome.DUPLICATE]
-        in_progress = Counter(
-            exchange.opcode
-            for connection in self.factory.connections
-            for exchange in connection._window.in_progress
-        )
-        for table in TABLES:
-            assert (
-                self.factory.counters.tallies[table.opcode].in_progress
-                == in_progress[table.opcode]
-            )
-        assert counts.received == committed + duplicates + counts.failed + counts.in_progress
-        assert committed + duplicates >= self.committed
-        assert 0 <= counts.in_progress <= len(self.sink._waiting)
-        assert len(self.sink._waiting) == self.sink._jobs.qsize()
-
-    @invariant()
-    def check_store(self) -> None:
-        """The store is what was acknowledged, and possibly what was not answered."""
-        self.collect()
-        stored = self.stored()
-        assert stored.total() == self.stored_before + self.counts()[Outcome.COMMITTED]
-        possible = self.acknowledged + self.uncertain
-        for client in self.clients:
-            possible.update(key for key in client.unanswered if isinstance(key, Key))
-        for key in stored | possible:
-            least, most = self.acknowledged[key], possible[key]
-            if key.client is not None:
-                least, most = min(least, 1), min(most, 1)
-            assert least <= stored[key] <= most, (key, least, stored[key], most)
-
-    def counts(self) -> Tally:
-        return self.factory.counters.total()
-
-    def client(self, which: int) -> Client:
-        return self.clients[which % len(self.clients)]
-
-    def lose(self, client: Client) -> None:
-        self.clients.remove(client)
-        self.uncertain.update(key for key in client.unanswered if isinstance(key, Key))
-        client.protocol.connectionLost(Failure(ConnectionLost()))
-
-    def fail_with(self, fault: Fault) -> list[Key]:
-        """Have the next group meet with a fault; the batches that were answered with FAIL."""
-        connection = self.sink.connection
-        assert isinstance(connection, FaultyConnection)
-        connection.fault = fault
-        self.sink.work(4)
-        self.faults += connection.fault is None
-        connection.fault = None
-        return self.collect()
-
-    def collect(self) -> list[Key]:
-        """Note what clients were answered; the batches whose answer was FAIL."""
-        failed = []
-        for client in list(self.clients):
-            for answer in client.answers():
-                message = client.unanswered.popleft()
-                is_success = answer == b"\x01"
-                assert is_success or (self.faults and answer in (b"\x02\x01", b"\x02\x02")), answer
-                if is_success and isinstance(message, Key):
-                    self.acknowledged[message] += 1
-                    self.committed += 1
-                elif is_success and isinstance(message, End):
-                    self.ended.add(message)
-                elif isinstance(message, Key):
-                    failed.append(message)
-            if client.transport.half_closed:
-                assert not client.unanswered
-                self.lose(client)
-        return failed
-
-    def stored(self) -> Counter[Key]:
-        """All batches that are stored; that each is whole, and belongs to its client."""
-        with closing(sqlite3.connect(self.path)) as store:
-            assert store.execute("PRAGMA foreign_key_check").fetchall() == []
-            sessions = dict(store.execute("SELECT id, client_id FROM session"))
-            for end in self.ended:
-                query = "SELECT session_id FROM table_eof WHERE table_name = ?"
-                ids = store.execute(query, (TABLES[end.table].name,))
-                assert (None if end.client is None else str(end.client)) in {
-                    sessions[session_id] for (session_id,) in ids
-                }
-            rows: dict[int, list[Any]] = {}
-            for table in TABLES:
-                cells = f"SELECT batch_id, {table.columns[0]} FROM {table.name}"
-                for batch_id, cell in store.execute(cells):
-                    rows.setdefault(batch_id, []).append(cell)
-            stored: Counter[Key] = Counter()
-            for batch_id, session_id, client_id, opcode, number, amount in store.execute(
-                "SELECT id, session_id, client_id, opcode, batch_number, amount FROM batch"
-            ):
-                identity = None if client_id is None else UUID(client_id)
-                table_index = [table.opcode for table in TABLES].index(opcode)
-                key = Key(identity, table_index, number, amount)
-                assert sessions[session_id] == client_id
-                assert rows.pop(batch_id, []) == [str(tuple(key))] * amount
-                stored[key] += 1
-            assert rows == {}
-        return stored
+        with (
+            patch.object(psycopg.Connection, "execute", failing(psycopg.Connection.execute)),
+            patch.object(psycopg.Cursor, "copy", failing(psycopg.Cursor.copy)),
+        ):
+            yield
+        self.faults += not waiting
 
 
+@untraced
 class StoreModelTests(SynchronousTestCase):
-    """The store, driven by Hypothesis."""
+    """The store, driven by Hypothesis: what it has is what was acknowledged, and in progress."""
 
-    @untraced
     def test_model(self) -> None:
-        """Store = acknowledged batches and possibly those in flight; the counts add up."""
-        self.run_model(80)
+        """Whatever happens, in SQLite."""
+        self.run_model(StoreModel, 80)
+
+    def test_model_in_postgresql(self) -> None:
+        """Whatever happens, in PostgreSQL."""
+        self.run_model(self.in_postgresql(), 8)
 
     @pytest.mark.slow
     def test_model_at_length(self) -> None:
-        """The same, many times as often."""
+        """The same in both, many times as often."""
         # pytest has its marker for that.
         if "PYTEST_VERSION" not in os.environ and os.environ.get("CAFEORCH_SLOW") != "1":
             raise SkipTest("it takes minutes; CAFEORCH_SLOW=1 runs it")
-        self.run_model(4000)
+        self.run_model(StoreModel, 4000)
+        self.run_model(self.in_postgresql(), 200)
 
-    def run_model(self, examples: int) -> None:
+    def in_postgresql(self) -> type[StoreModel]:
+        """The model with a database of its own."""
+        return type("PostgreSQLModel", (PostgreSQLModel,), {"url": cluster().new_database()})
+
+    def run_model(self, model: type[StoreModel], examples: int) -> None:
         run_state_machine_as_test(
-            StoreModel,
+            model,
             settings=settings(
                 max_examples=examples,
                 stateful_step_count=30,

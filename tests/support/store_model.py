@@ -234,6 +234,18 @@ class StoreModel(RuleBasedStateMachine):
         self.sent.append(Key(client.id, table, number, amount))
         client.send(self.sent[-1])
 
+    @precondition(lambda self: self.clients)
+    @rule(
+        which=st.integers(0, MAX_CONNECTIONS - 1),
+        table=st.sampled_from(range(len(TABLES))),
+        amounts=st.lists(st.sampled_from(AMOUNTS), min_size=2, max_size=MAX_WAITING),
+    )
+    def send_many(self, which: int, table: int, amounts: list[int]) -> None:
+        """The writer takes batches of one table together."""
+        for number, amount in enumerate(amounts, 3):
+            self.send(which, table, number, amount)
+        self.work(len(amounts))
+
     @precondition(lambda self: self.clients and self.sent)
     @rule(which=st.integers(0, MAX_CONNECTIONS - 1), batch=st.integers(0, 9))
     def repeat(self, which: int, batch: int) -> None:

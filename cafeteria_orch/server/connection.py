@@ -79,6 +79,8 @@ class OrchestratorProtocol(FrameReceiver):
         is_tcp = isinstance(transport.getPeer(), (IPv4Address, IPv6Address))
         if is_tcp and ITCPTransport.providedBy(transport):
             transport.setTcpNoDelay(True)
+            # A client whose machine is gone would keep its place for ever.
+            transport.setTcpKeepAlive(True)
         transport.registerProducer(self, True)
         self.factory.connection_made(self)
         self.settle()

@@ -6,7 +6,7 @@ import struct
 from typing import Any
 from uuid import UUID
 
-from twisted.internet.address import IPv6Address, UNIXAddress
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.interfaces import IAddress
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
@@ -245,3 +245,13 @@ class Identity(SynchronousTestCase):
             protocol.makeConnection(transport)
             self.assertEqual(protocol.session.ip, ip)
             self.assertEqual(transport.no_delay, ip != "unix")
+
+    def test_connections_of_vanished_clients_end(self) -> None:
+        """The kernel asks a silent client whether it is there: nobody else would notice."""
+        for address in (IPv4Address("TCP", PEER, 4000), UNIXAddress(None)):
+            factory = OrchestratorFactory(Clock())
+            protocol = OrchestratorProtocol(factory, address)
+            transport = TCPTransport()
+            transport.peerAddr = address
+            protocol.makeConnection(transport)
+            self.assertEqual(transport.keep_alive, address != UNIXAddress(None))

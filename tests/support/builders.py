@@ -73,6 +73,7 @@ class TCPTransport(StringTransport):
 
     half_closed = False
     no_delay = False
+    keep_alive = False
     aborted = False
 
     def __init__(self) -> None:
@@ -99,10 +100,10 @@ class TCPTransport(StringTransport):
         return self.no_delay
 
     def setTcpKeepAlive(self, enabled: bool) -> None:
-        pass
+        self.keep_alive = enabled
 
     def getTcpKeepAlive(self) -> bool:
-        return False
+        return self.keep_alive
 
 
 def connect(

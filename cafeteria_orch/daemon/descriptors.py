@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import resource
-from typing import Any
 
 from twisted.logger import ILogObserver, LogEvent, Logger
 from zope.interface import implementer
 
-from cafeteria_orch.common.rate_limit import RateLimitedLog
+from cafeteria_orch.common.rate_limit import RateLimitedLog, RateLimits
 
 _OTHERS = 64
 """Descriptors for all but connections: listening, the store, the log, processors."""
@@ -70,14 +69,14 @@ class DescriptorReporter:
 
     Twisted logs three lines for each such connection. This logs one line a minute.
 
-    :param reactor: measures the time.
+    :param limits: of the lines.
     :param observer: takes the other events.
     :ivar observer: the same.
     """
 
-    def __init__(self, reactor: Any, observer: ILogObserver) -> None:
+    def __init__(self, limits: RateLimits, observer: ILogObserver) -> None:
         self.observer = observer
-        self._log = RateLimitedLog(reactor, _log)
+        self._log = RateLimitedLog(limits, _log)
 
     def __call__(self, event: LogEvent) -> None:
         """Take an event."""

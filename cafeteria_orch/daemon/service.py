@@ -102,7 +102,7 @@ class OrchestratorService(Service):
         """Become part of an application, and have it log as this service logs."""
         super().setServiceParent(parent)
         if self._log_observer is not None:
-            observer = DescriptorReporter(self._reactor, self._log_observer)
+            observer = DescriptorReporter(self._factory.rate_limits, self._log_observer)
             parent.setComponent(ILogObserver, observer)
 
     def privilegedStartService(self) -> None:
@@ -203,6 +203,7 @@ class OrchestratorService(Service):
         if self._notifier is not None:
             self._notifier.stopped()
         self._signals.drained()
+        self._factory.rate_limits.stop()
         if self._log_observer is not None:
             self._log_observer.stop()
         self._ports.clear()

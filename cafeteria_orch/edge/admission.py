@@ -64,7 +64,7 @@ class Admission(ServerFactory):
         self.tls = tls
         # In the order of their connections, each with its timeout.
         self.pending: dict[_Candidate, IDelayedCall] = {}
-        self._log = RateLimitedLog(reactor, _log)
+        self._log = RateLimitedLog(factory.rate_limits, _log)
 
     def buildProtocol(self, addr: IAddress | None) -> Protocol | None:
         """Make the protocol of a pending connection; ``None`` closes the connection."""
@@ -95,7 +95,7 @@ class Admission(ServerFactory):
             timeout.cancel()
 
     def report(self, address: IAddress | None, problem: str) -> None:
-        """Count a connection that was not admitted, and log it, once a minute for each problem.
+        """Count a connection that was not admitted, and log it within the limits of each problem.
 
         :param problem: one of a few texts.
         """

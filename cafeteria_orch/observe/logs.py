@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 from constantly import NamedConstant
 from twisted.logger import (
@@ -17,11 +19,20 @@ from twisted.logger import (
 from twisted.python.reflect import safe_str
 from zope.interface import implementer
 
+from cafeteria_orch.wire.tables import TABLES
+
 from .log_files import LogStream
 from .log_writer import LogWriter
 
 # What Twisted's older logging leaves in an event.
 _OLDER_FIELDS = frozenset({"format", "isError", "message", "system", "time", "why", "failure"})
+
+MAX_FORMATS = 512
+"""The number of formats whose action and result are remembered."""
+
+_LITERAL = re.compile(r"(?:^|(?<= \| ))(action|result): (\w+)(?= \||$)")
+
+_TABLES: dict[object, str] = {int(table.opcode): table.name for table in TABLES}
 
 _URGENT = frozenset({LogLevel.error, LogLevel.critical})
 
@@ -39,7 +50,8 @@ def as_text(event: LogEvent, time: str) -> str:
 def as_json(event: LogEvent, time: str, **fields: str) -> str:
     """The event as a JSON object: ``time``, ``level``, ``namespace``, ``message``, its fields.
 
-    A failure is in ``traceback``. A field that is no JSON stands there as its text.
+    ``action`` and ``result`` are those of the message, and ``table`` is that of the opcode. A
+    failure is in ``traceback``. A field that is no JSON stands there as its text.
 
     :param fields: stand in every line.
     """
@@ -47,13 +59,17 @@ def as_json(event: LogEvent, time: str, **fields: str) -> str:
     failure = event.get("log_failure")
     if not (message or failure):
         return ""
-    line = {
+    line = dict(_literals(event.get("log_format")))
+    line |= {
         name: value
         for name, value in event.items()
         if not name.startswith("log_") and name not in _OLDER_FIELDS
     }
+    table = _TABLES.get(line.get("opcode"))
+    if table is not None:
+        line["table"] = table
     line |= fields
-    line["time"] = time
+    line["time"] = _with_milliseconds(time, event["log_time"])
     line["level"] = event.get("log_level", LogLevel.info).name
     line["namespace"] = event.get("log_namespace", "-")
     line["message"] = message
@@ -64,6 +80,20 @@ def as_json(event: LogEvent, time: str, **fields: str) -> str:
     except (TypeError, ValueError):
         # A field that no JSON can be made of, as a dictionary whose keys are no text.
         return json.dumps({name: safe_str(value) for name, value in line.items()})
+
+
+@lru_cache(maxsize=MAX_FORMATS)
+def _literals(log_format: object) -> Mapping[str, str]:
+    """The action and the result in a format; they are part of its text, and no fields."""
+    if not isinstance(log_format, str):
+        return {}
+    return dict(_LITERAL.findall(log_format))
+
+
+def _with_milliseconds(time: str, seconds: float) -> str:
+    # "2024-01-11T17:50:12+0000" becomes "2024-01-11T17:50:12.083+00:00".
+    milliseconds = int((seconds - int(seconds)) * 1000)
+    return f"{time[:19]}.{milliseconds:03d}{time[19:22]}:{time[22:]}"
 
 
 def _text_of(event: LogEvent) -> str:
@@ -128,6 +158,7 @@ class BufferedLogObserver:
         event = {
             "log_namespace": __name__,
             "log_level": LogLevel.error,
+            "log_time": float(self._time[0]),
             "log_format": "{lost} lines were lost",
             "lost": lost,
         }

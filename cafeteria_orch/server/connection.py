@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress, ITCPTransport
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from cafeteria_orch.common.quick_log import log_info
 from cafeteria_orch.wire.errors import FrameTooLong, ProtocolError
 from cafeteria_orch.wire.messages import TableBatch, decode
 
 from .counters import UNKNOWN, Outcome, label_of, outcome_of
+from .lines import log_bug, log_malformed, log_received, log_timeout
 from .memory import MemoryShare
 from .processing import ProcessingTimeout
 from .reading import BUSY, MEMORY, Awaited
@@ -31,8 +30,6 @@ LONG_PAYLOAD = 128 * 1024
 
 _ANSWERING = (State.OPEN, State.ENDING)
 
-_log = Logger()
-
 
 class OrchestratorProtocol(FrameReceiver):
     """One client's connection.
@@ -44,6 +41,7 @@ class OrchestratorProtocol(FrameReceiver):
 
     :param factory: that made it.
     :param address: the client's.
+    :param number: tells its lines in the log from those of other connections.
     :ivar session: what is known of the client.
     :ivar batches: the number of its batches that were processed.
     :ivar rows: the number of rows in those.
@@ -58,7 +56,9 @@ class OrchestratorProtocol(FrameReceiver):
     _frame_came = False
     _processing: ProcessingTimeout | None = None
 
-    def __init__(self, factory: OrchestratorFactory, address: IAddress | None) -> None:
+    def __init__(
+        self, factory: OrchestratorFactory, address: IAddress | None, number: int
+    ) -> None:
         super().__init__(
             factory.reactor,
             factory.turns,
@@ -68,7 +68,8 @@ class OrchestratorProtocol(FrameReceiver):
             framing=factory.framing,
         )
         self.factory = factory
-        self.session = Session(getattr(address, "host", "unix"), factory.wall_time())
+        ip = getattr(address, "host", "unix")
+        self.session = Session(ip, factory.wall_time(), connection=number)
         self._memory = MemoryShare(factory.memory, self)
         self._window = Window()
 
@@ -113,12 +114,7 @@ class OrchestratorProtocol(FrameReceiver):
             self._crash(Failure(), exchange)
         else:
             if factory.log_info:
-                log_info(
-                    _log,
-                    "action: receive_message | result: success | ip: {ip} | opcode: {opcode}",
-                    ip=self.session.ip,
-                    opcode=exchange.opcode,
-                )
+                log_received(self, exchange.opcode)
             self._process(message, exchange)
 
     def _process(self, message: Any, exchange: Exchange) -> None:
@@ -215,14 +211,7 @@ class OrchestratorProtocol(FrameReceiver):
                 self.output.settle()
 
     def _refuse(self, error: ProtocolError, exchange: Exchange) -> None:
-        self.factory.limited_log.error(
-            "malformed",
-            "action: receive_message | result: fail | ip: {ip} | opcode: {opcode}"
-            " | error: {error}",
-            ip=self.session.ip,
-            opcode=exchange.opcode,
-            error=error,
-        )
+        log_malformed(self, exchange, error)
         opcode = exchange.opcode if exchange.opcode in self.factory.decoders else UNKNOWN
         self.factory.counters.refused(opcode, Outcome.MALFORMED)
         self._window.add(exchange)
@@ -230,12 +219,7 @@ class OrchestratorProtocol(FrameReceiver):
         self.end()
 
     def _crash(self, failure: Failure, exchange: Exchange) -> None:
-        _log.failure(
-            "action: receive_message | result: fail | ip: {ip} | opcode: {opcode}",
-            failure,
-            ip=self.session.ip,
-            opcode=exchange.opcode,
-        )
+        log_bug(self, exchange, failure)
         if not exchange.settled:
             send_failure(exchange)
         if self._window.done(exchange):
@@ -308,8 +292,12 @@ class OrchestratorProtocol(FrameReceiver):
         super().readConnectionLost()
 
     def input_ended(self, how: str) -> None:
-        """No more comes. A frame that is cut off by that is logged."""
-        if self.missing or how != "connection closed":
+        """No more comes. A frame that is cut off by that is logged.
+
+        A connection that is reset before it has sent a byte is no failure: balancers check
+        servers so.
+        """
+        if self.missing or (how != "connection closed" and self.received_bytes):
             self._warn(
                 how,
                 "action: receive_message | result: fail | ip: {ip} | error: {how},"
@@ -347,37 +335,17 @@ class OrchestratorProtocol(FrameReceiver):
 
     def client_timed_out(self, awaited: Awaited) -> None:
         """The client has not done in time what it is waited for to do: close."""
-        timeouts = self.timeouts
         self.factory.counters.limit_hit(
             "idle_timeout" if awaited is Awaited.FRAME else "frame_timeout"
         )
-        if awaited is Awaited.FRAME:
-            _log.info(
-                "action: close_connection | result: success | ip: {ip}"
-                " | error: idle for {seconds:g} s, the limit of --idle-timeout",
-                ip=self.session.ip,
-                seconds=timeouts.idle,
-            )
-            self.end()
-        elif awaited is Awaited.REST:
-            self._warn(
-                "frame timeout",
-                "action: receive_message | result: fail | ip: {ip} | error: a frame took longer"
-                " than {seconds:g} s, the limit of --frame-timeout, {missing} bytes were missing",
-                seconds=timeouts.frame,
-            )
+        log_timeout(self, awaited)
+        if awaited in {Awaited.FRAME, Awaited.REST}:
             self.end()
         else:
-            self._warn(
-                "unread answers",
-                "action: send_response | result: fail | ip: {ip} | error: the client did not"
-                " read its answers for {seconds:g} s, the limit of --frame-timeout",
-                seconds=timeouts.frame,
-            )
             self.abort()
 
     def _warn(self, kind: str, message: str, **fields: object) -> None:
-        fields.update(ip=self.session.ip, missing=self.missing)
+        fields.update(self.session.log_fields, missing=self.missing)
         self.factory.limited_log.warn(kind, message, **fields)
 
     @property

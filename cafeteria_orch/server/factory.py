@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from functools import partial
 from inspect import iscoroutinefunction
+from itertools import count
 from typing import Any
 
 from constantly import NamedConstant
@@ -16,12 +17,12 @@ from zope.interface import implementer
 
 from cafeteria_orch.common.clock import WallTime
 from cafeteria_orch.common.quick_log import log_info
-from cafeteria_orch.common.rate_limit import RateLimitedLog
+from cafeteria_orch.common.rate_limit import RateLimitedLog, RateLimits
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, SNIFFABLE_BELOW, Framing
 from cafeteria_orch.wire.messages import DECODERS, Decoder, RawMessage
 from cafeteria_orch.wire.opcodes import RESPONSES, BatchStatus, Opcode
 
-from . import responses
+from . import lines, responses
 from .connection import OrchestratorProtocol
 from .counters import Counters
 from .limits import ConnectionLimits
@@ -33,9 +34,6 @@ from .responses import Exchange
 from .threads import ProcessorThreads
 from .timeouts import DEFAULT_TIMEOUTS, Timeouts
 from .turns import Turns
-
-MAX_LINES = 100
-"""How many warnings and errors of one kind, which clients cause, are logged in a minute."""
 
 PREVIEW_ROWS = 2
 """How many rows of a batch the debug preview shows at most."""
@@ -70,7 +68,9 @@ class OrchestratorFactory(ServerFactory):
     :param log_level: less important events are not even created.
     :ivar thread: the identifier of the reactor's thread, from the first connection on.
     :ivar counters: the messages that came, and their outcomes.
-    :ivar limited_log: for what clients can cause again and again.
+    :ivar rate_limits: of the lines that clients can cause again and again.
+    :ivar limited_log: writes most of those of this room.
+    :ivar connection_log: writes those that name the module of the connection.
     :raises ValueError: if the first byte decides about the framing, and ``max_frame_bytes`` is
         too high for that.
     """
@@ -105,14 +105,17 @@ class OrchestratorFactory(ServerFactory):
         self.turns = Turns(reactor)
         self.outbox = Outbox(reactor)
         self.counters = Counters()
-        self.limited_log = RateLimitedLog(reactor, _log, MAX_LINES)
+        self.rate_limits = RateLimits(reactor)
+        self.limited_log = RateLimitedLog(self.rate_limits, _log)
+        self.connection_log = RateLimitedLog(self.rate_limits, lines.log)
         self.timeouts = timeouts
         self.wall_time: WallTime = wall_time or reactor.seconds
         self.memory = MemoryBudget(reactor, max_in_flight_bytes, max_frame_bytes, timeouts.frame)
         self._limits = ConnectionLimits(
-            reactor, self.counters, max_connections, max_connections_per_host
+            self.rate_limits, self.counters, max_connections, max_connections_per_host
         )
         self.connections: set[OrchestratorProtocol] = set()
+        self._numbers = count(1)
         # By opcode; :data:`~.counters.UNKNOWN` is the last of them.
         self._registrations = [Registration(self._handle_data_message, is_default=True)] * 257
         for opcode, call in {
@@ -137,7 +140,7 @@ class OrchestratorFactory(ServerFactory):
         if self._draining or not self._limits.admits(getattr(addr, "host", None)):
             return None
         self.thread = threading.get_ident()
-        return OrchestratorProtocol(self, addr)
+        return OrchestratorProtocol(self, addr, next(self._numbers))
 
     def register_processor(
         self,
@@ -228,35 +231,41 @@ class OrchestratorFactory(ServerFactory):
         """Log that a data message came, and at debug a preview of what is in it."""
         if not self.log_info:
             return
+        session = client.session
         status = getattr(message, "status", None)
         status_text = "-" if status is None else self.get_status_text(status)
         log_info(
             _log,
             "action: data_message_received | opcode: {opcode} | amount: {amount}"
             " | status: {status}",
+            ip=session.ip,
+            connection=session.connection,
+            session=session.stored_id,
             opcode=client.opcode,
             amount=getattr(message, "amount", "-"),
             status=status_text,
         )
         if self.log_debug and hasattr(message, "rows"):
-            self.log_batch_preview(message, status_text)
+            self.log_batch_preview(message, client, status_text)
 
     def log_finished(self, client: Exchange) -> None:
         """Log that a client has sent all it had."""
         if self.log_info:
-            _log.info(
+            self.limited_log.info(
+                "finished",
                 "action: finished | result: success | ip: {ip} | agency_id: {agency_id}",
-                ip=client.ip,
+                **client.session.log_fields,
                 agency_id="-" if client.agency_id is None else client.agency_id,
             )
 
-    def log_batch_preview(self, message: Any, status_text: str) -> None:
+    def log_batch_preview(self, message: Any, client: Exchange, status_text: str) -> None:
         """Log the columns and the first rows of a batch, at debug."""
         sample = [list(row) for row in message.rows[:PREVIEW_ROWS]]
         _log.debug(
             "action: batch_preview | batch_number: {batch_number} | status: {status}"
             " | opcode: {opcode} | keys: {keys} | sample_count: {sample_count}"
             " | sample: {sample}",
+            **client.session.log_fields,
             batch_number=message.batch_number,
             status=status_text,
             opcode=int(message.opcode),
@@ -277,9 +286,10 @@ class OrchestratorFactory(ServerFactory):
             name = session.common_name
             fields = {} if name is None else {"common_name": name}
             more = "" if name is None else " | common_name: {common_name}"
-            _log.info(
+            self.limited_log.info(
+                "accepted",
                 "action: accept_connections | result: success | ip: {ip}" + more,
-                ip=session.ip,
+                **session.log_fields,
                 **fields,
             )
 
@@ -294,7 +304,7 @@ class OrchestratorFactory(ServerFactory):
         if self.log_debug:
             _log.debug(
                 "action: close_connection | result: success | ip: {ip}",
-                ip=connection.session.ip,
+                **connection.session.log_fields,
             )
         if self._draining and not self.connections:
             self._report_drained()
@@ -378,7 +388,7 @@ class OrchestratorFactory(ServerFactory):
             "response",
             "action: receive_message | result: ignored | ip: {ip} | opcode: {opcode}"
             " | error: a response is the server's to send",
-            ip=client.ip,
+            **client.session.log_fields,
             opcode=client.opcode,
         )
         return True

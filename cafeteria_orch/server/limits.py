@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 from twisted.logger import Logger
 
-from cafeteria_orch.common.rate_limit import RateLimitedLog
+from cafeteria_orch.common.rate_limit import RateLimitedLog, RateLimits
 
 from .counters import Counters
 
@@ -17,7 +16,7 @@ _log = Logger()
 class ConnectionLimits:
     """Counts open connections, and decides whether one more is admitted.
 
-    :param reactor: measures the time between log lines.
+    :param rate_limits: of the lines about refusals.
     :param counters: count how often a limit was hit.
     :param max_connections: the limit of open connections; ``None`` sets none.
     :param max_per_host: the limit of open connections from one address; ``None`` sets none.
@@ -25,7 +24,7 @@ class ConnectionLimits:
 
     def __init__(
         self,
-        reactor: Any,
+        rate_limits: RateLimits,
         counters: Counters,
         max_connections: int | None,
         max_per_host: int | None,
@@ -34,7 +33,7 @@ class ConnectionLimits:
         self._max_connections = max_connections
         self._max_per_host = max_per_host
         self._open: Counter[str] = Counter()
-        self._log = RateLimitedLog(reactor, _log)
+        self._log = RateLimitedLog(rate_limits, _log)
 
     def admits(self, host: str | None) -> bool:
         """Return whether one more connection is admitted; count and log a refusal.

@@ -68,7 +68,7 @@ class ProcessingTimeout:
                 "action: message_processing | result: late | ip: {ip} | messages: {messages}"
                 " | error: {processor} takes longer than {seconds:g} s, the limit of"
                 " --processing-timeout",
-                ip=connection.session.ip,
+                **connection.session.log_fields,
                 messages=len(late),
                 processor=factory.processor_name(late[0].opcode),
                 seconds=limit,

@@ -11,7 +11,7 @@ from uuid import UUID
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from cafeteria_orch.common.rate_limit import RateLimitedLog
+from cafeteria_orch.common.rate_limit import LOST_BATCHES, RateLimitedLog
 from cafeteria_orch.wire.errors import OrchestratorError, ProtocolError
 from cafeteria_orch.wire.framing import SUCCESS
 from cafeteria_orch.wire.messages import ClientHello, Finished
@@ -33,6 +33,8 @@ class Session:
     :ivar agency_id: the number in its FINISHED.
     :ivar common_name: the name in its certificate, with unprintable characters escaped; ``None``
         without a certificate.
+    :ivar connection: the number of the connection, counted from the start of the process.
+    :ivar stored_id: the id of its row in the store; ``None`` until something of it is committed.
     """
 
     __slots__ = (
@@ -42,7 +44,9 @@ class Session:
         "client_id",
         "common_name",
         "connected_at",
+        "connection",
         "ip",
+        "stored_id",
     )
 
     def __init__(
@@ -51,13 +55,21 @@ class Session:
         connected_at: float,
         client_id: UUID | None = None,
         common_name: str | None = None,
+        connection: int = 0,
     ) -> None:
         self.ip = ip
         self.connected_at = connected_at
         self.client_id = client_id
         self.agency_id: int | None = None
         self.common_name = common_name
+        self.connection = connection
+        self.stored_id: int | None = None
         self._has_spoken = False
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """What each line of the log that the connection causes says of it."""
+        return {"ip": self.ip, "connection": self.connection, "session": self.stored_id}
 
     def learn(self, message: object) -> None:
         """Take from a message what it says of its sender.
@@ -159,7 +171,7 @@ class Exchange:
                 "not sent",
                 "action: send_response | result: fail | ip: {ip} | opcode: {opcode}"
                 " | error: not sent, {processor} {why}",
-                ip=self.ip,
+                **self.session.log_fields,
                 opcode=self.opcode,
                 processor=self._connection.factory.processor_name(self.opcode),
                 why="took too long" if self.is_late else "has had its one answer",
@@ -210,13 +222,20 @@ def handle_processing_error(message: Any, client: Exchange, error: BaseException
         "processing",
         "action: message_processing | result: fail | batch_number: {batch_number}"
         " | amount: {amount} | error: {error}",
+        LOST_BATCHES,
+        **client.session.log_fields,
+        opcode=client.opcode,
         batch_number=getattr(message, "batch_number", "-"),
         amount=getattr(message, "amount", "-"),
         error=describe(error),
     )
     # Not left to the observer: Twisted's own do not filter, and the text may hold a row.
     if client.log_debug:
-        _log.debug("action: message_processing | result: fail", log_failure=Failure(error))
+        _log.debug(
+            "action: message_processing | result: fail",
+            log_failure=Failure(error),
+            **client.session.log_fields,
+        )
     return True
 
 

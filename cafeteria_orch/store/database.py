@@ -224,6 +224,8 @@ class SessionIds:
 
     def commit(self) -> None:
         """What was inserted stays."""
+        for session in self._uncommitted:
+            session.stored_id = self._ids[session]
         self._uncommitted.clear()
 
 

@@ -68,11 +68,12 @@ class Sink:
         self._stopped: Deferred[None]
         self._database: Database
         self._factory: OrchestratorFactory
-        self._limited_log = RateLimitedLog(reactor, _log)
+        self._limited_log: RateLimitedLog
 
     def register(self, factory: OrchestratorFactory) -> None:
         """Store the batches of all tables, and where each table and each client ends."""
         self._factory = factory
+        self._limited_log = RateLimitedLog(factory.rate_limits, _log)
         # They do not time out: while the store has not decided, no FAIL is true.
         for table in TABLES:
             factory.register_processor(
@@ -98,6 +99,7 @@ class Sink:
             self._jobs,
             report=self._report,
             ended=self._writer_ended,
+            rate_limits=self._factory.rate_limits,
             patience=self._patience,
         )
         # A daemon: a disk that hangs must not keep the process from ending.
@@ -158,7 +160,7 @@ class Sink:
             "unknown table",
             "action: end_table | result: fail | ip: {ip} | refused: {refused}"
             " | error: the end of a table that does not exist",
-            ip=client.ip,
+            **client.session.log_fields,
         )
 
     def _finish_session(self, _: Finished, client: Exchange) -> Deferred[bool]:
@@ -173,7 +175,7 @@ class Sink:
             self._limited_log.error(
                 "finish_session",
                 "action: finish_session | result: fail | ip: {ip} | error: {error}",
-                ip=client.ip,
+                **client.session.log_fields,
                 error=responses.describe(cast("BaseException", failure.value)),
             )
 

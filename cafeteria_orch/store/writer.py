@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from cafeteria_orch.common.rate_limit import RateLimitedLog
+from cafeteria_orch.common.rate_limit import RateLimitedLog, RateLimits
 from cafeteria_orch.server.responses import describe
 from cafeteria_orch.wire.errors import BatchRejected, TryAgainLater
 
@@ -68,6 +68,7 @@ class Writer:
     :param jobs: ends with ``None``.
     :param report: is called in the reactor's thread after each transaction.
     :param ended: is called there at the end, with the error if the end came too early.
+    :param rate_limits: of the lines of the log.
     :param patience: how long, in seconds, an outage is waited out before batches are refused.
     """
 
@@ -79,6 +80,7 @@ class Writer:
         *,
         report: Callable[[Report], object],
         ended: Callable[[BaseException | None], object],
+        rate_limits: RateLimits,
         patience: float = 0.0,
     ) -> None:
         self._reactor = reactor
@@ -96,7 +98,7 @@ class Writer:
         self._checkpoint_due = reactor.seconds() + CHECKPOINT_INTERVAL
         self._wal_is_empty = False
         self._blocked_since: float | None = None
-        self._limited_log = RateLimitedLog(reactor, _log)
+        self._limited_log = RateLimitedLog(rate_limits, _log)
 
     def run(self) -> None:
         """Work until there are no more jobs: what the thread runs."""

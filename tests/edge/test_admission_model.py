@@ -212,6 +212,7 @@ class Peers(RuleBasedStateMachine):
                     self.lose(peer)
             assert not self.admission.pending
             assert not self.factory.connections
+            self.factory.rate_limits.stop()
             assert not self.clock.getDelayedCalls()
         finally:
             self.undo()

@@ -260,6 +260,7 @@ class RefusedTests(HandshakeTestCase):
         """A client without TLS is closed without a byte of ours, and without memory for TLS."""
         self.patch(TLSMemoryBIOProtocol, "makeConnection", Mock(side_effect=AssertionError))
         for sent in (HELLO, numbered(1), b"GET / HTTP/1.1\r\n", b"\x1e"):
+            self.factory.rate_limits.stop()
             wire, _ = self.secure(client_context())
             with capturedLogs() as events:
                 wire.deliver(sent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from datetime import datetime
 from typing import Any
 
 from hypothesis import given
@@ -13,11 +14,13 @@ from twisted.python import log
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
+from cafeteria_orch.observe import logs
 from cafeteria_orch.observe.logs import BufferedLogObserver, as_json
 from tests.support.builders import SUCCESS
 from tests.support.logs import MemoryLog
 from tests.support.processes import HELLO, ProcessTestCase
 
+TIME = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d$"
 LINE = "action: receive_message | result: success | ip: {ip} | opcode: {opcode}"
 
 
@@ -37,17 +40,58 @@ class JsonTests(SynchronousTestCase):
         """The seed's line is the message, and its fields stand beside it as what they are."""
         self.log.info(LINE, ip="10.0.0.1", opcode=8)
         (line,) = self.lines()
-        self.assertRegex(line.pop("time"), r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}$")
+        self.assertRegex(line.pop("time"), TIME)
         self.assertEqual(
             line,
             {
                 "level": "info",
                 "namespace": "shop",
                 "message": "action: receive_message | result: success | ip: 10.0.0.1 | opcode: 8",
+                "action": "receive_message",
+                "result": "success",
                 "ip": "10.0.0.1",
                 "opcode": 8,
+                "table": "users",
             },
         )
+
+    def test_action_and_result_are_those_of_the_message(self) -> None:
+        """Only as far as the format says them: no field forges one, and fields win."""
+        for text, fields, expected in (
+            ("action: drain | result: success", {}, ("drain", "success")),
+            ("action: stop", {}, ("stop", None)),
+            ("{x} | result: fail", {"x": "action: forged"}, (None, "fail")),
+            ("reaction: x | my result: y", {}, (None, None)),
+            ("action: {what} | result: ok", {"what": "sell"}, (None, "ok")),
+            ("action: a | result: b", {"result": "c"}, ("a", "c")),
+            ("Starting factory", {}, (None, None)),
+        ):
+            self.file.calls.clear()
+            self.log.info(text, **fields)
+            (line,) = self.lines()
+            self.assertEqual((line.get("action"), line.get("result")), expected, text)
+
+    def test_formats_are_read_once(self) -> None:
+        """A format that changes with each event does not fill the memory."""
+        logs._literals.cache_clear()
+        for number in range(10):
+            self.log.info(LINE, ip="10.0.0.1", opcode=number)
+        self.assertEqual(logs._literals.cache_info()[:2], (9, 1))
+        for number in range(2 * logs.MAX_FORMATS):
+            text = f"action: x{number}"
+            self.log.info(text)
+        self.assertEqual(logs._literals.cache_info().currsize, logs.MAX_FORMATS)
+
+    def test_times_have_milliseconds(self) -> None:
+        """The time is that of RFC 3339, cut to whole milliseconds; the next second is not shown."""
+        for fraction in (0.0, 0.75, 0.9999998, 1.002):
+            self.observer({"log_time": 1_700_000_000 + fraction, "log_format": "x"})
+        moments = [datetime.fromisoformat(line["time"]) for line in self.lines()]
+        self.assertEqual(
+            [f"{moment:%M:%S.%f}"[:9] for moment in moments],
+            ["13:20.000", "13:20.750", "13:20.999", "13:21.002"],
+        )
+        self.assertTrue(all(moment.tzinfo for moment in moments))
 
     def test_a_traceback_stands_in_its_line(self) -> None:
         """A traceback stands in the line of its event."""
@@ -122,6 +166,7 @@ class ServerTests(ProcessTestCase):
         server.signal(signal.SIGTERM)
         server.wait_until_gone()
         lines = [json.loads(line) for line in server.log.splitlines()]
-        (received,) = [line for line in lines if line.get("opcode") == 30 and "ip" in line]
-        self.assertEqual(received["ip"], "127.0.0.1")
+        self.assertEqual({line["connection"] for line in lines if "ip" in line}, {1})
+        (received,) = [line for line in lines if line.get("action") == "receive_message"]
+        self.assertEqual((received["ip"], received["opcode"]), ("127.0.0.1", 30))
         self.assertEqual(lines[-1]["message"], "Server Shut Down.")

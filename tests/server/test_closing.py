@@ -71,6 +71,7 @@ class ClientCloses(ClosingCase):
     def test_a_close_inside_a_frame_is_one_warning(self) -> None:
         """With the number of bytes that were missing."""
         for cut, missing in ((-1, 1), (-7, 7), (4, len(batch_frame()) - 4), (1, 3)):
+            self.factory.rate_limits.stop()
             protocol, transport = connect(self.factory)
             with capturedLogs() as events:
                 protocol.dataReceived(batch_frame() + batch_frame()[:cut])
@@ -104,8 +105,9 @@ class ClientCloses(ClosingCase):
         self.assertEqual(self.transport.value(), numbered(1, 2))
 
     def test_a_reset_is_one_warning(self) -> None:
-        """Inside a frame or not."""
-        for data, missing in ((b"", 0), (batch_frame()[:-5], 5)):
+        """Inside a frame or not, once the client has sent something."""
+        for data, missing in ((batch_frame(), 0), (batch_frame()[:-5], 5)):
+            self.factory.rate_limits.stop()
             protocol, _ = connect(self.factory)
             with capturedLogs() as events:
                 protocol.dataReceived(data)
@@ -113,6 +115,13 @@ class ClientCloses(ClosingCase):
             (warning,) = self.complaints(events)
             self.assertIn("reset", warning)
             self.assertRegex(warning, rf"\b{missing} bytes\b")
+
+    def test_a_reset_before_the_first_byte_is_no_failure(self) -> None:
+        """Balancers check servers so, every few seconds: nothing above debug."""
+        protocol, _ = connect(self.factory)
+        with capturedLogs() as events:
+            lose(protocol, ConnectionLost())
+        self.assertEqual({event["log_level"] for event in events}, {LogLevel.debug})
 
     def test_a_reset_after_our_close_is_not_logged(self) -> None:
         """However the client ends what we have closed, it is no news."""
@@ -299,7 +308,7 @@ class WeClose(ClosingCase):
         alsoProvides(tls, ISSLTransport)
         transports: tuple[Any, ...] = (tls, StringTransport())
         for transport in transports:
-            protocol = OrchestratorProtocol(self.factory, None)
+            protocol = OrchestratorProtocol(self.factory, None, 1)
             protocol.makeConnection(transport)
             protocol.dataReceived(MALFORMED)
             self.assertEqual(transport.value(), FAIL + b"\x03")
@@ -308,6 +317,7 @@ class WeClose(ClosingCase):
             (timer,) = self.clock.getDelayedCalls()
             self.assertEqual(timer.getTime() - self.clock.seconds(), CLOSE_TIMEOUT)
             lose(protocol)
+            self.factory.rate_limits.stop()
             self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_an_abort_closes_at_once(self) -> None:

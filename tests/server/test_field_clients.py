@@ -103,6 +103,7 @@ class FieldCase(TestCase):
         self.sink.start()
         self.port = reactor.listenTCP(0, self.factory, interface="127.0.0.1")
         self.address = ("127.0.0.1", self.port.getHost().port)
+        self.addCleanup(self.factory.rate_limits.stop)
         # The last one that is added comes first.
         self.addCleanup(self.sink.stop)
         self.addCleanup(self.hang_up)
@@ -428,6 +429,7 @@ class VanishedClients(FieldCase):
         before = reactor.getReaders() + reactor.getWriters(), len(reactor.getDelayedCalls())
         for _ in range(4):
             await self.vanish(stream)
+        self.factory.rate_limits.stop()
         after = reactor.getReaders() + reactor.getWriters(), len(reactor.getDelayedCalls())
         self.assertEqual(after, before)
         self.assert_stored(USERS, rows * 5)

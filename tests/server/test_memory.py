@@ -364,9 +364,14 @@ class PaceTests(MemoryCase):
         self.admitted = [client for client in clients if client._memory.is_reserved]
 
     def pass_time(self) -> list[str]:
+        """The warnings of an interval, one for each event."""
+        self.factory.rate_limits.stop()
         with capturedLogs() as events:
             self.clock.pump([MAX_LAG / 8] * 8)
-        return texts(events, LogLevel.warn)
+            # All of them have the same address.
+            self.factory.rate_limits.stop()
+        lines = texts(events, LogLevel.warn)
+        return [line for line, event in zip(lines, events) for _ in range(event["refused"])]
 
     def test_silent(self) -> None:
         """Silence for an interval costs its connection, and the next ones have their turn."""

@@ -76,6 +76,7 @@ class Trouble(SynchronousTestCase):
             (r"\S+", b""),
             (r"\S+", bytes(LIMIT + 1)),
         ):
+            self.factory.rate_limits.stop()
             protocol, transport = connect(self.factory)
             with capturedLogs() as events:
                 protocol.dataReceived(batch_frame() + frame(data) + batch_frame())
@@ -239,7 +240,7 @@ class Identity(SynchronousTestCase):
         )
         for address, ip in addresses:
             factory = OrchestratorFactory(Clock())
-            protocol = OrchestratorProtocol(factory, address)
+            protocol = OrchestratorProtocol(factory, address, 1)
             transport = TCPTransport()
             transport.peerAddr = address
             protocol.makeConnection(transport)

@@ -127,6 +127,7 @@ class ConversationTests(SynchronousTestCase):
             (r"\S+", b"\x08" + struct.pack("<i", -(2**31))),
         ):
             for before, answers in ((b"", b""), (opcode_first(encode(batch())), SUCCESS_FIRST)):
+                self.factory.rate_limits.stop()
                 protocol, transport = connect(self.factory)
                 with capturedLogs() as events:
                     protocol.dataReceived(before + data + opcode_first(encode(batch())))
@@ -145,6 +146,7 @@ class ConversationTests(SynchronousTestCase):
         """A client that leaves inside a frame is told of, with the bytes that were missing."""
         whole = opcode_first(encode(batch()))
         for end, missing in ((-1, 1), (5, len(whole) - 5), (3, 2), (1, 4)):
+            self.factory.rate_limits.stop()
             protocol, _ = connect(self.factory)
             with capturedLogs() as events:
                 protocol.dataReceived(whole + whole[:end])

@@ -526,6 +526,7 @@ class Connection(RuleBasedStateMachine):
         if not model.lost:
             self.lose(is_reset=False, iterate=True)
         assert self.is_forgotten()
+        self.factory.rate_limits.stop()
         assert self.clock.getDelayedCalls() == []
         assert self.factory.memory.used == self.factory.memory.in_progress == 0
         self.successful_drain()

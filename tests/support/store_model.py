@@ -120,6 +120,7 @@ class InlineSink(Sink):
             self._jobs,
             report=self._report,
             ended=self._writer_ended,
+            rate_limits=self._factory.rate_limits,
         )
 
     def close(self) -> None:

@@ -1,0 +1,90 @@
+"""What the log says of a connection. When something is worth a line, the connection decides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from cafeteria_orch.common.quick_log import log_info
+from cafeteria_orch.wire.errors import ProtocolError
+from cafeteria_orch.wire.opcodes import RESPONSES, Opcode
+
+from .reading import Awaited
+from .responses import Exchange, describe
+
+if TYPE_CHECKING:
+    from .connection import OrchestratorProtocol
+
+log = Logger("cafeteria_orch.server.connection")
+"""Of the module that the lines name."""
+
+_CONTROL = frozenset({Opcode.FINISHED, *RESPONSES})
+"""Messages without data: a client may send millions of them, so their lines are limited."""
+
+_RECEIVED = "action: receive_message | result: success | ip: {ip} | opcode: {opcode}"
+
+
+def log_received(connection: OrchestratorProtocol, opcode: int) -> None:
+    """A message was decoded."""
+    fields = connection.session.log_fields
+    if opcode in _CONTROL:
+        connection.factory.connection_log.info("received", _RECEIVED, **fields, opcode=opcode)
+    else:
+        log_info(log, _RECEIVED, **fields, opcode=opcode)
+
+
+def log_malformed(
+    connection: OrchestratorProtocol, exchange: Exchange, error: ProtocolError
+) -> None:
+    """A message was refused."""
+    connection.factory.limited_log.error(
+        "malformed",
+        "action: receive_message | result: fail | ip: {ip} | opcode: {opcode} | error: {error}",
+        **connection.session.log_fields,
+        opcode=exchange.opcode,
+        error=str(error),
+    )
+
+
+def log_bug(connection: OrchestratorProtocol, exchange: Exchange, failure: Failure) -> None:
+    """An error was raised that nothing expects."""
+    connection.factory.connection_log.failure(
+        f"bug: {describe(failure.value or Exception())}",
+        "action: receive_message | result: fail | ip: {ip} | opcode: {opcode}",
+        failure,
+        **connection.session.log_fields,
+        opcode=exchange.opcode,
+    )
+
+
+def log_timeout(connection: OrchestratorProtocol, awaited: Awaited) -> None:
+    """The client has not done in time what it is waited for to do."""
+    factory, timeouts = connection.factory, connection.timeouts
+    fields = connection.session.log_fields
+    if awaited is Awaited.FRAME:
+        factory.connection_log.info(
+            "idle",
+            "action: close_connection | result: success | ip: {ip}"
+            " | error: idle for {seconds:g} s, the limit of --idle-timeout",
+            **fields,
+            seconds=timeouts.idle,
+        )
+    elif awaited is Awaited.REST:
+        factory.limited_log.warn(
+            "frame timeout",
+            "action: receive_message | result: fail | ip: {ip} | error: a frame took longer"
+            " than {seconds:g} s, the limit of --frame-timeout, {missing} bytes were missing",
+            **fields,
+            seconds=timeouts.frame,
+            missing=connection.missing,
+        )
+    else:
+        factory.limited_log.warn(
+            "unread answers",
+            "action: send_response | result: fail | ip: {ip} | error: the client did not"
+            " read its answers for {seconds:g} s, the limit of --frame-timeout",
+            **fields,
+            seconds=timeouts.frame,
+        )

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from twisted.logger import Logger, LogLevel
 
 from .clock import wall_time
 
-_INFO = LogLevel.info
 
-
-def log_info(logger: Logger, message: str, **fields: object) -> None:
-    """Log at info as ``logger.info`` does, in a fraction of the time.
+class InfoLine:
+    """A line at info, written as ``logger.info`` writes it, in a fraction of the time.
 
     The event and its observers are the same. Twisted's own method first lists all levels there
-    are, to see whether the one that it is given is one of them.
+    are, to see whether the one that it is given is one of them, and asks the logger for all that
+    never changes.
 
     :param logger: of the module that logs.
     :param message: the format of the line.
     """
-    fields.update(
-        log_logger=logger,
-        log_level=_INFO,
-        log_namespace=logger.namespace,
-        log_source=logger.source,
-        log_format=message,
-        log_time=wall_time(),
-    )
-    logger.observer(fields)
+
+    __slots__ = ("_observer", "_unchanging")
+
+    def __init__(self, logger: Logger, message: str) -> None:
+        self._observer = logger.observer
+        self._unchanging = {
+            "log_logger": logger,
+            "log_level": LogLevel.info,
+            "log_namespace": logger.namespace,
+            "log_source": logger.source,
+            "log_format": message,
+        }
+
+    def log(self, fields: dict[str, Any]) -> None:
+        """Log an event.
+
+        :param fields: of the format, and others.
+        """
+        self._observer({**self._unchanging, "log_time": wall_time(), **fields})

@@ -34,6 +34,8 @@ _LITERAL = re.compile(r"(?:^|(?<= \| ))(action|result): (\w+)(?= \||$)")
 
 _TABLES: dict[object, str] = {int(table.opcode): table.name for table in TABLES}
 
+_encode = json.JSONEncoder(default=safe_str, allow_nan=False).encode
+
 _URGENT = frozenset({LogLevel.error, LogLevel.critical})
 
 Render = Callable[[LogEvent, str], str]
@@ -55,7 +57,7 @@ def as_json(event: LogEvent, time: str, **fields: str) -> str:
 
     :param fields: stand in every line.
     """
-    message = formatEvent(event)
+    message = _message_of(event)
     failure = event.get("log_failure")
     if not (message or failure):
         return ""
@@ -76,7 +78,7 @@ def as_json(event: LogEvent, time: str, **fields: str) -> str:
     if failure is not None:
         line["traceback"] = failure.getTraceback()
     try:
-        return json.dumps(line, default=safe_str, allow_nan=False)
+        return _encode(line)
     except (TypeError, ValueError):
         # A field that no JSON can be made of, as a dictionary whose keys are no text.
         return json.dumps({name: safe_str(value) for name, value in line.items()})
@@ -107,6 +109,14 @@ def _text_of(event: LogEvent) -> str:
     if not plain:
         text = eventAsText(event, includeTimestamp=False)
     return text
+
+
+def _message_of(event: LogEvent) -> str:
+    try:
+        message: str = event["log_format"].format_map(event)
+    except Exception:
+        message = formatEvent(event)
+    return message
 
 
 @implementer(ILogObserver)

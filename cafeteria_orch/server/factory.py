@@ -16,7 +16,7 @@ from twisted.logger import Logger, LogLevel
 from zope.interface import implementer
 
 from cafeteria_orch.common.clock import WallTime
-from cafeteria_orch.common.quick_log import log_info
+from cafeteria_orch.common.quick_log import InfoLine
 from cafeteria_orch.common.rate_limit import RateLimitedLog, RateLimits
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, SNIFFABLE_BELOW, Framing
 from cafeteria_orch.wire.messages import DECODERS, Decoder, RawMessage
@@ -45,6 +45,11 @@ _STATUS_TEXTS: dict[int, str] = {
 }
 
 _log = Logger()
+
+_DATA_LINE = InfoLine(
+    _log,
+    "action: data_message_received | opcode: {opcode} | amount: {amount} | status: {status}",
+)
 
 
 @implementer(IPushProducer)
@@ -231,20 +236,13 @@ class OrchestratorFactory(ServerFactory):
         """Log that a data message came, and at debug a preview of what is in it."""
         if not self.log_info:
             return
-        session = client.session
         status = getattr(message, "status", None)
         status_text = "-" if status is None else self.get_status_text(status)
-        log_info(
-            _log,
-            "action: data_message_received | opcode: {opcode} | amount: {amount}"
-            " | status: {status}",
-            ip=session.ip,
-            connection=session.connection,
-            session=session.stored_id,
-            opcode=client.opcode,
-            amount=getattr(message, "amount", "-"),
-            status=status_text,
-        )
+        fields = client.session.log_fields
+        fields["opcode"] = client.opcode
+        fields["amount"] = getattr(message, "amount", "-")
+        fields["status"] = status_text
+        _DATA_LINE.log(fields)
         if self.log_debug and hasattr(message, "rows"):
             self.log_batch_preview(message, client, status_text)
 

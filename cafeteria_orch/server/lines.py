@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from cafeteria_orch.common.quick_log import log_info
+from cafeteria_orch.common.quick_log import InfoLine
 from cafeteria_orch.wire.errors import ProtocolError
 from cafeteria_orch.wire.opcodes import RESPONSES, Opcode
 
@@ -24,6 +24,7 @@ _CONTROL = frozenset({Opcode.FINISHED, *RESPONSES})
 """Messages without data: a client may send millions of them, so their lines are limited."""
 
 _RECEIVED = "action: receive_message | result: success | ip: {ip} | opcode: {opcode}"
+_RECEIVED_LINE = InfoLine(log, _RECEIVED)
 
 
 def log_received(connection: OrchestratorProtocol, opcode: int) -> None:
@@ -32,7 +33,8 @@ def log_received(connection: OrchestratorProtocol, opcode: int) -> None:
     if opcode in _CONTROL:
         connection.factory.connection_log.info("received", _RECEIVED, **fields, opcode=opcode)
     else:
-        log_info(log, _RECEIVED, **fields, opcode=opcode)
+        fields["opcode"] = opcode
+        _RECEIVED_LINE.log(fields)
 
 
 def log_malformed(

@@ -7,7 +7,7 @@ from typing import cast
 from twisted.logger import ILogObserver, LogEvent, Logger
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.common.quick_log import log_info
+from cafeteria_orch.common.quick_log import InfoLine
 
 
 class QuickLogTests(SynchronousTestCase):
@@ -18,7 +18,7 @@ class QuickLogTests(SynchronousTestCase):
         events: list[LogEvent] = []
         logger = Logger("a.namespace", source=self, observer=cast("ILogObserver", events.append))
         logger.info("{one} of {two}", one=1, two="b")
-        log_info(logger, "{one} of {two}", one=1, two="b")
+        InfoLine(logger, "{one} of {two}").log({"one": 1, "two": "b"})
         logger.info("{one} of {two}", one=1, two="b")
         before, at, after = (event.pop("log_time") for event in events)
         self.assertEqual(events[1], events[0])

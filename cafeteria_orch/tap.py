@@ -30,7 +30,7 @@ from .server.factory import OrchestratorFactory
 from .server.timeouts import Timeouts
 from .store.asking import Asker
 from .store.database import Store, StoreError
-from .store.location import store_at
+from .store.location import shown_location, store_at
 from .store.sink import Sink
 from .store.totals import Completeness
 
@@ -120,6 +120,8 @@ def makeService(options: Options) -> IService:
         admission=admission,
         signals=signals,
         node=options["node"],
+        location=shown_location(options["store"]),
+        options=options.describe_changes(),
     )
 
 

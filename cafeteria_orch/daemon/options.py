@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -202,6 +204,7 @@ class Options(usage.Options):
     def __init__(self) -> None:
         super().__init__()
         self._collected: dict[str, Any] = {}
+        self._changed: dict[str, str] = {}
 
     def opt_listen(self, description: str) -> None:
         """Twisted endpoint (unix:, systemd:) in place of -p, -i and -b; may be repeated"""
@@ -239,8 +242,8 @@ class Options(usage.Options):
         defaults = {name: parse(self.defaults[name]) for name, parse in _PARSERS.items()}
         defaults |= {name: [] for name in _REPEATED} | dict.fromkeys(_FLAGS, False)
         try:
-            given = self._read(options, "--{}".format)
-            environment = self._read(_environment_arguments(), _environment_name)
+            given, texts = self._read(options, "--{}".format)
+            environment, others = self._read(_environment_arguments(), _environment_name)
         except usage.UsageError as error:
             raise refusal(str(error)) from error
         for options_of, label in ((given, "--{}".format), (environment, _environment_name)):
@@ -251,6 +254,10 @@ class Options(usage.Options):
         if given.keys() & _TCP_OPTIONS:
             environment.pop("listen", None)
         self.update(defaults | environment | given)
+        texts = others | texts
+        self._changed = {
+            name: texts.get(name, "") for name in defaults if self[name] != defaults[name]
+        }
         for options_of, label in ((given, "--{}".format), (environment, _environment_name)):
             for name, needed in _NEEDED.items():
                 if options_of.get(name) and not self[needed]:
@@ -261,18 +268,34 @@ class Options(usage.Options):
                 " --store: name the URL in CAFEORCH_STORE, or the password in a file (PGPASSFILE)"
             )
 
-    def _read(self, options: list[str] | None, label: Callable[[str], str]) -> dict[str, Any]:
+    def describe_changes(self) -> str:
+        """The options that differ from their defaults, without the store and what is secret."""
+        arguments = []
+        for name, text in self._changed.items():
+            if name in _FLAGS:
+                arguments.append(f"--{name}")
+            elif name != "store":
+                values = self[name] if name in _REPEATED else [text]
+                arguments += [
+                    f"--{name}={shlex.quote(_without_password(each))}" for each in values
+                ]
+        return " ".join(arguments) or "-"
+
+    def _read(
+        self, options: list[str] | None, label: Callable[[str], str]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Read arguments; return the values that they give, and the texts of those."""
         self.update(dict.fromkeys(_PARSERS))
         self._collected = {}
         super().parseOptions(options)
         given: dict[str, Any] = dict(self._collected)
-        for name, parse in _PARSERS.items():
-            if self[name] is not None:
-                try:
-                    given[name] = parse(self[name])
-                except ValueError as error:
-                    raise usage.UsageError(f"{label(name)}: {error}") from error
-        return given
+        texts = {name: self[name] for name in _PARSERS if self[name] is not None}
+        for name, text in texts.items():
+            try:
+                given[name] = _PARSERS[name](text)
+            except ValueError as error:
+                raise usage.UsageError(f"{label(name)}: {error}") from error
+        return given, texts
 
 
 def refusal(message: str) -> SystemExit:
@@ -283,6 +306,10 @@ def refusal(message: str) -> SystemExit:
 def one_line(error: Exception) -> str:
     """Return what an error says, for a refusal."""
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"(://[^:@/\s]*):[^@\s]*@", r"\1:***@", text)
 
 
 def _environment_name(option: str) -> str:

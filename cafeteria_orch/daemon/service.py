@@ -17,6 +17,7 @@ from twisted.internet.interfaces import (
 from twisted.logger import ILogObserver, Logger
 from twisted.python.failure import Failure
 
+from cafeteria_orch import __version__
 from cafeteria_orch.common.listening import address_of, listen
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
@@ -63,6 +64,8 @@ class OrchestratorService(Service):
     :param admission: listens in place of the factory; ``None`` without one.
     :param signals: handles the signals of the process; ``None`` makes one that reloads nothing.
     :param node: the name of this server among several, for the log.
+    :param location: where the store is, for the log.
+    :param options: those that differ from their defaults, for the log.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class OrchestratorService(Service):
         admission: IProtocolFactory | None = None,
         signals: SignalHandlers | None = None,
         node: str = "-",
+        location: str = "-",
+        options: str = "-",
     ) -> None:
         self._reactor = reactor
         self._factory = factory
@@ -90,7 +95,7 @@ class OrchestratorService(Service):
         self._monitor = monitor
         self._listener: IProtocolFactory = factory if admission is None else admission
         self._signals = signals or SignalHandlers(reactor)
-        self._node = node
+        self._description = {"node": node, "location": location, "options": options}
         self._state = _State.STOPPED
         self._ports: list[IListeningPort] = []
         self._time_to_drain = drain_timeout
@@ -120,16 +125,19 @@ class OrchestratorService(Service):
         if self._state is _State.DRAINING:
             raise RuntimeError("the service still drains: wait for the Deferred of stopService")
         super().startService()
-        _log.info(
-            "action: start | result: success | row codec: {codec} | store: {store} | node: {node}",
-            codec=CODEC,
-            store="none" if self._sink is None else self._sink.codec,
-            node=self._node,
-        )
         if self._sink is not None:
             self._sink.start()
         if self._state is _State.STOPPED:
             self._listen()
+        _log.info(
+            "action: start | result: success | row codec: {codec} | store: {store} | node: {node}"
+            " | version: {version} | location: {location} | listen: {listen} | options: {options}",
+            codec=CODEC,
+            store="none" if self._sink is None else self._sink.codec,
+            version=__version__,
+            listen=", ".join(map(address_of, self._ports)),
+            **self._description,
+        )
         if self._log_observer is not None:
             self._log_observer.start()
         if self._monitor is not None:

@@ -14,7 +14,7 @@ from . import postgresql, postgresql_state
 from .database import DatabaseServer, Store, StoreSizes
 from .files import StoreLock, clear_blank, explaining, file_size
 from .insertion import store_codec
-from .postgresql_connection import secrets_of
+from .postgresql_connection import secrets_of, shown
 from .sqlite import Database, check_store
 from .totals import TableTotals, read_totals
 
@@ -46,6 +46,16 @@ def has_password(location: str) -> bool:
     :param location: of :func:`absolute`.
     """
     return location.startswith(_POSTGRESQL) and bool(secrets_of(location))
+
+
+def shown_location(location: str | None) -> str:
+    """The place of a store for the log: without a password.
+
+    :param location: of :func:`absolute`; ``None`` where nothing is stored.
+    """
+    if location is None:
+        return "none"
+    return shown(location) if location.startswith(_POSTGRESQL) else location
 
 
 def store_at(location: str, node: str | None = None) -> Store:

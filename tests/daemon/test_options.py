@@ -17,6 +17,7 @@ from cafeteria_orch.daemon.node import DEFAULT_NODE, node_name
 from cafeteria_orch.daemon.options import Options
 from cafeteria_orch.edge.proxy import parse_networks
 from cafeteria_orch.observe.logs import as_json, as_text
+from cafeteria_orch.store.location import shown_location
 from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
 from tests.support.builders import texts
 
@@ -284,6 +285,42 @@ class Values(OptionsTestCase):
             self.parse("--store", "postgresql://me@h/db?passfile=x")
             self.parse("--store", "me:hidden@h")
         self.assertEqual(texts(events, LogLevel.warn), [])
+
+
+class Changes(OptionsTestCase):
+    """What the log says of the options at the start."""
+
+    def test_only_what_differs_is_named(self) -> None:
+        """A value that is the default is not, wherever it comes from; the store has a place of its own."""
+        self.assertEqual(self.parse().describe_changes(), "-")
+        options = self.parse(
+            "--port=8080",
+            "--backlog=5",
+            "--store=none",
+            CAFEORCH_LOG_LEVEL="debug",
+            CAFEORCH_BACKLOG="6",
+            CAFEORCH_IDLE_TIMEOUT="none",
+        )
+        self.assertEqual(options.describe_changes(), "--backlog=5 --log-level=debug")
+
+    def test_flags_and_repeated_options(self) -> None:
+        """They can be pasted into a command line again."""
+        options = self.parse(
+            "--proxy-protocol", "--listen=tcp:1", "--listen=unix:a b", CAFEORCH_REUSE_PORT="1"
+        )
+        self.assertEqual(
+            options.describe_changes(),
+            "--listen=tcp:1 --listen='unix:a b' --proxy-protocol --reuse-port",
+        )
+
+    def test_no_password_is_shown(self) -> None:
+        """That of a URL is hidden, in whatever option it stands."""
+        url = "postgresql://me:s3cr3t@db1/tables?sslpassword=s3cr3t"
+        for options in (self.parse(f"--store={url}"), self.parse(CAFEORCH_STORE=url)):
+            self.assertNotIn("s3cr3t", options.describe_changes())
+            self.assertEqual(shown_location(options["store"]), "postgresql://me@db1/tables")
+        options = self.parse("--metrics=tcp://me:s3cr3t@host")
+        self.assertEqual(options.describe_changes(), "--metrics='tcp://me:***@host'")
 
 
 class Mistakes(OptionsTestCase):

@@ -11,12 +11,13 @@ from twisted.internet.testing import RaisingMemoryReactor
 from twisted.logger import ILogObserver, LogLevel, capturedLogs, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
+from cafeteria_orch import __version__
 from cafeteria_orch.daemon.service import DEFAULT_DRAIN_TIMEOUT, OrchestratorService
 from cafeteria_orch.daemon.signals import SignalHandlers
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.wire.messages import CODEC
-from tests.support.builders import batch_frame, connect, numbered, texts
+from tests.support.builders import batch_frame, connect, frame, numbered, texts
 from tests.support.logs import MemoryLog
 from tests.support.services import (
     Reactor,
@@ -64,9 +65,15 @@ class Starting(ServiceTestCase):
     def test_the_log_says_where_it_listens(self) -> None:
         """The system picks port 0, the row codec decides the speed, several nodes have one log."""
         with capturedLogs() as events:
-            self.started(RecordingEndpoint(), node="cafe-2")
+            self.started(
+                RecordingEndpoint(), node="cafe-2", location="none", options="--store=none"
+            )
         lines = [
-            f"action: start | result: success | row codec: {CODEC} | store: none | node: cafe-2",
+            (
+                f"action: start | result: success | row codec: {CODEC} | store: none | node: cafe-2"
+                f" | version: {__version__} | location: none | listen: 127.0.0.1:4321"
+                " | options: --store=none"
+            ),
             "action: listen | result: success | address: 127.0.0.1:4321",
         ]
         self.assertEqual(sorted(texts(events, LogLevel.info)), sorted(lines))
@@ -88,7 +95,9 @@ class Starting(ServiceTestCase):
         service.startService()
         self.assertEqual(sink.calls, ["start"])
         self.patch(sink, "start", raising(ValueError("locked")))
-        self.assertRaises(ValueError, self.service(sink=sink).startService)
+        with capturedLogs() as events:
+            self.assertRaises(ValueError, self.service(sink=sink).startService)
+        self.assertEqual(texts(events, LogLevel.info), [])
 
 
 class Logging(SynchronousTestCase):
@@ -120,6 +129,19 @@ class Draining(ServiceTestCase):
         """It is over at once, and leaves no timeout behind."""
         service = self.started(RecordingEndpoint())
         self.successResultOf(service.stopService())
+        self.assertEqual(self.reactor.getDelayedCalls(), [])
+
+    def test_the_drain_reports_what_the_log_has_counted(self) -> None:
+        """The number of a flood that the stop ends is not lost; no timer is left of it."""
+        service = self.started(RecordingEndpoint())
+        for _ in range(5):
+            protocol, _ = connect(self.factory)
+            protocol.dataReceived(frame(b"\x63"))
+            self.leave()
+        with capturedLogs() as events:
+            self.successResultOf(service.stopService())
+        (line,) = texts(events, LogLevel.error)
+        self.assertRegex(line, r"opcode: 99 \| error: .* \| repeated: 4$")
         self.assertEqual(self.reactor.getDelayedCalls(), [])
 
     def test_there_is_one_drain(self) -> None:

@@ -49,7 +49,8 @@ class LogFile(LogStream):
     """A file that is put aside when it is long, and of which a few are kept.
 
     The file at ``path`` becomes ``path.1``, which was ``path.2`` the time after, and so on. Files
-    with higher numbers than ``max_files`` are neither renamed nor removed.
+    with higher numbers than ``max_files`` are neither renamed nor removed. Where another program,
+    such as ``logrotate``, has put the file aside, nothing is renamed.
 
     :param path: the path; what is there already stays, and lines are appended.
     :param max_bytes: a file that is as long is put aside; ``None`` leaves that to :meth:`rotate`.
@@ -78,19 +79,31 @@ class LogFile(LogStream):
 
     def rotate(self) -> None:
         """Put the file aside and begin a new one; where that is not possible, go on in the old."""
+        current = os.fstat(self._descriptor)
         # As root it is possible to put /dev/null aside.
-        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+        if not stat.S_ISREG(current.st_mode):
             return
         with suppress(OSError):
-            for number in range(self._max_files - 1, 0, -1):
-                with suppress(FileNotFoundError):
-                    Path(f"{self._path}.{number}").rename(f"{self._path}.{number + 1}")
-            with suppress(FileNotFoundError):
-                self._path.rename(f"{self._path}.1")
+            if not self._is_elsewhere(current):
+                self._put_aside()
+            is_new = not self._path.exists()
             old, self._descriptor = self._descriptor, self._open()
-            with suppress(OSError):
-                os.fchmod(self._descriptor, stat.S_IMODE(os.fstat(old).st_mode))
+            if is_new:
+                with suppress(OSError):
+                    os.fchmod(self._descriptor, stat.S_IMODE(current.st_mode))
             os.close(old)
+
+    def _is_elsewhere(self, current: os.stat_result) -> bool:
+        try:
+            return not os.path.samestat(current, self._path.stat())
+        except FileNotFoundError:
+            return True
+
+    def _put_aside(self) -> None:
+        for number in range(self._max_files - 1, 0, -1):
+            with suppress(FileNotFoundError):
+                Path(f"{self._path}.{number}").rename(f"{self._path}.{number + 1}")
+        self._path.rename(f"{self._path}.1")
 
     def close(self) -> None:
         """Close the file."""

@@ -34,7 +34,7 @@ from cafeteria_orch.daemon.service import OrchestratorService
 from cafeteria_orch.edge.proxy import parse_networks
 from cafeteria_orch.edge.tls import ServerTLS
 from cafeteria_orch.observe.http import Monitor
-from cafeteria_orch.observe.log_files import LogFile
+from cafeteria_orch.observe.log_files import DEFAULT_LOG_BYTES, DEFAULT_LOG_FILES, LogFile
 from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.tap import SWITCH_INTERVAL, Options, makeService
 from tests.support.builders import texts
@@ -438,8 +438,13 @@ class Logging(TapTestCase):
         self.assertEqual(Path("a.log").read_text().count("[test#info] a line\n"), 2)
 
     def test_daemon(self) -> None:
-        """A daemon writes to ``twistd.log``."""
-        self.log(self.observer())
+        """A daemon writes to ``twistd.log``, of which a bounded number of bytes is kept."""
+        observer = self.observer()
+        self.log(observer)
+        file = observer.observer._writer._file
+        self.assertEqual(
+            (file._max_bytes, file._max_files), (DEFAULT_LOG_BYTES, DEFAULT_LOG_FILES)
+        )
         self.assertIn("[test#info] a line\n", Path("twistd.log").read_text())
 
     def test_level(self) -> None:

@@ -298,6 +298,23 @@ class Rotation(LogFileTestCase):
         file.write(b"one\n")
         self.assertEqual(self.contents(), {"my.log": "one\n"})
 
+    def test_a_file_that_another_program_has_put_aside(self) -> None:
+        """``logrotate`` has renamed it, and may have made a new one: that one is written to."""
+        (self.folder / "my.log.1").write_text("earlier\n")
+        file = self.open()
+        for mode, word in ((None, b"one\n"), (0o604, b"two\n")):
+            self.path.rename(self.folder / "aside")
+            if mode is not None:
+                self.path.touch()
+                self.path.chmod(mode)
+            file.write(b"last\n")
+            file.rotate()
+            file.write(word)
+            self.assertEqual((self.folder / "aside").read_text()[-5:], "last\n")
+            self.assertEqual(self.path.read_bytes(), word)
+        self.assertEqual(self.path.stat().st_mode & 0o777, 0o604)
+        self.assertEqual((self.folder / "my.log.1").read_text(), "earlier\n")
+
     def test_where_rotation_fails_the_old_file_goes_on(self) -> None:
         """Nothing is raised, no line is lost."""
         file = self.open(max_bytes=1, max_files=1)

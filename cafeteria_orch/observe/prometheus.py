@@ -152,6 +152,8 @@ class Collector:
         if sizes.file is not None:
             yield _gauge("store_bytes", "The size of the store's file.", sizes.file)
             yield _gauge("store_wal_bytes", "The size of its write-ahead log.", sizes.wal)
+        if sizes.free is not None:
+            yield _gauge("store_free_bytes", "What is left on its disk.", sizes.free)
         yield from self._standbys()
         yield _histogram(
             "commit_duration_seconds",

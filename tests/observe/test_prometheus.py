@@ -163,6 +163,7 @@ class Values(MetricsTestCase):
         """It is 0 exactly while the store refuses, whatever the server does."""
         self.assertEqual(self.value("store_up"), 1)
         self.assertEqual(self.value("store_bytes"), 4096)
+        self.assertEqual(self.value("store_free_bytes"), 10**9)
         self.assertEqual(self.value("draining"), 0)
         self.sink.reason = "disk full"
         self.status.drain()
@@ -395,7 +396,7 @@ class Sums(SinkTestCase):
 
     def test_sizes_are_those_on_the_disk(self) -> None:
         """The store's file and its WAL are measured when a scraper asks."""
-        self.assertEqual(self.sink.sizes(), (0, 0))
+        self.assertEqual(self.sink.sizes()[:2], (0, 0))
         self.start()
         samples = self.scrape()
         self.assertEqual(value(samples, "store_bytes"), Path(self.path).stat().st_size)

@@ -128,7 +128,7 @@ class Figures(StatusTestCase):
         self.assertIsNone(self.shown()["store"])
         self.sink = RecordingSink()
         self.make_status()
-        self.assertEqual(self.shown()["store"], {"file": 4096, "wal": 0})
+        self.assertEqual(self.shown()["store"], {"file": 4096, "wal": 0, "free": 10**9})
 
     def test_the_database_is_shown(self) -> None:
         """Its kind, and what its server says of itself, asked now and then."""

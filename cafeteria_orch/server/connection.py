@@ -57,7 +57,7 @@ class OrchestratorProtocol(FrameReceiver):
     _processing: ProcessingTimeout | None = None
 
     def __init__(
-        self, factory: OrchestratorFactory, address: IAddress | None, number: int
+        self, factory: OrchestratorFactory, address: IAddress | None, number: int = 0
     ) -> None:
         super().__init__(
             factory.reactor,

@@ -308,7 +308,7 @@ class WeClose(ClosingCase):
         alsoProvides(tls, ISSLTransport)
         transports: tuple[Any, ...] = (tls, StringTransport())
         for transport in transports:
-            protocol = OrchestratorProtocol(self.factory, None, 1)
+            protocol = OrchestratorProtocol(self.factory, None)
             protocol.makeConnection(transport)
             protocol.dataReceived(MALFORMED)
             self.assertEqual(transport.value(), FAIL + b"\x03")

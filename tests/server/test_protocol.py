@@ -240,7 +240,7 @@ class Identity(SynchronousTestCase):
         )
         for address, ip in addresses:
             factory = OrchestratorFactory(Clock())
-            protocol = OrchestratorProtocol(factory, address, 1)
+            protocol = OrchestratorProtocol(factory, address)
             transport = TCPTransport()
             transport.peerAddr = address
             protocol.makeConnection(transport)

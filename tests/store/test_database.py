@@ -173,6 +173,18 @@ class Duplicates(DatabaseTestCase):
             store_batch(self.database, batch, self.session, NOW)
             raise Boom
         self.assertIs(self.store(batch_number=2), True)
+
+    def test_a_session_knows_its_row_once_it_is_committed(self) -> None:
+        """The log names it from then on; a row that is undone is never named."""
+        session = Session(PEER, NOW)
+        with self.assertRaises(Boom), self.database.transaction():
+            store_batch(self.database, received(), session, NOW)
+            raise Boom
+        self.assertIsNone(session.stored_id)
+        with self.database.transaction():
+            store_batch(self.database, received(), session, NOW)
+            self.assertIsNone(session.stored_id)
+        self.assertIsInstance(session.stored_id, int)
         self.assert_batches(2)
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any
 
 from constantly import NamedConstant
 from twisted.logger import (
@@ -32,7 +33,7 @@ MAX_FORMATS = 512
 
 _LITERAL = re.compile(r"(?:^|(?<= \| ))(action|result): (\w+)(?= \||$)")
 
-_TABLES: dict[object, str] = {int(table.opcode): table.name for table in TABLES}
+_TABLES: dict[int, str] = {table.opcode: table.name for table in TABLES}
 
 _encode = json.JSONEncoder(default=safe_str, allow_nan=False).encode
 
@@ -61,15 +62,16 @@ def as_json(event: LogEvent, time: str, **fields: str) -> str:
     failure = event.get("log_failure")
     if not (message or failure):
         return ""
-    line = dict(_literals(event.get("log_format")))
+    log_format = event.get("log_format")
+    line: dict[str, Any] = dict(_literals(log_format)) if isinstance(log_format, str) else {}
     line |= {
         name: value
         for name, value in event.items()
         if not name.startswith("log_") and name not in _OLDER_FIELDS
     }
-    table = _TABLES.get(line.get("opcode"))
-    if table is not None:
-        line["table"] = table
+    opcode = line.get("opcode")
+    if isinstance(opcode, int) and opcode in _TABLES:
+        line["table"] = _TABLES[opcode]
     line |= fields
     line["time"] = _with_milliseconds(time, event["log_time"])
     line["level"] = event.get("log_level", LogLevel.info).name
@@ -85,10 +87,8 @@ def as_json(event: LogEvent, time: str, **fields: str) -> str:
 
 
 @lru_cache(maxsize=MAX_FORMATS)
-def _literals(log_format: object) -> Mapping[str, str]:
+def _literals(log_format: str) -> Mapping[str, str]:
     """The action and the result in a format; they are part of its text, and no fields."""
-    if not isinstance(log_format, str):
-        return {}
     return dict(_LITERAL.findall(log_format))
 
 

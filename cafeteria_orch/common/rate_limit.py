@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -40,9 +41,13 @@ LOST_BATCHES = Limit(lines=100, addresses=16)
 TRAFFIC = Limit(lines=100, addresses=1024)
 """What happens in normal operation, and without end only in a flood."""
 
-_OTHERS = "others"
+_OTHERS = ("", "others")
 
-_Key = tuple[str, "str | None"]
+_Kind = tuple[str, str]
+"""The namespace of a logger, and what names the line there."""
+
+_Event = tuple[Logger, NamedConstant, str, dict[str, Any]]
+"""The logger, the level, the format and the fields."""
 
 
 class RateLimits:
@@ -64,27 +69,31 @@ class RateLimits:
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
         # In the order in which they are due: all intervals are equally long.
-        self._pairs: dict[_Key, _Pair] = {}
-        self._pairs_of_kind: Counter[str] = Counter()
+        self._pairs: dict[tuple[_Kind, str | None], _Pair] = {}
+        self._pairs_of_kind: Counter[_Kind] = Counter()
+        self._first_due = math.inf
         self._timer: IDelayedCall | None = None
 
-    def add(self, kind: str, event: _Event, limit: Limit) -> None:
-        """Log an event, or count it."""
+    def add(
+        self, kind: _Kind, event: _Event, limit: Limit, failure: Failure | None = None
+    ) -> None:
+        """Log an event, or count it.
+
+        :param failure: is logged with an event, and not kept with one that is counted: it refers
+            to all that its frames had.
+        """
         now = self._reactor.seconds()
-        self._settle(now)
-        address: str | None = event.fields.get("ip")
-        key = self._key_of(kind, address, limit)
-        pair = self._pairs.get(key) or self._begin(key, _Pair(), now)
+        if now >= self._first_due:
+            self._settle(now)
+        address: str | None = event[3].get("ip")
+        pair = self._pairs.get((kind, address)) or self._find(kind, address, limit, now)
         if pair.lines < limit.lines:
             pair.lines += 1
-            event.write(1)
+            _write(event, 1, failure=failure)
             return
-        # A failure would keep all that its traceback refers to.
-        pair.count(event._replace(failure=None), address)
-        if self._timer is None:
-            self._timer = self._reactor.callLater(pair.due - now, self._report)
-        elif self._timer.getTime() > pair.due:
-            self._timer.reset(pair.due - now)
+        if not pair.has_counted:
+            self._call_at(pair.due, now)
+        pair.count(event, address)
 
     def stop(self) -> None:
         """Report what was counted, and begin again with the next event."""
@@ -94,39 +103,52 @@ class RateLimits:
         pairs = list(self._pairs.values())
         self._pairs.clear()
         self._pairs_of_kind.clear()
+        self._first_due = math.inf
         for pair in pairs:
             pair.report()
 
-    def _key_of(self, kind: str, address: str | None, limit: Limit) -> _Key:
-        if (kind, address) in self._pairs:
-            return kind, address
+    def _find(self, kind: _Kind, address: str | None, limit: Limit, now: float) -> _Pair:
+        """Begin a pair, or find the one that it shares with others."""
         if kind not in self._pairs_of_kind and len(self._pairs_of_kind) >= MAX_KINDS:
-            return _OTHERS, None
-        has_room = self._pairs_of_kind[kind] < limit.addresses
-        return kind, address if has_room else None
-
-    def _begin(self, key: _Key, pair: _Pair, now: float) -> _Pair:
-        pair.due = now + REPORT_INTERVAL
-        self._pairs[key] = pair
-        self._pairs_of_kind[key[0]] += 1
+            kind = _OTHERS
+            address = None
+        elif self._pairs_of_kind[kind] >= limit.addresses:
+            address = None
+        pair = self._pairs.get((kind, address))
+        if pair is None:
+            pair = _Pair(kind, address)
+            self._begin(pair, now)
         return pair
 
-    def _forget(self, key: _Key) -> None:
-        kind, _ = key
-        del self._pairs[key]
-        self._pairs_of_kind[kind] -= 1
-        if not self._pairs_of_kind[kind]:
-            del self._pairs_of_kind[kind]
+    def _begin(self, pair: _Pair, now: float) -> None:
+        pair.due = now + REPORT_INTERVAL
+        self._first_due = min(self._first_due, pair.due)
+        self._pairs[pair.kind, pair.address] = pair
+        self._pairs_of_kind[pair.kind] += 1
+
+    def _forget(self, pair: _Pair) -> None:
+        del self._pairs[pair.kind, pair.address]
+        self._pairs_of_kind[pair.kind] -= 1
+        if not self._pairs_of_kind[pair.kind]:
+            del self._pairs_of_kind[pair.kind]
 
     def _settle(self, now: float) -> None:
         """Report, or forget, the pairs whose intervals are over."""
+        self._first_due = math.inf
         while self._pairs:
-            key, pair = next(iter(self._pairs.items()))
+            pair = next(iter(self._pairs.values()))
             if pair.due > now:
+                self._first_due = pair.due
                 return
-            self._forget(key)
+            self._forget(pair)
             if pair.report():
-                self._begin(key, pair, now)
+                self._begin(pair, now)
+
+    def _call_at(self, due: float, now: float) -> None:
+        if self._timer is None:
+            self._timer = self._reactor.callLater(due - now, self._report)
+        elif self._timer.getTime() > due:
+            self._timer.reset(due - now)
 
     def _report(self) -> None:
         self._timer = None
@@ -134,7 +156,7 @@ class RateLimits:
         self._settle(now)
         due = next((pair.due for pair in self._pairs.values() if pair.has_counted), None)
         if due is not None:
-            self._timer = self._reactor.callLater(due - now, self._report)
+            self._call_at(due, now)
 
 
 class RateLimitedLog:
@@ -150,6 +172,7 @@ class RateLimitedLog:
     def __init__(self, limits: RateLimits, log: Logger) -> None:
         self._limits = limits
         self._log = log
+        self._namespace = log.namespace
 
     def warn(self, kind: str, message: str, **fields: object) -> None:
         """Log an event as a warning, or count it.
@@ -158,63 +181,47 @@ class RateLimitedLog:
         :param message: the format of the line; its field ``refused`` is the number of events that
             the line speaks for. It is added if it is more than one.
         """
-        self._add(kind, _Event(self._log, LogLevel.warn, message, fields), FAILURES)
+        event = self._log, LogLevel.warn, message, fields
+        self._limits.add((self._namespace, kind), event, FAILURES)
 
     def error(self, kind: str, message: str, limit: Limit = FAILURES, **fields: object) -> None:
         """The same for an error.
 
         :param limit: how many lines there are.
         """
-        self._add(kind, _Event(self._log, LogLevel.error, message, fields), limit)
+        event = self._log, LogLevel.error, message, fields
+        self._limits.add((self._namespace, kind), event, limit)
 
     def failure(self, kind: str, message: str, failure: Failure, **fields: object) -> None:
         """The same for a bug; what is logged at once has the traceback."""
-        event = _Event(self._log, LogLevel.critical, message, fields, failure)
-        self._add(kind, event, FAILURES)
+        event = self._log, LogLevel.critical, message, fields
+        self._limits.add((self._namespace, kind), event, FAILURES, failure)
 
     def info(self, kind: str, message: str, **fields: object) -> None:
         """The same for what happens in normal operation."""
-        self._add(kind, _Event(self._log, LogLevel.info, message, fields), TRAFFIC)
-
-    def _add(self, kind: str, event: _Event, limit: Limit) -> None:
-        self._limits.add(f"{self._log.namespace} {kind}", event, limit)
-
-
-class _Event(NamedTuple):
-    log: Logger
-    level: NamedConstant
-    message: str
-    fields: dict[str, Any]
-    failure: Failure | None = None
-
-    def write(self, events: int, addresses: int = 1) -> None:
-        """Log it, as the last of several events."""
-        fields, message = self.fields, self.message
-        if events > 1 and "{refused}" not in message:
-            message += " | repeated: {refused}"
-        if addresses > 1:
-            message += " | addresses: {addresses}"
-            fields = {**fields, "addresses": addresses}
-        if self.failure is not None:
-            fields = {**fields, "log_failure": self.failure}
-        self.log.emit(self.level, message, refused=events, **fields)
+        event = self._log, LogLevel.info, message, fields
+        self._limits.add((self._namespace, kind), event, TRAFFIC)
 
 
 class _Pair:
     """The events of a kind and an address since the last line.
 
+    :param kind: of the events.
+    :param address: ``None`` for the pair that addresses share.
     :ivar due: when its interval is over.
     :ivar lines: the number of lines in this interval.
     """
 
-    __slots__ = ("_addresses", "_events", "_last", "due", "lines")
+    __slots__ = ("_addresses", "_events", "_last", "address", "due", "kind", "lines")
 
-    def __init__(self) -> None:
+    def __init__(self, kind: _Kind, address: str | None) -> None:
+        self.kind = kind
+        self.address = address
         self.due = 0.0
         self.lines = 0
         self._events = 0
         self._last: _Event | None = None
-        self._addresses: set[str | None] = set()
+        self._addresses: set[str] = set()
 
     @property
     def has_counted(self) -> bool:
@@ -225,15 +232,28 @@ class _Pair:
         """Count an event that is not logged."""
         self._events += 1
         self._last = event
-        if len(self._addresses) < MAX_COUNTED_ADDRESSES:
-            self._addresses.add(address)
+        if address != self.address and len(self._addresses) < MAX_COUNTED_ADDRESSES:
+            self._addresses.add(str(address))
 
     def report(self) -> bool:
         """Log what was counted, and begin to count again; return whether there was anything."""
         if self._last is None:
             return False
-        self._last.write(self._events, len(self._addresses))
+        _write(self._last, self._events, len(self._addresses))
         self.lines = 1
         self._events, self._last = 0, None
         self._addresses.clear()
         return True
+
+
+def _write(event: _Event, events: int, addresses: int = 1, failure: Failure | None = None) -> None:
+    """Log an event, as the last of several."""
+    log, level, message, fields = event
+    if events > 1 and "{refused}" not in message:
+        message += " | repeated: {refused}"
+    if addresses > 1:
+        message += " | addresses: {addresses}"
+        fields = {**fields, "addresses": addresses}
+    if failure is not None:
+        fields = {**fields, "log_failure": failure}
+    log.emit(level, message, refused=events, **fields)

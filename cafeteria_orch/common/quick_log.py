@@ -35,6 +35,8 @@ class InfoLine:
     def log(self, fields: dict[str, Any]) -> None:
         """Log an event.
 
-        :param fields: of the format, and others.
+        :param fields: of the format, and others; the dictionary becomes the event.
         """
-        self._observer({**self._unchanging, "log_time": wall_time(), **fields})
+        fields.update(self._unchanging)
+        fields["log_time"] = wall_time()
+        self._observer(fields)

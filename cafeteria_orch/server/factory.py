@@ -238,11 +238,17 @@ class OrchestratorFactory(ServerFactory):
             return
         status = getattr(message, "status", None)
         status_text = "-" if status is None else self.get_status_text(status)
-        fields = client.session.log_fields
-        fields["opcode"] = client.opcode
-        fields["amount"] = getattr(message, "amount", "-")
-        fields["status"] = status_text
-        _DATA_LINE.log(fields)
+        session = client.session
+        _DATA_LINE.log(
+            {
+                "ip": session.ip,
+                "connection": session.connection,
+                "session": session.stored_id,
+                "opcode": client.opcode,
+                "amount": getattr(message, "amount", "-"),
+                "status": status_text,
+            }
+        )
         if self.log_debug and hasattr(message, "rows"):
             self.log_batch_preview(message, client, status_text)
 
@@ -279,17 +285,8 @@ class OrchestratorFactory(ServerFactory):
         self._limits.opened(connection.session.ip)
         if self._paused:
             self._pause(connection)
-        session = connection.session
         if self.log_info:
-            name = session.common_name
-            fields = {} if name is None else {"common_name": name}
-            more = "" if name is None else " | common_name: {common_name}"
-            self.limited_log.info(
-                "accepted",
-                "action: accept_connections | result: success | ip: {ip}" + more,
-                **session.log_fields,
-                **fields,
-            )
+            lines.log_accepted(connection)
 
     def connection_lost(self, connection: OrchestratorProtocol) -> None:
         """A client is gone, and no message of it is in progress any more."""

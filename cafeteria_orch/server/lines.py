@@ -27,13 +27,31 @@ _RECEIVED = "action: receive_message | result: success | ip: {ip} | opcode: {opc
 _RECEIVED_LINE = InfoLine(log, _RECEIVED)
 
 
+def log_accepted(connection: OrchestratorProtocol) -> None:
+    """A client has connected."""
+    name = connection.session.common_name
+    connection.factory.limited_log.info(
+        "accepted",
+        "action: accept_connections | result: success | ip: {ip}"
+        + ("" if name is None else " | common_name: {common_name}"),
+        **connection.session.log_fields,
+        **({} if name is None else {"common_name": name}),
+    )
+
+
 def log_received(connection: OrchestratorProtocol, opcode: int) -> None:
     """A message was decoded."""
-    fields = connection.session.log_fields
+    session = connection.session
+    # Not by ``log_fields``: a call for each message.
+    fields = {
+        "ip": session.ip,
+        "connection": session.connection,
+        "session": session.stored_id,
+        "opcode": opcode,
+    }
     if opcode in _CONTROL:
-        connection.factory.connection_log.info("received", _RECEIVED, **fields, opcode=opcode)
+        connection.factory.connection_log.info("received", _RECEIVED, **fields)
     else:
-        fields["opcode"] = opcode
         _RECEIVED_LINE.log(fields)
 
 

@@ -17,6 +17,7 @@ from .wire.messages import (
     ClientHello,
     Finished,
     RawMessage,
+    StoreIdentity,
     TableBatch,
 )
 from .wire.opcodes import BatchStatus, FailReason, Opcode
@@ -52,6 +53,7 @@ __all__ = [
     "OrchestratorFactory",
     "ProtocolError",
     "RawMessage",
+    "StoreIdentity",
     "Table",
     "TableBatch",
     "TryAgainLater",

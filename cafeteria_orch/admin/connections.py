@@ -56,7 +56,7 @@ class Connection(Protocol):
         """Find rows without having all of them in memory; in a transaction."""
 
     def columns(self, table: str) -> list[str]:
-        """The names of a table's columns."""
+        """The names of a table's columns; none if there is no such table."""
 
     def transaction(self) -> AbstractContextManager[None]:
         """What is written inside is on disk when this ends, or nothing is."""
@@ -117,9 +117,8 @@ class SQLiteConnection:
 
     def columns(self, table: str) -> list[str]:
         """See :class:`Connection`."""
-        with self.explaining():
-            cursor = self.raw.execute(f"SELECT * FROM {table} LIMIT 0")  # noqa: S608
-            return [column[0] for column in cursor.description or ()]
+        found = self.execute(f"PRAGMA table_info({table})")
+        return [column[1] for column in found]
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -187,9 +186,12 @@ class PostgreSQLConnection:
 
     def columns(self, table: str) -> list[str]:
         """See :class:`Connection`."""
-        with self.explaining():
-            cursor = self.raw.execute(f"SELECT * FROM {table} LIMIT 0")  # noqa: S608
-            return [column[0] for column in cursor.description or ()]
+        found = self.execute(
+            "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(?) AND attnum > 0"
+            " AND NOT attisdropped ORDER BY attnum",
+            (table,),
+        )
+        return [column for (column,) in found]
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

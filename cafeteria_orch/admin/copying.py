@@ -3,8 +3,10 @@
 1. The ids of the source are reserved in the target.
 2. What the target has of them must be what the source has: the rest of a copy that was
    interrupted, or was made before the source went on.
-3. Sessions, then the batches that the target does not have, table by table, each with its rows;
-   then the ends of tables. What is interrupted is continued by the next run, from 1 on.
+3. The identity of the store and its sessions, then the batches that the target does not have,
+   table by table, each with its rows; what the source has forgotten since an earlier run is
+   forgotten there, too. Then the ends of tables, and the rejections. What is interrupted is
+   continued by the next run, from 1 on.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ class Copy:
         self._source = source
         self._target = target
         self._first_left: dict[int, int] = {}
+        self._forgotten_since: list[Entry] = []
         self.report = Report()
         self.rows = self.rows_left = 0
         self.highest = source.highest()
@@ -86,14 +89,17 @@ class Copy:
         while after < self.reserved.batch:
             page = self._source.entries(after, self.highest.batch)
             last = page[-1].id if page else self.reserved.batch
-            there = {*self._target.reader.entries(after, last)}
-            for batch in sorted(there - {*page})[:1]:
+            there = {each.origin: each for each in self._target.reader.entries(after, last)}
+            for batch in sorted(there.keys() - {each.origin for each in page})[:1]:
                 raise self._refusal("batch", batch.id)
             for entry in page:
-                self.rows += entry.amount
-                if entry not in there:
-                    self.rows_left += entry.amount
+                self.rows += entry.rows
+                copied = there.get(entry.origin)
+                if copied is None:
+                    self.rows_left += entry.rows
                     self._first_left.setdefault(entry.opcode, entry.id)
+                elif copied != entry and entry.forgotten_at is not None:
+                    self._forgotten_since.append(entry)
             after = last
 
     def _refusal(self, what: str, number: int) -> StoreError:
@@ -107,21 +113,28 @@ class Copy:
 
         :param copied: takes the number of rows that each transaction has copied.
         """
+        identity = self._source.identity()
+        if identity is not None:
+            # Senders that know the source go on where the target takes its place.
+            self._target.write_identity(*identity)
         after = 0
         while page := self._source.sessions(after, self.highest.session):
-            self._target.write_sessions(page)
+            self._target.write("session", page)
             after = page[-1][0]
         for table in TABLES:
             if table.opcode in self._first_left:
                 self._copy_table(table, copied)
-        self._copy_ends_of_tables()
+            forgotten = [each for each in self._forgotten_since if each.opcode == table.opcode]
+            self._target.forget(table, forgotten)
+        for name in ("table_eof", "rejection"):
+            self._copy_of_sessions(name)
         self._target.finish(self.reserved)
 
     def _copy_table(self, table: Table, copied: Callable[[int], object]) -> None:
         entries = self._entries_left(table)
         for group in groups(self._source.batches(table, entries, self.highest.batch)):
             self._write(table, group)
-            copied(sum(batch.entry.amount for batch in group))
+            copied(sum(batch.entry.rows for batch in group))
 
     def _write(self, table: Table, batches: list[StoredBatch]) -> None:
         """Write batches in one transaction; if one cannot be stored, all others in several."""
@@ -143,16 +156,16 @@ class Copy:
     def _entries_left(self, table: Table) -> Iterator[Entry]:
         after = self._first_left[table.opcode] - 1
         while page := self._source.entries(after, self.highest.batch, table):
-            there = {*self._target.reader.entries(after, page[-1].id, table)}
-            yield from (entry for entry in page if entry not in there)
+            there = {each.id for each in self._target.reader.entries(after, page[-1].id, table)}
+            yield from (entry for entry in page if entry.id not in there)
             after = page[-1].id
 
-    def _copy_ends_of_tables(self) -> None:
+    def _copy_of_sessions(self, name: str) -> None:
         after = 0
         while page := self._source.sessions(after, self.highest.session):
-            ends = self._source.ends_of_tables(after, page[-1][0])
-            if ends:
-                self._target.write_ends_of_tables(ends)
+            rows = self._source.of_sessions(name, after, page[-1][0])
+            if rows:
+                self._target.write(name, rows)
             after = page[-1][0]
 
 

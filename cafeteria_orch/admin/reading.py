@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 
 from cafeteria_orch.store.database import StoreError
 from cafeteria_orch.store.location import store_at
-from cafeteria_orch.store.postgresql_schema import SCHEMA_VERSION as POSTGRESQL_VERSION
-from cafeteria_orch.store.schema import APPLICATION_ID
-from cafeteria_orch.store.schema import SCHEMA_VERSION as SQLITE_VERSION
+from cafeteria_orch.store.schema import APPLICATION_ID, SCHEMA_VERSION
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import Table
 
@@ -19,6 +17,13 @@ from .connections import Connection, Found, PostgreSQLConnection, SQLiteConnecti
 
 PAGE = 1000
 """How many entries are read at once."""
+
+_ID_COLUMNS = {
+    "session": "id",
+    "batch": "id",
+    "table_eof": "session_id",
+    "rejection": "session_id",
+}
 
 # After all ids that there can be.
 _NO_MORE: tuple[int, Iterator[tuple[Any, ...]]] = (2**63, iter(()))
@@ -44,10 +49,19 @@ COLUMNS = {
         "amount",
         "digest",
         "received_at",
+        "forgotten_at",
     ),
     "table_eof": ("session_id", "table_name", "received_at", "last_batch_id"),
+    "rejection": (
+        "session_id",
+        "opcode",
+        "reason",
+        "batches",
+        "last_batch_number",
+        "last_at",
+    ),
 }
-"""The tables beside the five; a store of an older version lacks some columns."""
+"""The tables beside the five; a store of an older version lacks some columns, and some tables."""
 
 
 class Ids(NamedTuple):
@@ -69,6 +83,17 @@ class Entry(NamedTuple):
     amount: int
     digest: bytes
     received_at: str
+    forgotten_at: str | None
+
+    @property
+    def rows(self) -> int:
+        """How many rows it has, as long as it is not forgotten."""
+        return self.amount if self.forgotten_at is None else 0
+
+    @property
+    def origin(self) -> Entry:
+        """What it was when it came: it may have been forgotten since, and its key with it."""
+        return self._replace(client_id=None, forgotten_at=None)
 
 
 class StoredBatch(NamedTuple):
@@ -87,6 +112,7 @@ class Reader:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._columns = {table: self._select_list(table) for table in COLUMNS}
+        self._has_identity = bool(connection.columns("identity"))
 
     @property
     def name(self) -> str:
@@ -98,8 +124,10 @@ class Reader:
         """Whether the rows of a batch are in the order in which they were stored."""
         return self._connection.keeps_order
 
-    def _select_list(self, table: str) -> str:
+    def _select_list(self, table: str) -> str | None:
         there = self._connection.columns(table)
+        if not there:
+            return None
         return ", ".join(name if name in there else f"NULL AS {name}" for name in COLUMNS[table])
 
     def close(self) -> None:
@@ -111,6 +139,13 @@ class Reader:
         ((session,),) = self._connection.execute("SELECT coalesce(max(id), 0) FROM session")
         ((batch,),) = self._connection.execute("SELECT coalesce(max(id), 0) FROM batch")
         return Ids(session, batch)
+
+    def identity(self) -> tuple[str, str] | None:
+        """The store's id and since when it has it; a store of an older version has none."""
+        if not self._has_identity:
+            return None
+        ((store_id, created_at),) = self._connection.execute("SELECT id, created_at FROM identity")
+        return store_id, created_at
 
     def sessions(self, after: int, last: int) -> Found:
         """The first of the sessions with ids in a range, in their order."""
@@ -131,11 +166,17 @@ class Reader:
             ids,
         )
 
-    def ends_of_tables(self, after: int, last: int) -> Found:
-        """The rows of ``table_eof`` of the sessions with ids in a range."""
+    def of_sessions(self, table: str, after: int, last: int) -> Found:
+        """The rows of a table that belong to the sessions with ids in a range.
+
+        :param table: ``table_eof`` or ``rejection``.
+        """
+        columns = self._columns[table]
+        if columns is None:
+            return []
         return self._connection.execute(
-            f"SELECT {self._columns['table_eof']} FROM table_eof"  # noqa: S608
-            " WHERE session_id > ? AND session_id <= ? ORDER BY session_id, table_name",
+            f"SELECT {columns} FROM {table}"  # noqa: S608
+            " WHERE session_id > ? AND session_id <= ? ORDER BY session_id",
             (after, last),
         )
 
@@ -145,7 +186,9 @@ class Reader:
         :param table: any table of a store.
         :param last: the largest id that counts.
         """
-        column = {"session": "id", "batch": "id", "table_eof": "session_id"}.get(table, "batch_id")
+        if self._columns.get(table, "") is None:
+            return 0
+        column = _ID_COLUMNS.get(table, "batch_id")
         counting = f"SELECT count(*) FROM {table} WHERE {column} <= ?"  # noqa: S608
         ((number,),) = self._connection.execute(counting, (last,))
         return int(number)
@@ -212,22 +255,22 @@ def open_reader(location: str) -> Reader:
     connection: Connection = connect(location, read_only=True)
     try:
         if is_file:
-            _check_version(connection.name, _sqlite_version(connection), SQLITE_VERSION)
+            _check_version(connection.name, _sqlite_version(connection))
         else:
-            _check_version(connection.name, _postgresql_version(connection), POSTGRESQL_VERSION)
+            _check_version(connection.name, _postgresql_version(connection))
         return Reader(connection)
     except BaseException:
         connection.close()
         raise
 
 
-def _check_version(name: str, version: int | None, newest: int) -> None:
+def _check_version(name: str, version: int | None) -> None:
     if version is None:
         raise StoreError(f"{name} is not a store of cafeteria_orch: name another")
-    if version > newest:
+    if version > SCHEMA_VERSION:
         raise StoreError(
-            f"the store {name} has schema version {version}, this program knows {newest}: run the"
-            " newer program"
+            f"the store {name} has schema version {version}, this program knows"
+            f" {SCHEMA_VERSION}: run the newer program"
         )
 
 

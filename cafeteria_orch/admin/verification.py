@@ -84,6 +84,9 @@ class Verification:
 
         :param verified: takes the number of rows of each batch that is compared.
         """
+        identity = self._source.identity()
+        if identity is not None and identity != self._target.identity():
+            self._verdict.add("the identity of the store is not the same in the target")
         self._compare_sessions()
         left_out = {table: self._compare_table(table, verified) for table in TABLES}
         self._count("batch", sum(batches for batches, _ in left_out.values()))
@@ -110,12 +113,13 @@ class Verification:
         while page := self._source.sessions(after, self._highest.session):
             last = page[-1][0]
             self._compare(page, self._target.sessions(after, last), "session")
-            ends = self._source.ends_of_tables(after, last)
-            there = self._target.ends_of_tables(after, last)
-            self._compare(ends, there, "an end of a table in session")
+            for table, what in _OF_SESSIONS.items():
+                mine = self._source.of_sessions(table, after, last)
+                theirs = self._target.of_sessions(table, after, last)
+                self._compare(mine, theirs, f"{what} in session")
             after = last
-        self._count("session")
-        self._count("table_eof")
+        for table in ("session", *_OF_SESSIONS):
+            self._count(table)
 
     def _compare(self, mine: Found, theirs: Found, what: str) -> None:
         for row in sorted({*mine} ^ {*theirs}, key=_id):
@@ -127,7 +131,7 @@ class Verification:
         theirs = self._digests(self._target, table, self._reserved)
         batch, digest, _ = next(theirs, _NOTHING)
         for entry, expected, amount in self._digests(self._source, table, self._highest):
-            verified(entry.amount)
+            verified(entry.rows)
             if entry.id in self._left_out:
                 batches += 1
                 rows += amount
@@ -157,6 +161,8 @@ class Verification:
 
 
 _NOTHING = (None, b"", 0)
+
+_OF_SESSIONS = {"table_eof": "an end of a table", "rejection": "a rejection"}
 
 
 def _id(row: tuple[int, ...]) -> int:

@@ -24,7 +24,7 @@ from .connections import (
     PostgreSQLConnection,
     SQLiteConnection,
 )
-from .reading import COLUMNS, Ids, Reader, StoredBatch
+from .reading import COLUMNS, Entry, Ids, Reader, StoredBatch
 
 _HEADROOM = 10**9
 """How many ids more are reserved in a shared database than the source has: a server may store
@@ -33,14 +33,15 @@ there already while another one goes on with the source."""
 _LOCK_PATIENCE = 10
 
 _IS_DUPLICATE = "ON CONFLICT (client_id, opcode, batch_number, digest) DO NOTHING"
-_UPDATE_SESSION = (
-    "ON CONFLICT (id) DO UPDATE SET finished_at = excluded.finished_at,"
-    " agency_id = excluded.agency_id"
-)
-_UPDATE_TABLE_EOF = (
-    "ON CONFLICT (session_id, table_name) DO UPDATE SET"
-    " received_at = excluded.received_at, last_batch_id = excluded.last_batch_id"
-)
+_UPDATES = {
+    "session": "ON CONFLICT (id) DO UPDATE SET finished_at = excluded.finished_at,"
+    " agency_id = excluded.agency_id",
+    "table_eof": "ON CONFLICT (session_id, table_name) DO UPDATE SET"
+    " received_at = excluded.received_at, last_batch_id = excluded.last_batch_id",
+    "rejection": "ON CONFLICT (session_id, opcode, reason) DO UPDATE SET"
+    " batches = excluded.batches, last_batch_number = excluded.last_batch_number,"
+    " last_at = excluded.last_at",
+}
 
 
 class Target(Protocol):
@@ -58,8 +59,14 @@ class Target(Protocol):
         :raises StoreError: if there is something in the store that is not of a copy.
         """
 
-    def write_sessions(self, sessions: Found) -> None:
-        """Write sessions, or bring them up to date, in one transaction."""
+    def write_identity(self, store_id: str, created_at: str) -> None:
+        """Be the store that is copied, for those who ask."""
+
+    def write(self, table: str, rows: Found) -> None:
+        """Write rows of a table, or bring them up to date, in one transaction.
+
+        :param table: ``session``, ``table_eof`` or ``rejection``.
+        """
 
     def write_batches(self, table: Table, batches: Sequence[StoredBatch]) -> set[int]:
         """Write batches with their rows, in one transaction.
@@ -68,8 +75,8 @@ class Target(Protocol):
         :raises CannotStore: if one of them cannot be stored here.
         """
 
-    def write_ends_of_tables(self, ends: Found) -> None:
-        """Write rows of ``table_eof``, or bring them up to date, in one transaction."""
+    def forget(self, table: Table, entries: Sequence[Entry]) -> None:
+        """Remove the rows of batches that were copied and are forgotten in the source."""
 
     def finish(self, reserved: Ids) -> None:
         """Everything is copied: bring what servers have stored here up to date with that."""
@@ -106,9 +113,14 @@ class SQLiteTarget:
         with self._connection.transaction():
             return _reserve(self._connection, highest, highest)
 
-    def write_sessions(self, sessions: Found) -> None:
+    def write_identity(self, store_id: str, created_at: str) -> None:
         """See :class:`Target`."""
-        self._write_all(_insertion("session", _UPDATE_SESSION), sessions)
+        _write_identity(self._connection, store_id, created_at)
+
+    def write(self, table: str, rows: Found) -> None:
+        """See :class:`Target`."""
+        with self._connection.transaction(), self._connection.explaining():
+            self._connection.raw.executemany(_insertion(table, _UPDATES[table]), rows)
 
     def write_batches(self, table: Table, batches: Sequence[StoredBatch]) -> set[int]:
         """See :class:`Target`."""
@@ -124,17 +136,13 @@ class SQLiteTarget:
             _check_all_in(inserted, sum(batch.amount for _, batch in new))
         return elsewhere
 
-    def write_ends_of_tables(self, ends: Found) -> None:
+    def forget(self, table: Table, entries: Sequence[Entry]) -> None:
         """See :class:`Target`."""
-        self._write_all(_insertion("table_eof", _UPDATE_TABLE_EOF), ends)
+        _forget(self._connection, table, entries)
 
     def finish(self, reserved: Ids) -> None:
         """See :class:`Target`."""
         _finish(self._connection, reserved)
-
-    def _write_all(self, sql: str, rows: Found) -> None:
-        with self._connection.transaction(), self._connection.explaining():
-            self._connection.raw.executemany(sql, rows)
 
     def close(self) -> None:
         """See :class:`Target`."""
@@ -171,9 +179,13 @@ class PostgreSQLTarget:
                 )
             return reserved
 
-    def write_sessions(self, sessions: Found) -> None:
+    def write_identity(self, store_id: str, created_at: str) -> None:
         """See :class:`Target`."""
-        self._insert("session", sessions, _UPDATE_SESSION)
+        _write_identity(self._connection, store_id, created_at)
+
+    def write(self, table: str, rows: Found) -> None:
+        """See :class:`Target`."""
+        self._insert(table, rows, _UPDATES[table])
 
     def write_batches(self, table: Table, batches: Sequence[StoredBatch]) -> set[int]:
         """See :class:`Target`."""
@@ -202,9 +214,9 @@ class PostgreSQLTarget:
             [list(values) for values in zip(*rows)],
         )
 
-    def write_ends_of_tables(self, ends: Found) -> None:
+    def forget(self, table: Table, entries: Sequence[Entry]) -> None:
         """See :class:`Target`."""
-        self._insert("table_eof", ends, _UPDATE_TABLE_EOF)
+        _forget(self._connection, table, entries)
 
     def finish(self, reserved: Ids) -> None:
         """See :class:`Target`."""
@@ -217,6 +229,7 @@ class PostgreSQLTarget:
 
 _TYPES = {
     **dict.fromkeys(("id", "session_id", "batch_number", "last_batch_id"), "bigint"),
+    **dict.fromkeys(("batches", "last_batch_number"), "bigint"),
     **dict.fromkeys(("agency_id", "opcode", "status", "amount"), "integer"),
     "digest": "bytea",
 }
@@ -261,6 +274,20 @@ def _reserve(connection: Connection, highest: Ids, ahead: Ids) -> Ids:
     connection.execute("DELETE FROM store_copy")
     connection.execute("INSERT INTO store_copy VALUES (?, ?)", ahead)
     return ahead
+
+
+def _write_identity(connection: Connection, store_id: str, created_at: str) -> None:
+    connection.execute("UPDATE identity SET id = ?, created_at = ?", (store_id, created_at))
+
+
+def _forget(connection: Connection, table: Table, entries: Sequence[Entry]) -> None:
+    for entry in entries:
+        with connection.transaction():
+            connection.execute(f"DELETE FROM {table.name} WHERE batch_id = ?", (entry.id,))  # noqa: S608
+            connection.execute(
+                "UPDATE batch SET client_id = ?, forgotten_at = ? WHERE id = ?",
+                (entry.client_id, entry.forgotten_at, entry.id),
+            )
 
 
 def _finish(connection: Connection, reserved: Ids) -> None:

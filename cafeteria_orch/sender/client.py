@@ -15,27 +15,26 @@ from twisted.python.failure import Failure
 from cafeteria_orch.wire.errors import ProtocolError
 from cafeteria_orch.wire.framing import INT32, FrameDecoder, Framing
 from cafeteria_orch.wire.messages import (
-    DECODERS,
+    ANSWER_DECODERS,
     BatchRecvFail,
     BatchRecvSuccess,
     ClientHello,
-    Decoder,
     Finished,
     Message,
     RawMessage,
+    StoreIdentity,
+    StoreIdentityRequest,
     TableBatch,
     decode,
     encode,
     end_of_table,
 )
-from cafeteria_orch.wire.opcodes import RESPONSES, BatchStatus
+from cafeteria_orch.wire.opcodes import BatchStatus
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import Table
 
-Answer = Union[BatchRecvSuccess, BatchRecvFail, RawMessage]
+Answer = Union[BatchRecvSuccess, BatchRecvFail, StoreIdentity, RawMessage]
 """An answer of a server; a :class:`RawMessage` is a response that a processor made itself."""
-
-_ANSWER_DECODERS: dict[int, Decoder] = {opcode: DECODERS[opcode] for opcode in RESPONSES}
 
 
 class OrchestratorClient(Protocol):
@@ -88,6 +87,17 @@ class OrchestratorClient(Protocol):
     def send_hello(self, client_id: UUID) -> Deferred[Answer]:
         """Identify this sender across connections. It must be the first message, if it is sent."""
         return self.send_message(ClientHello(client_id))
+
+    def ask_identity(self) -> Deferred[Answer]:
+        """Ask which store the server has, and how many batches of this sender are in it.
+
+        :meth:`send_hello` must come before it.
+
+        :return: a :class:`~cafeteria_orch.wire.messages.StoreIdentity`, or a FAIL: reason 1 while
+            the store takes nothing. A server that does not know the question answers FAIL,
+            reason 3, and closes.
+        """
+        return self.send_message(StoreIdentityRequest())
 
     def send_message(self, message: Message) -> Deferred[Answer]:
         """Send any message that the server answers.
@@ -160,9 +170,9 @@ class OrchestratorClient(Protocol):
     def _decode_answer(self, payload: bytes) -> Answer:
         if not self._waiting:
             raise ProtocolError("an answer to no message")
-        if payload and payload[0] not in _ANSWER_DECODERS:
+        if payload and payload[0] not in ANSWER_DECODERS:
             return RawMessage(payload[0], payload[1:])
-        answer: Answer = decode(payload, _ANSWER_DECODERS)
+        answer: Answer = decode(payload, ANSWER_DECODERS)
         return answer
 
 

@@ -79,6 +79,7 @@ _CONTROL_NAMES: dict[int, str] = {
         Opcode.FINISHED,
         Opcode.EOF,
         Opcode.CLIENT_HELLO,
+        Opcode.STORE_IDENTITY,
     )
 }
 _TABLE_NAMES: dict[int, str] = {table.opcode: table.name for table in TABLES}

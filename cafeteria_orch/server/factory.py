@@ -128,6 +128,9 @@ class OrchestratorFactory(ServerFactory):
             **dict.fromkeys(RESPONSES, self._ignore_response),
         }.items():
             self._registrations[opcode] = Registration(call, answers=False, is_default=True)
+        self._registrations[Opcode.STORE_IDENTITY] = Registration(
+            self._handle_store_identity, is_default=True
+        )
         self._threads = ProcessorThreads(reactor)
         self._paused = False
         # An ordered set: the connection that has been paused longest is resumed first.
@@ -377,6 +380,11 @@ class OrchestratorFactory(ServerFactory):
     def _handle_finished(self, _: Any, client: Exchange) -> bool:
         self.log_finished(client)
         return False
+
+    def _handle_store_identity(self, _: Any, client: Exchange) -> bool:
+        """There is no store."""
+        responses.send(client, Opcode.STORE_IDENTITY)
+        return True
 
     def _ignore_response(self, _: Any, client: Exchange) -> bool:
         self.limited_log.warn(

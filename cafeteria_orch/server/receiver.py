@@ -322,7 +322,7 @@ class FrameReceiver(Int32StringReceiver):
         framing = self._decoder.framing or INT32
         if payload == SUCCESS:
             return framing.success
-        return framing.encode(payload if framing.answers_have_bodies else payload[:1])
+        return framing.encode_answer(payload)
 
     def encodeFrame(self, payload: bytes) -> bytes:
         """Frame a payload as a client of this connection does."""

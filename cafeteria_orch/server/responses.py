@@ -14,7 +14,7 @@ from twisted.python.failure import Failure
 from cafeteria_orch.common.rate_limit import LOST_BATCHES, RateLimitedLog
 from cafeteria_orch.wire.errors import OrchestratorError, ProtocolError
 from cafeteria_orch.wire.framing import SUCCESS
-from cafeteria_orch.wire.messages import ClientHello, Finished
+from cafeteria_orch.wire.messages import ClientHello, Finished, StoreIdentityRequest
 from cafeteria_orch.wire.opcodes import FailReason, Opcode
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class Session:
     def learn(self, message: object) -> None:
         """Take from a message what it says of its sender.
 
-        :raises ProtocolError: for a CLIENT_HELLO that is not the first message.
+        :raises ProtocolError: for a CLIENT_HELLO that is not the first message, and for a
+            question about this client's batches from one that has not said who it is.
         """
         if isinstance(message, ClientHello):
             if self._has_spoken:
@@ -82,6 +83,8 @@ class Session:
             self.client_id = message.client_id
         elif isinstance(message, Finished):
             self.agency_id = message.agency_id
+        elif isinstance(message, StoreIdentityRequest) and self.client_id is None:
+            raise ProtocolError("a STORE_IDENTITY without a CLIENT_HELLO before it")
         self._has_spoken = True
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 from cafeteria_orch.server.responses import Session
-from cafeteria_orch.wire.messages import TableBatch
+from cafeteria_orch.wire.messages import StoreIdentity, TableBatch
 
 from .asking import Read
 from .totals import TableTotals
@@ -131,6 +131,12 @@ class Database(Protocol):
     def finish_session(self, session: Session, finished_at: float) -> None:
         """Note that a client has sent all it had, inside a transaction."""
 
+    def identify(self, session: Session) -> StoreIdentity:
+        """Tell which store it is, and how many batches of a session's client it has.
+
+        Inside a transaction: those that were stored in it count.
+        """
+
     def blame(self, error: Exception) -> Blame:
         """Find the cause of an error.
 
@@ -233,6 +239,10 @@ class SessionIds:
         for session in self._uncommitted:
             session.stored_id = self._ids[session]
         self._uncommitted.clear()
+
+
+IDENTITY_QUERY = "SELECT id, (SELECT count(*) FROM batch WHERE client_id = ?) FROM identity"
+"""Which store it is, and how many batches of a client it has: the unique key begins with it."""
 
 
 def client_id_text(session: Session) -> str | None:

@@ -10,13 +10,10 @@ from cafeteria_orch.wire.tables import TABLES
 from .database import StoreError
 from .postgresql_connection import psycopg_module
 from .postgresql_views import typed_views
-from .schema import ingest_status
+from .schema import SCHEMA_VERSION, ingest_status
 
 if TYPE_CHECKING:
     import psycopg
-
-SCHEMA_VERSION = 2
-"""Of a new store in PostgreSQL. Version 1 has no typed views, and no session has a node."""
 
 # Of all servers that start at once, one makes the schema. Any number that others do not use.
 _LOCK = 0x63616665
@@ -44,6 +41,7 @@ CREATE TABLE batch (
     amount integer NOT NULL,
     digest bytea NOT NULL,
     received_at text NOT NULL,
+    forgotten_at text,
     UNIQUE (client_id, opcode, batch_number, digest)
 );
 CREATE TABLE table_eof (
@@ -61,9 +59,43 @@ SELECT count(*) FROM pg_attribute
 WHERE attrelid = to_regclass('schema_version') AND attname IN ('application', 'version')
 """
 
+# What came with version 6.
+_ADDED_TABLES = """
+CREATE TABLE identity (id text NOT NULL, created_at text NOT NULL);
+INSERT INTO identity VALUES (
+    gen_random_uuid()::text,
+    to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.MS')
+);
+CREATE TABLE rejection (
+    session_id bigint NOT NULL REFERENCES session,
+    opcode integer NOT NULL,
+    reason text NOT NULL,
+    batches bigint NOT NULL,
+    last_batch_number bigint,
+    last_at text NOT NULL,
+    PRIMARY KEY (session_id, opcode, reason)
+);
+"""
+
+# Nodes go on that may store in the tables and do not own them.
+_SAME_RIGHTS = """
+DO $$
+DECLARE given record;
+BEGIN
+    FOR given IN
+        SELECT privilege_type AS what,
+            CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END AS whom
+        FROM pg_class, aclexplode(relacl) WHERE pg_class.oid = 'session'::regclass
+    LOOP
+        EXECUTE 'GRANT ' || given.what || ' ON identity, rejection TO ' || given.whom;
+    END LOOP;
+END $$
+"""
+
 _NAMES = ("session", "batch", "table_eof", *(table.name for table in TABLES))
-_RIGHTS = [(name, right) for name in _NAMES for right in ("SELECT", "INSERT")]
-_RIGHTS += [("session", "UPDATE"), ("table_eof", "UPDATE")]
+_RIGHTS = [(name, right) for name in (*_NAMES, "rejection") for right in ("SELECT", "INSERT")]
+_RIGHTS += [(name, "UPDATE") for name in ("session", "table_eof", "rejection")]
+_RIGHTS += [("identity", "SELECT")]
 
 
 def prepare(connection: psycopg.Connection[Any]) -> None:
@@ -124,10 +156,17 @@ def statements(version: int) -> Iterator[str]:
         return
     if version == 0:
         yield from _creation()
-    else:
-        # At the end of the table, as in a new store. Servers that run go on, and leave it empty.
+    # At the end of the table, as in a new store. Servers that run go on, and leave it empty.
+    if version == 1:
         yield "ALTER TABLE session ADD COLUMN node text"
-    yield from typed_views()
+    if version:
+        yield "ALTER TABLE batch ADD COLUMN forgotten_at text"
+    if version < 6:
+        yield from filter(str.strip, _ADDED_TABLES.split(";"))
+        yield _SAME_RIGHTS
+    for view in (ingest_status(), *typed_views()):
+        # Not dropped: who may read one of an older version may go on to do so.
+        yield view.replace("CREATE", "CREATE OR REPLACE", 1)
     yield f"UPDATE schema_version SET version = {SCHEMA_VERSION}"  # noqa: S608
 
 
@@ -138,5 +177,4 @@ def _creation() -> Iterator[str]:
         # No REFERENCES: its check of each row costs several times the row, which is written in
         # the transaction of its batch.
         yield f"CREATE TABLE {table.name} (batch_id bigint NOT NULL, {columns})"
-    yield ingest_status()
     yield "INSERT INTO schema_version VALUES ('cafeteria_orch', 0)"

@@ -8,11 +8,13 @@ from cafeteria_orch.wire.tables import TABLES
 
 from .views import typed_views
 
-SCHEMA_VERSION = 5
-"""Of a new store.
+SCHEMA_VERSION = 6
+"""Of a new store, in any database.
 
 Version 1 has no common names; before version 3, some columns are numeric; before version 4, there
-are no typed views; before version 5, no session has a node.
+are no typed views; before version 5, no session has a node; before version 6, a store has no
+identity, no batch is forgotten and no rejection noted. PostgreSQL has versions 1, which is
+version 3 here, 2, which is version 5, and those from 6 on.
 """
 
 APPLICATION_ID = 0x63616665
@@ -39,6 +41,7 @@ CREATE TABLE batch (
     amount INTEGER NOT NULL,
     digest BLOB NOT NULL,
     received_at TEXT NOT NULL,
+    forgotten_at TEXT,
     UNIQUE (client_id, opcode, batch_number, digest)
 );
 CREATE TABLE table_eof (
@@ -50,11 +53,37 @@ CREATE TABLE table_eof (
 );
 """
 
+# Tables that came with version 6.
+_IDENTITY = "CREATE TABLE identity (id TEXT NOT NULL, created_at TEXT NOT NULL)"
+_REJECTION = """
+CREATE TABLE rejection (
+    session_id INTEGER NOT NULL REFERENCES session,
+    opcode INTEGER NOT NULL,
+    reason TEXT NOT NULL,
+    batches INTEGER NOT NULL,
+    last_batch_number INTEGER,
+    last_at TEXT NOT NULL,
+    PRIMARY KEY (session_id, opcode, reason)
+)
+"""
+
 # Columns that came with a version. They stand at the end of their table, as in a new store.
 _ADDED = {
     2: "ALTER TABLE session ADD COLUMN common_name TEXT",
     5: "ALTER TABLE session ADD COLUMN node TEXT",
+    6: "ALTER TABLE batch ADD COLUMN forgotten_at TEXT",
 }
+
+# A random UUID, and the time.
+_INSERT_IDENTITY = """
+INSERT INTO identity SELECT
+    lower(
+        hex(randomblob(4)) || '-' || hex(randomblob(2)) || '-4' || substr(hex(randomblob(2)), 2)
+        || '-' || substr('89AB', 1 + (random() & 3), 1) || substr(hex(randomblob(2)), 2)
+        || '-' || hex(randomblob(6))
+    ),
+    strftime('%Y-%m-%d %H:%M:%f', 'now')
+"""
 
 _VIEW = """
 CREATE VIEW ingest_status AS
@@ -62,8 +91,10 @@ WITH part AS (
     SELECT
         session_id,
         {table_name} AS table_name,
-        count(*) AS batches,
-        sum(amount) AS rows,
+        -- What is forgotten was received, and ends of tables count it; its rows are not there.
+        count(*) - count(forgotten_at) AS batches,
+        sum(CASE WHEN forgotten_at IS NULL THEN amount ELSE 0 END) AS rows,
+        count(forgotten_at) AS forgotten_batches,
         min(received_at) AS first_received_at,
         max(received_at) AS last_received_at,
         max(id) AS last_batch_id
@@ -89,7 +120,8 @@ SELECT
         WHERE table_eof.table_name = part.table_name
         AND (other.id = session.id OR other.client_id = session.client_id)
         AND table_eof.last_batch_id >= part.last_batch_id
-    ) AS complete
+    ) AS complete,
+    forgotten_batches
 FROM part JOIN session ON session.id = session_id
 """
 
@@ -114,6 +146,8 @@ def statements(version: int) -> Iterator[str]:
         yield from _creation()
     else:
         yield from (added for number, added in _ADDED.items() if number > version)
+    if version < 6:
+        yield from (_IDENTITY, _INSERT_IDENTITY, _REJECTION)
     yield "DROP VIEW IF EXISTS ingest_status"
     yield ingest_status()
     yield from typed_views()

@@ -21,7 +21,13 @@ from cafeteria_orch.server.counters import Outcome
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
 from cafeteria_orch.wire.errors import TryAgainLater
-from cafeteria_orch.wire.messages import Finished, TableBatch
+from cafeteria_orch.wire.messages import (
+    Finished,
+    StoreIdentity,
+    StoreIdentityRequest,
+    TableBatch,
+    encode,
+)
 from cafeteria_orch.wire.opcodes import FailReason, Opcode
 from cafeteria_orch.wire.tables import TABLES
 
@@ -79,7 +85,11 @@ class Sink:
             factory.register_processor(
                 table.opcode, self._store_batch, pipelined=True, times_out=False
             )
-        factory.register_processor(Opcode.EOF, self._end_table, pipelined=True, times_out=False)
+        for opcode, processor in (
+            (Opcode.EOF, self._end_table),
+            (Opcode.STORE_IDENTITY, self._identify),
+        ):
+            factory.register_processor(opcode, processor, pipelined=True, times_out=False)
         factory.register_processor(
             Opcode.FINISHED, self._finish_session, answers=False, times_out=False
         )
@@ -181,18 +191,24 @@ class Sink:
 
         return self._submit(write).addErrback(lost).addCallback(lambda _: False)
 
+    def _identify(self, _: StoreIdentityRequest, client: Exchange) -> Deferred[bool]:
+        """Tell a client which store this is. The writer's turn has it count what came before."""
+
+        def read(database: Database) -> StoreIdentity:
+            return database.identify(client.session)
+
+        def answer(identity: StoreIdentity) -> bool:
+            client.answer(encode(identity))
+            return True
+
+        return self._submit(read).addCallbacks(answer, _not_now, errbackArgs=(client,))
+
     def _answer(self, done: Deferred[bool], client: Exchange) -> Deferred[Outcome | bool]:
         def committed(is_new: bool) -> Outcome:
             responses.send_success(client)
             return Outcome.COMMITTED if is_new else Outcome.DUPLICATE
 
-        def not_now(failure: Failure) -> bool:
-            # The outage has its own lines in the log: not one for each batch that meets it.
-            failure.trap(TryAgainLater)
-            responses.send_failure(client, FailReason.TRY_AGAIN)
-            return True
-
-        return done.addCallbacks(committed, not_now)
+        return done.addCallbacks(committed, _not_now, errbackArgs=(client,))
 
     def _submit(
         self, task: Arrival | Callable[[Database], object], size: int = 0
@@ -288,6 +304,13 @@ class Sink:
             outcomes = [Failure(self._death)] * len(self._waiting)
             self._report(Report(outcomes, None, self._death))
         self._stopped.callback(None)
+
+
+def _not_now(failure: Failure, client: Exchange) -> bool:
+    # The outage has its own lines in the log: not one for each batch that meets it.
+    failure.trap(TryAgainLater)
+    responses.send_failure(client, FailReason.TRY_AGAIN)
+    return True
 
 
 def _is_refused(outcome: object) -> bool:

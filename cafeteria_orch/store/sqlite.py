@@ -12,13 +12,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from hashlib import blake2b
 from pathlib import Path
+from uuid import UUID
 
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.wire.errors import BatchRejected
-from cafeteria_orch.wire.messages import TableBatch
+from cafeteria_orch.wire.messages import StoreIdentity, TableBatch
 from cafeteria_orch.wire.tables import Table
 
 from .database import (
+    IDENTITY_QUERY,
     Arrival,
     Blame,
     Rehearsed,
@@ -262,6 +264,13 @@ class Database:
             "UPDATE session SET finished_at = ?, agency_id = ? WHERE id = ?",
             (timestamp(finished_at), session.agency_id, self._session_id(session)),
         )
+
+    def identify(self, session: Session) -> StoreIdentity:
+        """Tell which store it is, and how many batches of a session's client it has."""
+        ((store_id, batches),) = self._connection.execute(
+            IDENTITY_QUERY, (client_id_text(session),)
+        ).fetchall()
+        return StoreIdentity(UUID(store_id), batches)
 
     def _session_id(self, session: Session) -> int:
         session_id = self._session_ids.get(session)

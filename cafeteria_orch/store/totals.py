@@ -22,10 +22,12 @@ _STEPS = 20_000
 # A sender is a client, or a session of one that has not said who it is.
 _QUERY = """
 WITH part AS (
-    SELECT coalesce(client_id, CAST(id AS TEXT)) AS sender, opcode, count(*) AS batches,
-        sum(amount) AS rows, max(batch_id) AS last_batch_id
+    SELECT coalesce(client_id, CAST(id AS TEXT)) AS sender, opcode,
+        count(*) - count(forgotten_at) AS batches,
+        sum(CASE WHEN forgotten_at IS NULL THEN amount ELSE 0 END) AS rows,
+        max(batch_id) AS last_batch_id
     FROM (
-        SELECT session.client_id, session.id, opcode, amount, batch.id AS batch_id
+        SELECT session.client_id, session.id, opcode, amount, batch.id AS batch_id, forgotten_at
         FROM batch JOIN session ON session.id = session_id
     ) AS sent
     GROUP BY 1, 2
@@ -46,9 +48,9 @@ GROUP BY opcode
 class TableTotals(NamedTuple):
     """What the store has of a table.
 
-    :ivar batches: how many batches.
+    :ivar batches: how many batches; those that an operator has had forgotten do not count.
     :ivar rows: how many rows they have.
-    :ivar senders: how many clients sent them, or connections of clients without a CLIENT_HELLO.
+    :ivar senders: how many clients sent any, or connections of clients without a CLIENT_HELLO.
     :ivar complete: how many of those have ended the table, and sent nothing of it since.
     """
 

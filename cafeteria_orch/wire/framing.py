@@ -38,7 +38,7 @@ class Framing(NamedTuple):
         long one, and one comparison refuses both.
     :ivar is_signed: whether the length has a sign on the wire.
     :ivar lead: the number of bytes of the payload that precede the length, and do not count in it.
-    :ivar answers_have_bodies: whether an answer has more than its opcode.
+    :ivar answers_have_bodies: whether every answer may have more than its opcode.
     :ivar success: the frame of :data:`SUCCESS`.
     """
 
@@ -59,6 +59,15 @@ class Framing(NamedTuple):
             raise ValueError("a payload begins with its opcode")
         return payload[:lead] + self.length.pack(len(payload) - lead) + payload[lead:]
 
+    def encode_answer(self, payload: bytes) -> bytes:
+        """Frame an answer: of its body, as much as the peer can read.
+
+        A client that asks which store this is can read the answer in any framing.
+        """
+        if self.answers_have_bodies or payload[0] == Opcode.STORE_IDENTITY:
+            return self.encode(payload)
+        return self.encode(payload[:1])
+
 
 INT32 = Framing(
     "int32",
@@ -78,8 +87,8 @@ OPCODE_FIRST = Framing(
     answers_have_bodies=False,
     success=SUCCESS + b"\0\0\0\0",
 )
-"""The opcode, a little-endian length, the body: the clients in the field. Of an answer they read
-the opcode and a length of 0, nothing else."""
+"""The opcode, a little-endian length, the body: the clients in the field. Of SUCCESS and FAIL they
+read the opcode and a length of 0, nothing else."""
 
 FRAMINGS = {framing.name: framing for framing in (INT32, OPCODE_FIRST)}
 

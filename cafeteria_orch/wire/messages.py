@@ -32,6 +32,7 @@ else:
     CODEC = "pure"
 
 __all__ = [
+    "ANSWER_DECODERS",
     "BATCH_HEADER",
     "CODEC",
     "DECODERS",
@@ -42,6 +43,8 @@ __all__ = [
     "Finished",
     "Message",
     "RawMessage",
+    "StoreIdentity",
+    "StoreIdentityRequest",
     "TableBatch",
     "check_rows",
     "copy_text",
@@ -60,6 +63,7 @@ BATCH_HEADER = Struct("<iqB")
 """Number of rows, batch number, status."""
 
 _AGENCY_ID = Struct("<i")
+_STORE_IDENTITY = Struct("<16sq")
 
 
 class _Rows:
@@ -206,6 +210,56 @@ class ClientHello:
 
 
 @dataclass(frozen=True)
+class StoreIdentityRequest:
+    """The client asks which store this is. It has said who it is before."""
+
+    opcode: ClassVar = Opcode.STORE_IDENTITY
+
+    @classmethod
+    def decode_body(cls, body: bytes) -> StoreIdentityRequest:
+        """:raises ProtocolError: if there is a body."""
+        if body:
+            raise ProtocolError("a STORE_IDENTITY body of a client is empty")
+        return cls()
+
+    def encode_body(self) -> bytes:
+        """Nothing."""
+        return b""
+
+
+@dataclass(frozen=True)
+class StoreIdentity:
+    """The answer to a :class:`StoreIdentityRequest`.
+
+    :ivar store_id: of the store; ``None`` where the server has none.
+    :ivar batches: how many batches of this client the store has. Those that an operator has
+        removed count, as long as they are not stored again; duplicates do not.
+    """
+
+    opcode: ClassVar = Opcode.STORE_IDENTITY
+    store_id: UUID | None = None
+    batches: int = 0
+
+    @classmethod
+    def decode_body(cls, body: bytes) -> StoreIdentity:
+        """:raises ProtocolError: if the body is neither empty nor a UUID and a count."""
+        if not body:
+            return cls()
+        if len(body) != _STORE_IDENTITY.size:
+            raise ProtocolError("a STORE_IDENTITY body of a server holds 24 bytes or none")
+        store_id, batches = _STORE_IDENTITY.unpack(body)
+        if batches < 0:
+            raise ProtocolError("a STORE_IDENTITY with a negative number of batches")
+        return cls(UUID(bytes=store_id), batches)
+
+    def encode_body(self) -> bytes:
+        """:raises struct.error: if the number of batches does not fit an ``i64``."""
+        if self.store_id is None:
+            return b""
+        return _STORE_IDENTITY.pack(self.store_id.bytes, self.batches)
+
+
+@dataclass(frozen=True)
 class BatchRecvSuccess:
     """The answer to a message that was accepted."""
 
@@ -258,16 +312,37 @@ class RawMessage:
         return self.body
 
 
-Message = Union[TableBatch, Finished, ClientHello, BatchRecvSuccess, BatchRecvFail, RawMessage]
+Message = Union[
+    TableBatch,
+    Finished,
+    ClientHello,
+    StoreIdentityRequest,
+    StoreIdentity,
+    BatchRecvSuccess,
+    BatchRecvFail,
+    RawMessage,
+]
 
 DECODERS: Mapping[int, Decoder] = {
     **{table.opcode: partial(TableBatch.decode_body, table) for table in (*TABLES, END_OF_TABLE)},
     **{
         message.opcode: message.decode_body
-        for message in (BatchRecvSuccess, BatchRecvFail, Finished, ClientHello)
+        for message in (
+            BatchRecvSuccess,
+            BatchRecvFail,
+            Finished,
+            ClientHello,
+            StoreIdentityRequest,
+        )
     },
 }
-"""The messages that the wire itself defines, by opcode."""
+"""The messages that a server may get and the wire itself defines, by opcode."""
+
+ANSWER_DECODERS: Mapping[int, Decoder] = {
+    message.opcode: message.decode_body
+    for message in (BatchRecvSuccess, BatchRecvFail, StoreIdentity)
+}
+"""The answers that the wire itself defines, by opcode."""
 
 
 def decode(payload: bytes, decoders: Mapping[int, Decoder] = DECODERS) -> Any:

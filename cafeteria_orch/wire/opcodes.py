@@ -21,6 +21,8 @@ class Opcode(IntEnum):
     EOF = 9
     """No more batches of one table come (not the end of a file: see :class:`BatchStatus`)."""
     CLIENT_HELLO = 30
+    STORE_IDENTITY = 31
+    """A client asks which store this is, and the server answers with the same opcode."""
 
 
 class BatchStatus(IntEnum):

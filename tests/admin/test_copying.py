@@ -23,10 +23,11 @@ from tests.support.copies import (
     end,
     fill,
     fill_with_samples,
+    forget,
     received,
     samples,
 )
-from tests.support.stores import NOW, store_batch
+from tests.support.stores import NOW, NOW_TEXT, store_batch
 from tests.support.strategies import table_batches
 
 
@@ -71,6 +72,50 @@ class FileToFile(CopyTestCase):
             outcome = self.assert_copied()
         self.assertEqual(outcome.summary["copied"], {"batches": 1, "rows": 1})
         self.assertEqual(self.assert_copied().summary["copied"], {"batches": 0, "rows": 0})
+
+    def test_what_is_forgotten_is_copied_without_rows(self) -> None:
+        """The batch stays a duplicate there, unless it may be sent again."""
+        fill_with_samples(self.source)
+        forget(self.source, 1)
+        forget(self.source, 2, resend=True)
+        outcome = self.assert_copied()
+        rows = sum(batch.amount for batch in samples()) * 3 - 18
+        self.assertEqual(outcome.summary["copied"]["rows"], rows)
+        again = fill(self.target, samples()[:3], a_session(1))
+        self.assertEqual(again, [False, True, False])
+
+    def test_what_is_forgotten_after_a_copy_is_forgotten_by_the_next(self) -> None:
+        """Everything else that was copied stays; a second forgetting frees the key there, too."""
+        fill_with_samples(self.source)
+        self.assert_copied()
+        forget(self.source, 1)
+        forget(self.source, 7)
+        self.assertEqual(self.assert_copied().summary["copied"], {"batches": 0, "rows": 0})
+        forget(self.source, 7, resend=True)
+        self.assert_copied()
+        found = self.target.query(
+            f"SELECT id, client_id FROM batch WHERE forgotten_at = '{NOW_TEXT}'"
+        )
+        self.assertEqual({number for number, _ in found}, {1, 7})
+        self.assertIn((7, None), found)
+
+    def test_what_is_forgotten_in_the_target_alone_is_a_difference(self) -> None:
+        """Somebody has done it there: it is told, and not undone."""
+        fill(self.source, [received(), received(number=2)], a_session(1))
+        self.assert_copied()
+        forget(self.target, 2)
+        outcome = self.copy()
+        self.assertEqual(outcome.status, 1)
+        self.assertIn("batch 2 or its rows are not the same in the target", outcome.err)
+
+    def test_the_identity_moves(self) -> None:
+        """Who knows the source takes the target for the same store; so with an older copy."""
+        fill(self.source, [received()], a_session(1))
+        self.assert_copied()
+        self.source.query("UPDATE identity SET id = 'another'")
+        self.assert_copied()
+        with closing(store_at(self.target.location).open()):
+            self.assertEqual(self.target.query("SELECT id FROM identity"), [("another",)])
 
     def test_an_interrupted_copy_goes_on(self) -> None:
         """Ctrl-C ends it with a line that says how to go on; what was committed stays."""
@@ -143,6 +188,10 @@ class FileToFile(CopyTestCase):
             (
                 "INSERT INTO table_eof VALUES (2, 'users', 'x', 1)",
                 "an end of a table in session 2",
+            ),
+            (
+                "INSERT INTO rejection VALUES (2, 8, 'rejected', 1, 1, 'x')",
+                "a rejection in session 2",
             ),
         ):
             self.target.query(change)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import patch
+from uuid import UUID
 
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -13,18 +14,21 @@ from cafeteria_orch.store import postgresql_schema
 from cafeteria_orch.store.database import StoreError
 from cafeteria_orch.store.location import PostgreSQLStore
 from cafeteria_orch.store.postgresql import Database
-from cafeteria_orch.store.postgresql_schema import SCHEMA_VERSION, statements
+from cafeteria_orch.store.postgresql_schema import statements
+from cafeteria_orch.store.schema import SCHEMA_VERSION
+from cafeteria_orch.wire.messages import StoreIdentity
 from tests.support.builders import PEER, received
-from tests.support.older_stores import POSTGRESQL_VERSION_1
+from tests.support.older_stores import make_older_shared_store
 from tests.support.postgresql import cluster, query
 from tests.support.stores import CLIENT, NOW, store_batch
 
 CONTENTS = {
-    "batch": "*",
+    "batch": "id, session_id, client_id, opcode, batch_number, status, amount, digest, received_at",
     "users": "*",
     "table_eof": "*",
     "session": "id, client_id, ip, connected_at, finished_at, agency_id, common_name",
-    "ingest_status": "*",
+    "ingest_status": "session_id, client_id, agency_id, table_name, batches, rows,"
+    " first_received_at, last_received_at, complete",
 }
 """What was in it, by columns that all versions have."""
 
@@ -37,9 +41,11 @@ _COLUMNS = (
 class Upgrade(SynchronousTestCase):
     """A store of version 1."""
 
+    older = 1
+
     def setUp(self) -> None:
         self.url = cluster().new_database()
-        query(self.url, POSTGRESQL_VERSION_1)
+        make_older_shared_store(self.url, self.older)
         self.before = self.contents()
 
     def contents(self) -> dict[str, list[Any]]:
@@ -67,13 +73,17 @@ class Upgrade(SynchronousTestCase):
         self.assertEqual(self.version(), SCHEMA_VERSION)
         self.assertEqual(self.contents(), self.before)
         self.assertEqual(self.query(_COLUMNS), query(new, _COLUMNS))
+        ((identity,),) = self.query("SELECT id FROM identity")
+        self.assertEqual(str(UUID(identity)), identity)
+        self.assertNotEqual(query(new, "SELECT id FROM identity"), [(identity,)])
 
     def assert_older(self) -> None:
         """It is as the older program left it."""
-        self.assertEqual(self.version(), 1)
+        self.assertEqual(self.version(), self.older)
         self.assertEqual(self.contents(), self.before)
         names = [column for table, column, *_ in self.query(_COLUMNS) if table == "session"]
-        self.assertNotIn("node", names)
+        self.assertEqual("node" in names, self.older > 1)
+        self.assertEqual(self.query("SELECT to_regclass('identity')"), [(None,)])
 
     def test_rows(self) -> None:
         """Rows, digests and all the rest stay as they were; a second start changes nothing."""
@@ -90,7 +100,7 @@ class Upgrade(SynchronousTestCase):
             self.assertIs(store_batch(database, received(), session, NOW), False)
             self.assertIs(store_batch(database, received(batch_number=2), session, NOW), True)
         found = self.query("SELECT node FROM session ORDER BY id")
-        self.assertEqual(found, [(None,), (None,), ("north-1",)])
+        self.assertEqual(found[-1], ("north-1",))
 
     def test_at_once(self) -> None:
         """Of servers that open it at the same time one does the work, and all have it."""
@@ -106,7 +116,7 @@ class Upgrade(SynchronousTestCase):
 
     def test_fails(self) -> None:
         """Whatever statement fails, it is said in one line, and the store is as it was."""
-        wanted = [*statements(1)]
+        wanted = [*statements(self.older)]
         for number in range(len(wanted)):
             broken = [*wanted[:number], "SELECT 1 / 0"]
             with (
@@ -131,7 +141,8 @@ class Upgrade(SynchronousTestCase):
         self.addCleanup(query, self.url, "DROP OWNED BY writer CASCADE")
         self.query("GRANT ALL ON ALL TABLES IN SCHEMA public TO writer")
         writer = self.url.replace("postgres@", "writer@")
-        text = "it has schema version 1, and its user may not upgrade it to 2: must be owner"
+        self.query("GRANT SELECT ON session TO PUBLIC")
+        text = f"schema version {self.older}, and its user may not upgrade it to 6: must be owner"
         for way in (PostgreSQLStore.check, PostgreSQLStore.open):
             with self.assertRaisesRegex(StoreError, text) as caught:
                 way(PostgreSQLStore(writer))
@@ -139,3 +150,34 @@ class Upgrade(SynchronousTestCase):
         self.assert_older()
         self.open()
         PostgreSQLStore(writer).open().close()
+        for table in ("identity", "rejection"):
+            for who, right, expected in (
+                ("writer", "UPDATE", True),
+                ("public", "SELECT", True),
+                ("public", "INSERT", False),
+            ):
+                ask = f"SELECT has_table_privilege('{who}', '{table}', '{right}')"
+                self.assertEqual(self.query(ask), [(expected,)], (table, who, right))
+
+
+class UpgradeOfVersion2(Upgrade):
+    """The same of a store of version 2."""
+
+    older = 2
+
+
+class Identity(SynchronousTestCase):
+    """A database has one identity, whoever opens it."""
+
+    def test_new_at_once(self) -> None:
+        """Of servers that start at the same time on an empty database, all have the same."""
+        url = cluster().new_database()
+        with ThreadPoolExecutor(6) as threads:
+            databases = [*threads.map(Database, [url] * 6)]
+        identities = set()
+        for database in databases:
+            self.addCleanup(database.close)
+            with database.transaction():
+                identities.add(database.identify(Session(PEER, NOW, CLIENT)))
+        ((identity,),) = query(url, "SELECT id FROM identity")
+        self.assertEqual(identities, {StoreIdentity(UUID(identity), 0)})

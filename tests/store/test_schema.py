@@ -27,7 +27,7 @@ NOW = 1_700_000_000.25
 CLIENT = UUID(int=7)
 
 TABLES = {
-    "batch": "*",
+    "batch": "id, session_id, client_id, opcode, batch_number, status, amount, digest, received_at",
     "users": "rowid, *",
     "table_eof": "*",
     "session": "id, client_id, ip, connected_at, finished_at, agency_id",
@@ -35,6 +35,10 @@ TABLES = {
     " first_received_at, last_received_at, complete",
 }
 """What was in it, by columns that all versions have."""
+
+
+NUMERIC = {"menu_items", "stores", "transaction_items", "transactions"}
+"""Whose columns are not all text before version 3."""
 
 
 def contents(path: Path) -> dict[str, list[Any]]:
@@ -78,8 +82,12 @@ class UpgradeTestCase(SynchronousTestCase):
         Database(str(new)).close()
         self.assertEqual(version(path), SCHEMA_VERSION)
         self.assertEqual(contents(path), self.before)
-        for table in ("session", "batch", "table_eof", "users", "ingest_status", "users_typed"):
-            self.assertEqual(columns(path, table), columns(new, table), table)
+        for (table,) in query(str(new), "SELECT name FROM sqlite_master WHERE type != 'index'"):
+            if table not in NUMERIC:
+                self.assertEqual(columns(path, table), columns(new, table), table)
+        ((identity, created_at),) = query(str(path), "SELECT * FROM identity")
+        self.assertEqual(str(UUID(identity)), identity)
+        self.assertLess(created_at, query(str(path), "SELECT datetime('now', '1 minute')")[0][0])
         self.assertEqual(query(str(path), "PRAGMA integrity_check"), [("ok",)])
 
     def assert_older(self, path: Path | None = None) -> None:
@@ -88,7 +96,8 @@ class UpgradeTestCase(SynchronousTestCase):
         self.assertEqual(version(path), self.older)
         names = [column[1] for column in columns(path, "session")]
         self.assertEqual("common_name" in names, self.older > 1)
-        self.assertNotIn("node", names)
+        self.assertEqual("node" in names, self.older > 4)
+        self.assertEqual((columns(path, "identity"), columns(path, "rejection")), ([], []))
         self.assertEqual(contents(path), self.before)
 
 
@@ -187,6 +196,32 @@ class UpgradeOfVersion4(Upgrade):
     older = 4
 
 
+class UpgradeOfVersion5(Upgrade):
+    """The same of a store of version 5."""
+
+    older = 5
+
+
+class Identity(SynchronousTestCase):
+    """Each store has an identity of its own, from its creation or upgrade on."""
+
+    def test_stores_are_told_apart(self) -> None:
+        """Each new store has a random UUID, and so has each one that is upgraded."""
+        folder = make_folder(self)
+        found = set()
+        for number in range(20):
+            path = folder / str(number)
+            if number % 2:
+                make_older_store(path, 5)
+            for _ in range(2):
+                Database(str(path)).close()
+            ((identity,),) = query(str(path), "SELECT id FROM identity")
+            self.assertEqual(UUID(identity).version, 4)
+            self.assertEqual(str(UUID(identity)), identity)
+            found.add(identity)
+        self.assertEqual(len(found), 20)
+
+
 class Interrupted(UpgradeTestCase):
     """What ends it in the middle leaves a store of one version or the other."""
 
@@ -260,6 +295,12 @@ class InterruptedOfVersion4(Interrupted):
     """The same of a store of version 4."""
 
     older = 4
+
+
+class InterruptedOfVersion5(Interrupted):
+    """The same of a store of version 5."""
+
+    older = 5
 
 
 class Checking(UpgradeTestCase):

@@ -19,7 +19,7 @@ from cafeteria_orch.wire.messages import TableBatch, decode, encode
 from cafeteria_orch.wire.tables import TABLES, TRANSACTION_ITEMS, TRANSACTIONS, USERS
 
 from . import builders, postgresql
-from .stores import NOW, store_batch
+from .stores import NOW, NOW_TEXT, store_batch
 
 SPECIAL = ("", "\t\n\r\\", "\\N", "ñ🧉", "10.50", "0007", "NULL", "'\"")
 """Cells that a database, or the way there, may take for something else."""
@@ -70,9 +70,11 @@ def contents(place: Place, *, in_order: bool = False) -> dict[str, Any]:
         "session": place.query("SELECT * FROM session ORDER BY id"),
         "batch": place.query("SELECT * FROM batch ORDER BY id"),
         "table_eof": place.query("SELECT * FROM table_eof ORDER BY session_id, table_name"),
+        "rejection": place.query("SELECT * FROM rejection ORDER BY 1, 2, 3"),
+        "identity": place.query("SELECT * FROM identity"),
     }
     status = "SELECT * FROM ingest_status ORDER BY session_id, table_name"
-    found["ingest_status"] = [(*row[:-1], bool(row[-1])) for row in place.query(status)]
+    found["ingest_status"] = [(*row[:-2], bool(row[-2]), row[-1]) for row in place.query(status)]
     for table in TABLES:
         columns = ", ".join(("batch_id", *table.columns))
         order = f"batch_id, {place.row_order}" if in_order else columns
@@ -143,7 +145,10 @@ def samples() -> list[TableBatch]:
 
 
 def fill_with_samples(place: Place) -> None:
-    """Store batches of three clients, one of which has ended its tables and finished."""
+    """Store batches of three clients, one of which has ended its tables and finished.
+
+    Of two of them, others were refused.
+    """
     with closing(store_at(place.location, "node-1").open()) as database:
         first, second, nobody = a_session(1), a_session(2), a_session()
         for session in (first, second, nobody):
@@ -156,6 +161,18 @@ def fill_with_samples(place: Place) -> None:
             database.end_table("users", nobody, NOW + 1)
             first.agency_id = 3
             database.finish_session(first, NOW + 2)
+    place.query(
+        "INSERT INTO rejection VALUES (1, 8, 'rejected', 2, 7, 'x'),"
+        " (1, 8, 'malformed', 1, NULL, 'x'), (3, 4, 'malformed', 300, -1, 'y')"
+    )
+
+
+def forget(place: Place, batch_id: int, *, resend: bool = False) -> None:
+    """Remove the rows of a batch, as an operator does."""
+    for table in TABLES:
+        place.query(f"DELETE FROM {table.name} WHERE batch_id = {batch_id}")
+    key = ", client_id = NULL" if resend else ""
+    place.query(f"UPDATE batch SET forgotten_at = '{NOW_TEXT}'{key} WHERE id = {batch_id}")
 
 
 class Outcome(NamedTuple):

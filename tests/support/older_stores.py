@@ -6,6 +6,8 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from .postgresql import query
+
 VERSION_1 = """
 PRAGMA journal_mode = WAL;
 BEGIN;
@@ -176,6 +178,15 @@ COMMIT;
 """
 """What that of version 4 had beside it: typed views, of which this is one."""
 
+VERSION_5 = """
+BEGIN;
+ALTER TABLE session ADD COLUMN node TEXT;
+UPDATE session SET node = 'north-1' WHERE id = 1;
+PRAGMA user_version = 5;
+COMMIT;
+"""
+"""What that of version 5 had beside it: the name of the server that stored a session."""
+
 POSTGRESQL_VERSION_1 = """
 CREATE TABLE session (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -271,12 +282,45 @@ INSERT INTO table_eof VALUES (1, 'users', '2023-11-14 22:13:20.500', 1);
 """
 """A store of version 1 in PostgreSQL and what it had stored, as that program wrote it."""
 
+POSTGRESQL_VERSION_2 = """
+ALTER TABLE session ADD COLUMN node text;
+UPDATE session SET node = 'north-1' WHERE id = 1;
+CREATE VIEW users_typed AS
+WITH known AS (
+    SELECT client_id, max(agency_id) AS agency_id FROM session
+    WHERE client_id IS NOT NULL GROUP BY client_id
+)
+SELECT
+    batch.id AS batch_id,
+    coalesce(session.agency_id, known.agency_id) AS agency_id,
+    batch.received_at::timestamp AS received_at,
+    nullif(users.user_id, '') AS user_id,
+    nullif(users.gender, '') AS gender,
+    nullif(users.birthdate, '')::date AS birthdate,
+    nullif(users.registered_at, '')::timestamp AS registered_at
+FROM users
+JOIN batch ON batch.id = users.batch_id
+JOIN session ON session.id = batch.session_id
+LEFT JOIN known ON known.client_id = session.client_id;
+UPDATE schema_version SET version = 2;
+"""
+"""What that of version 2 had beside it: typed views, of which this is one in short, and nodes."""
+
 
 def make_older_store(path: Path, version: int = 1) -> None:
-    """Make a store of version 1, 2 or 4."""
+    """Make a store of version 1, 2, 4 or 5."""
     with closing(sqlite3.connect(path, isolation_level=None)) as store:
         store.executescript(VERSION_1)
         if version >= 2:
             store.executescript(VERSION_2)
         if version >= 4:
             store.executescript(VERSION_4)
+        if version >= 5:
+            store.executescript(VERSION_5)
+
+
+def make_older_shared_store(url: str, version: int = 1) -> None:
+    """Make a store of version 1 or 2 in a PostgreSQL database."""
+    query(url, POSTGRESQL_VERSION_1)
+    if version >= 2:
+        query(url, POSTGRESQL_VERSION_2)

@@ -21,6 +21,7 @@ from cafeteria_orch.wire.messages import (
     ClientHello,
     Finished,
     RawMessage,
+    StoreIdentity,
     encode,
     end_of_table,
 )
@@ -268,6 +269,23 @@ class Ending(ClientCase):
                 failure = self.failureResultOf(deferred, ConnectionLost)
                 self.assertIn("2 messages unanswered", str(failure.value))
 
+    def test_asking_for_the_identity(self) -> None:
+        """The answer is a value: of the store, of none, or a FAIL."""
+        for answer in (StoreIdentity(CLIENT, 7), StoreIdentity(), BatchRecvFail(1)):
+            asked = self.client.ask_identity()
+            self.assertEqual(self.transport.value(), frame(b"\x1f"))
+            self.transport.clear()
+            self.client.dataReceived(frame(encode(answer)))
+            self.assertEqual(self.successResultOf(asked), answer)
+
+    def test_an_identity_that_cannot_be_read(self) -> None:
+        """It ends the connection, as anything else that is no answer."""
+        asked = self.client.ask_identity()
+        self.client.dataReceived(frame(b"\x1fshort"))
+        self.assertTrue(self.transport.aborted)
+        self.lose(ConnectionLost())
+        self.failureResultOf(asked, ProtocolError)
+
     def test_sending_afterwards(self) -> None:
         """What is sent after the connection has ended fails, and nothing is written."""
         for reason in (ConnectionDone(), ConnectionLost()):
@@ -277,6 +295,7 @@ class Ending(ClientCase):
                 *self.send(),
                 self.client.send_eof(USERS),
                 self.client.send_hello(CLIENT),
+                self.client.ask_identity(),
                 self.client.send_message(Finished()),
                 self.client.send_message(ClientHello(CLIENT)),
                 self.client.send_payload(b"\x08"),

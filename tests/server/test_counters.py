@@ -219,10 +219,13 @@ class Messages(CountingTestCase):
 
     def test_control_messages_are_counted_by_name(self) -> None:
         """What is no batch is counted beside them, by name."""
-        self.send(HELLO, frame(encode(end_of_table("users"))), frame(encode(Finished(1))))
+        self.send(
+            HELLO, frame(b"\x1f"), frame(encode(end_of_table("users"))), frame(encode(Finished(1)))
+        )
         self.send(frame(b"\x01"))
         counted = {name: tally.received for name, tally in self.counters.control_messages()}
         expected = {"client_hello": 1, "eof": 1, "finished": 1, "batch_recv_success": 1}
+        expected["store_identity"] = 1
         self.assertEqual(counted, expected | {"batch_recv_fail": 0})
         self.assertEqual(self.counters.total().received, 0)
 

@@ -216,6 +216,25 @@ class Identity(SynchronousTestCase):
             self.assertEqual(transport.value(), FAIL + b"\x03")
             self.assertTrue(transport.half_closed)
 
+    def test_without_a_store_there_is_no_identity(self) -> None:
+        """The answer to the question which store this is has no body."""
+        protocol, transport = connect()
+        protocol.dataReceived(frame(encode(HELLO)) + frame(b"\x1f") + batch_frame())
+        self.assertEqual(transport.value(), SUCCESS + frame(b"\x1f") + SUCCESS)
+
+    def test_who_asks_for_the_identity_says_who_it_is_before(self) -> None:
+        """Otherwise the question is malformed, and the log names the reason."""
+        for frames in (b"", batch_frame()):
+            protocol, transport = connect()
+            protocol.dataReceived(frames)
+            transport.clear()
+            with capturedLogs() as events:
+                protocol.dataReceived(frame(b"\x1f"))
+            self.assertEqual(transport.value(), FAIL + b"\x03")
+            self.assertTrue(transport.half_closed)
+            (line,) = texts(events, LogLevel.error)
+            self.assertIn("opcode: 31 | error: a STORE_IDENTITY without a CLIENT_HELLO", line)
+
     def test_a_processor_knows_what_earlier_messages_said(self) -> None:
         """A message's handle knows what the messages before it have said."""
         factory = OrchestratorFactory(Clock())

@@ -23,8 +23,10 @@ from cafeteria_orch.wire.messages import (
     ClientHello,
     Finished,
     RawMessage,
+    StoreIdentity,
     encode,
 )
+from cafeteria_orch.wire.opcodes import Opcode
 from cafeteria_orch.wire.tables import USERS
 from tests.support.builders import (
     ECHO,
@@ -97,6 +99,17 @@ class ConversationTests(SynchronousTestCase):
         pending.finish()
         self.assertEqual(self.transport.value(), b"\x28\0\0\0\0\x29\0\0\0\0" + SUCCESS_FIRST)
         self.assertEqual(pending.messages, [RawMessage(ECHO, b"later")])
+
+    def test_who_asks_for_the_identity_can_read_a_body(self) -> None:
+        """The answer to the question which store this is keeps its body, as none else does."""
+        identity = StoreIdentity(UUID(int=8), 3)
+        self.factory.register_processor(
+            Opcode.STORE_IDENTITY,
+            lambda _, client: responses.send(client, 31, identity.encode_body()),
+        )
+        hello = opcode_first(encode(ClientHello(UUID(int=7))))
+        self.protocol.dataReceived(hello + opcode_first(b"\x1f"))
+        self.assertEqual(self.transport.value(), SUCCESS_FIRST + opcode_first(encode(identity)))
 
     def test_a_failure_has_no_reason(self) -> None:
         """The connection stays."""

@@ -6,11 +6,12 @@ from typing import Any
 from uuid import UUID
 
 from cafeteria_orch.server.responses import Session
+from cafeteria_orch.store.totals import TableTotals
 from cafeteria_orch.wire.messages import TableBatch, encode
 from cafeteria_orch.wire.tables import STORES, USERS, Table
 from tests.support.builders import PEER, USER_ROW, batch
 from tests.support.postgresql import InPostgreSQL
-from tests.support.stores import DatabaseTestCase, store_batch
+from tests.support.stores import NOW_TEXT, DatabaseTestCase, store_batch
 
 STORE_ROW = ("1", "G Coffee", "Jalan 1", "50480", "Kuala Lumpur", "KL", "3.1", "101.7")
 NOON = 1_735_732_800.0
@@ -69,6 +70,7 @@ class IngestStatusTests(DatabaseTestCase):
                 "first_received_at",
                 "last_received_at",
                 "complete",
+                "forgotten_batches",
             ],
         )
         self.assertEqual(self.status("session_id"), [])
@@ -200,6 +202,29 @@ class IngestStatusTests(DatabaseTestCase):
                 stored = store_batch(self.database, message, self.new_session(CLIENT), self.now)
                 self.assertEqual(stored, expected)
         self.assertEqual(self.status("session_id", "batches", "rows"), [(1, 1, 1)])
+
+    def test_forgotten_batches(self) -> None:
+        """What an operator has removed is not counted as rows; the table is as complete as it was.
+
+        The status page's totals say the same.
+        """
+        session = self.new_session(CLIENT)
+        for rows in (3, 4, 5):
+            self.add(session, USERS, rows)
+        self.add(session, STORES, 2)
+        self.end(session, USERS)
+        self.execute(f"UPDATE batch SET forgotten_at = '{NOW_TEXT}' WHERE id IN (2, 3, 4)")
+        self.assertEqual(
+            self.status("table_name", "batches", "rows", "complete", "forgotten_batches"),
+            [("stores", 0, 0, 0, 1), ("users", 1, 3, 1, 2)],
+        )
+        self.assertEqual(
+            self.status("first_received_at", "last_received_at")[1],
+            ("2025-01-01 12:00:01.000", "2025-01-01 12:00:03.000"),
+        )
+        totals = self.place().totals(lambda: False)
+        expected = {"stores": TableTotals(0, 0, 1, 0), "users": TableTotals(1, 3, 1, 1)}
+        self.assertEqual(totals, expected)
 
     def test_rows_by_agency(self) -> None:
         """One query says which agency each row came from."""

@@ -142,6 +142,12 @@ class InPostgreSQL(DatabaseTestCase):
     def query(self, sql: str) -> list[tuple[Any, ...]]:
         return query(self.url, sql)
 
+    def execute(self, sql: str) -> None:
+        query(self.url, sql)
+
+    def place(self) -> Store:
+        return PostgreSQLStore(self.url)
+
     def meanings(self, sql: str) -> list[Any]:
         return [_as_in_sqlite(cell) for (cell,) in self.query(sql)]
 

@@ -166,6 +166,15 @@ class DatabaseTestCase(SynchronousTestCase):
         """What another program reads in the store at this moment."""
         return query(self.path, sql)
 
+    def execute(self, sql: str) -> None:
+        """Do what another program does to the store."""
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as store:
+            store.execute(sql)
+
+    def place(self) -> Store:
+        """Where the store is."""
+        return SQLiteStore(self.path)
+
     def meanings(self, sql: str) -> list[Any]:
         """The one column of a query of typed views, as SQLite has it: times are text there."""
         return [cell for (cell,) in self.query(sql)]

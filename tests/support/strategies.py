@@ -23,6 +23,8 @@ from cafeteria_orch.wire.messages import (
     Finished,
     Message,
     RawMessage,
+    StoreIdentity,
+    StoreIdentityRequest,
     TableBatch,
     end_of_table,
 )
@@ -123,9 +125,16 @@ def wire_messages() -> SearchStrategy[Message]:
         st.builds(end_of_table, cells(), I64),
         st.builds(Finished, st.none() | I32),
         st.builds(ClientHello, st.uuids()),
+        st.just(StoreIdentityRequest()),
         st.just(BatchRecvSuccess()),
         st.builds(BatchRecvFail, st.none() | BYTE),
     )
+
+
+def store_identities() -> SearchStrategy[StoreIdentity]:
+    """What a server answers that is asked which store it has."""
+    known = st.builds(StoreIdentity, st.uuids(), st.integers(0, 2**63 - 1))
+    return st.just(StoreIdentity()) | known
 
 
 def messages() -> SearchStrategy[Message]:

@@ -17,6 +17,7 @@ from hypothesis.strategies import DataObject
 
 from cafeteria_orch.wire.errors import FrameTooLong, ProtocolError, UnknownOpcode
 from cafeteria_orch.wire.messages import (
+    ANSWER_DECODERS,
     DECODERS,
     BatchRecvFail,
     BatchRecvSuccess,
@@ -25,6 +26,8 @@ from cafeteria_orch.wire.messages import (
     Finished,
     Message,
     RawMessage,
+    StoreIdentity,
+    StoreIdentityRequest,
     TableBatch,
     decode,
     encode,
@@ -45,6 +48,7 @@ from tests.support.strategies import (
     messages,
     mutations,
     raw_messages,
+    store_identities,
     table_batches,
     wire_messages,
     wire_row,
@@ -161,7 +165,19 @@ EXAMPLES: dict[str, tuple[bytes, Message]] = {
         bytes.fromhex("1e 00112233445566778899aabbccddeeff"),
         ClientHello(CLIENT_ID),
     ),
+    "which store is this": (b"\x1f", StoreIdentityRequest()),
 }  # fmt: skip
+
+ANSWERS: dict[str, tuple[bytes, Message]] = {
+    "accepted": (b"\x01", BatchRecvSuccess()),
+    "rejected": (b"\x02\x02", BatchRecvFail(2)),
+    "this store": (
+        bytes.fromhex("1f 00112233445566778899aabbccddeeff 0201000000000000"),
+        StoreIdentity(CLIENT_ID, 258),
+    ),
+    "no store": (b"\x1f", StoreIdentity()),
+}
+"""What a server answers."""
 
 
 class BytesTests(TestCase):
@@ -182,6 +198,14 @@ class BytesTests(TestCase):
     def test_every_opcode_has_an_example(self) -> None:
         """The table above forgets no message that the wire defines."""
         self.assertEqual({payload[0] for payload, _ in EXAMPLES.values()}, set(DECODERS))
+        self.assertEqual({payload[0] for payload, _ in ANSWERS.values()}, set(ANSWER_DECODERS))
+
+    def test_answers(self) -> None:
+        """What a server sends, both ways."""
+        for name, (payload, answer) in ANSWERS.items():
+            with self.subTest(answer=name):
+                self.assertEqual(encode(answer), payload)
+                self.assertEqual(decode(payload, ANSWER_DECODERS), answer)
 
     def test_opcode(self) -> None:
         """A value's opcode is the first byte of its payload."""
@@ -212,6 +236,11 @@ class IdentityTests(TestCase):
         decoded = decode(encode(message), decoders)
         self.assertEqual(decoded, message)
         self.assertIs(type(decoded), type(message))
+
+    @given(store_identities())
+    def test_any_identity(self, identity: StoreIdentity) -> None:
+        """The answer of a server comes back as it went."""
+        self.assertEqual(decode(encode(identity), ANSWER_DECODERS), identity)
 
     @given(wire_messages())
     def test_encoding_is_stable(self, message: Message) -> None:
@@ -249,7 +278,7 @@ class MalformedTests(TestCase):
                     bytes([opcode]) + SECRET.encode(), f"opcode {opcode} is unknown"
                 )
                 self.assertIsInstance(error, UnknownOpcode)
-        self.assertEqual(set(DECODERS), {*range(1, 10), 30})
+        self.assertEqual(set(DECODERS), {*range(1, 10), 30, 31})
 
     def test_wrong_length(self) -> None:
         """A body of fixed length that has any other length."""
@@ -258,6 +287,7 @@ class MalformedTests(TestCase):
             (2, (2, 4), "a BATCH_RECV_FAIL body holds one byte or none"),
             (3, (1, 2, 3, 5, 8), "a FINISHED body holds 4 bytes or none"),
             (30, (0, 1, 15, 17, 32), "a CLIENT_HELLO body holds 16 bytes"),
+            (31, (1, 16, 24), "a STORE_IDENTITY body of a client is empty"),
         )
         for opcode, lengths, expected in cases:
             for length in lengths:
@@ -270,6 +300,27 @@ class MalformedTests(TestCase):
         for number in (1, 2**127, 2**128 - 1):
             hello = ClientHello(UUID(int=number))
             self.assertEqual(decode(encode(hello)), hello)
+
+    def test_an_identity_that_no_server_sends(self) -> None:
+        """A client refuses another length, and a negative number of batches."""
+        for body, expected in (
+            (b"s" * 16, "a STORE_IDENTITY body of a server holds 24 bytes or none"),
+            (b"s" * 25, "a STORE_IDENTITY body of a server holds 24 bytes or none"),
+            (b"\xff" * 24, "a STORE_IDENTITY with a negative number of batches"),
+        ):
+            with self.assertRaises(ProtocolError) as caught:
+                decode(b"\x1f" + body, ANSWER_DECODERS)
+            self.assertEqual(str(caught.exception), expected)
+
+    @given(st.sampled_from(sorted(ANSWER_DECODERS)), st.binary(max_size=30))
+    def test_random_answers(self, opcode: int, body: bytes) -> None:
+        """Any bytes are an answer that is encoded to them again, or a ProtocolError."""
+        payload = bytes([opcode]) + body
+        try:
+            answer = decode(payload, ANSWER_DECODERS)
+        except ProtocolError:
+            return
+        self.assertEqual(encode(answer), payload)
 
     def test_short_header(self) -> None:
         """A batch of any table that ends inside its header."""
@@ -531,6 +582,7 @@ class FrozenTests(TestCase):
             batch(),
             Finished(),
             ClientHello(CLIENT_ID),
+            StoreIdentity(CLIENT_ID, 1),
             BatchRecvFail(),
             RawMessage(40, b""),
         )

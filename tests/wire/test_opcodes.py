@@ -32,6 +32,7 @@ class NumberTests(TestCase):
                 "NEW_USERS": 8,
                 "EOF": 9,
                 "CLIENT_HELLO": 30,
+                "STORE_IDENTITY": 31,
             },
         )
 

@@ -44,6 +44,16 @@ COLUMNS = {
         ("amount", "INTEGER", 1),
         ("digest", "BLOB", 1),
         ("received_at", "TEXT", 1),
+        ("forgotten_at", "TEXT", 0),
+    ],
+    "identity": [("id", "TEXT", 1), ("created_at", "TEXT", 1)],
+    "rejection": [
+        ("session_id", "INTEGER", 1),
+        ("opcode", "INTEGER", 1),
+        ("reason", "TEXT", 1),
+        ("batches", "INTEGER", 1),
+        ("last_batch_number", "INTEGER", 0),
+        ("last_at", "TEXT", 1),
     ],
     "table_eof": [
         ("session_id", "INTEGER", 1),

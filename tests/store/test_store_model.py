@@ -34,8 +34,8 @@ class PostgreSQLModel(StoreModel):
         self.errors = (psycopg.IntegrityError, psycopg.DataError)
         self.store = PostgreSQLStore(self.url)
         self.store.open().close()
-        names = ", ".join(["session", "batch", "table_eof", *(table.name for table in TABLES)])
-        query(self.url, f"TRUNCATE {names}")
+        names = ", ".join(["session", "batch", *(table.name for table in TABLES)])
+        query(self.url, f"TRUNCATE {names} CASCADE")
         self.reader = psycopg.connect(self.url, autocommit=True)
 
     def start_sink(self) -> None:

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from cafeteria_orch import __version__
 
-from . import copy_command
+from . import copy_command, forget_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     store = parts.add_parser("store", help=what, description=f"Work with {what}.")
     commands = store.add_subparsers(title="commands", metavar="COMMAND", required=True)
     copy_command.add_to(commands)
+    forget_command.add_to(commands)
     return whole
 
 

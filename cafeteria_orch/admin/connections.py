@@ -52,6 +52,12 @@ class Connection(Protocol):
         :return: what it finds.
         """
 
+    def change(self, sql: str, values: Values = ()) -> int:
+        """Execute a statement that changes rows.
+
+        :return: how many.
+        """
+
     def stream(self, sql: str, values: Values = ()) -> Iterator[tuple[Any, ...]]:
         """Find rows without having all of them in memory; in a transaction."""
 
@@ -100,6 +106,11 @@ class SQLiteConnection:
         """See :class:`Connection`."""
         with self.explaining():
             return self.raw.execute(sql, values).fetchall()
+
+    def change(self, sql: str, values: Values = ()) -> int:
+        """See :class:`Connection`."""
+        with self.explaining():
+            return self.raw.execute(sql, values).rowcount
 
     def stream(self, sql: str, values: Values = ()) -> Iterator[tuple[Any, ...]]:
         """See :class:`Connection`."""
@@ -176,6 +187,11 @@ class PostgreSQLConnection:
         with self.explaining():
             cursor = self.raw.execute(_placeholders(sql), values or None)
             return cursor.fetchall() if cursor.description else []
+
+    def change(self, sql: str, values: Values = ()) -> int:
+        """See :class:`Connection`."""
+        with self.explaining():
+            return self.raw.execute(_placeholders(sql), values or None).rowcount
 
     def stream(self, sql: str, values: Values = ()) -> Iterator[tuple[Any, ...]]:
         """See :class:`Connection`."""

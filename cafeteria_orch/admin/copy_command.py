@@ -9,11 +9,10 @@ from contextlib import closing
 from os.path import realpath
 from typing import Any
 
-from cafeteria_orch.common.arguments import BadArgument
 from cafeteria_orch.common.progress import showing_progress
 from cafeteria_orch.store.database import StoreError
-from cafeteria_orch.store.location import absolute
 
+from .arguments import location
 from .copying import Copy
 from .reading import open_reader
 from .verification import Verdict, Verification
@@ -37,18 +36,10 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "copy", help="copy a store into another one", description=_DESCRIPTION
     )
-    parser.add_argument("source", metavar="SOURCE", type=_location, help="the store to copy")
-    parser.add_argument("target", metavar="TARGET", type=_location, help="where to copy it")
+    parser.add_argument("source", metavar="SOURCE", type=location, help="the store to copy")
+    parser.add_argument("target", metavar="TARGET", type=location, help="where to copy it")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(run=run)
-
-
-def _location(text: str) -> str:
-    try:
-        return absolute(text)
-    except ValueError as error:
-        # A text of argparse's own would show the password of a URL.
-        raise BadArgument(str(error)) from None
 
 
 def run(options: argparse.Namespace) -> int:

@@ -250,21 +250,33 @@ def open_reader(location: str) -> Reader:
     :param location: of :func:`~cafeteria_orch.store.location.absolute`.
     :raises StoreError: if it cannot be read, or is not a store.
     """
-    is_file = store_at(location).kind == "sqlite"
-    connect = SQLiteConnection if is_file else PostgreSQLConnection
-    connection: Connection = connect(location, read_only=True)
+    connection, _ = open_connection(location, read_only=True)
     try:
-        if is_file:
-            _check_version(connection.name, _sqlite_version(connection))
-        else:
-            _check_version(connection.name, _postgresql_version(connection))
         return Reader(connection)
     except BaseException:
         connection.close()
         raise
 
 
-def _check_version(name: str, version: int | None) -> None:
+def open_connection(location: str, *, read_only: bool) -> tuple[Connection, int]:
+    """Open a store, and see which version of the schema it has.
+
+    :param location: of :func:`~cafeteria_orch.store.location.absolute`.
+    :param read_only: read it as it is at this moment.
+    :raises StoreError: if it cannot be opened, is not a store, or is of a newer version.
+    """
+    is_file = store_at(location).kind == "sqlite"
+    connect = SQLiteConnection if is_file else PostgreSQLConnection
+    connection: Connection = connect(location, read_only=read_only)
+    try:
+        found = _sqlite_version(connection) if is_file else _postgresql_version(connection)
+        return connection, _checked(connection.name, found)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _checked(name: str, version: int | None) -> int:
     if version is None:
         raise StoreError(f"{name} is not a store of cafeteria_orch: name another")
     if version > SCHEMA_VERSION:
@@ -272,6 +284,7 @@ def _check_version(name: str, version: int | None) -> None:
             f"the store {name} has schema version {version}, this program knows"
             f" {SCHEMA_VERSION}: run the newer program"
         )
+    return version
 
 
 def _sqlite_version(connection: Connection) -> int | None:

@@ -24,6 +24,7 @@ from .connections import (
     PostgreSQLConnection,
     SQLiteConnection,
 )
+from .forgetting import BatchRows, remove_rows
 from .reading import COLUMNS, Entry, Ids, Reader, StoredBatch
 
 _HEADROOM = 10**9
@@ -283,7 +284,7 @@ def _write_identity(connection: Connection, store_id: str, created_at: str) -> N
 def _forget(connection: Connection, table: Table, entries: Sequence[Entry]) -> None:
     for entry in entries:
         with connection.transaction():
-            connection.execute(f"DELETE FROM {table.name} WHERE batch_id = ?", (entry.id,))  # noqa: S608
+            remove_rows(connection, table, [BatchRows(entry.id, entry.amount)])
             connection.execute(
                 "UPDATE batch SET client_id = ?, forgotten_at = ? WHERE id = ?",
                 (entry.client_id, entry.forgotten_at, entry.id),

@@ -193,6 +193,18 @@ class Forget(ForgetTestCase):
         self.assert_forgotten(1)
         self.assertEqual(self.ids_of_rows(), [2])
 
+    def test_a_file_is_left_to_its_server(self) -> None:
+        """After each transaction, for longer than it took; PostgreSQL needs no such rest."""
+        fill(self.place, [received(number=number) for number in range(3)], a_session(1))
+        moments = iter([0.0, 0.25] * 3)
+        with (
+            patch("cafeteria_orch.admin.forgetting.time.sleep") as sleep,
+            patch("cafeteria_orch.admin.forgetting.time.monotonic", lambda: next(moments)),
+        ):
+            self.forget("--session", "1", "--yes")
+        rests = [call.args for call in sleep.call_args_list]
+        self.assertEqual(rests, [(0.5,)] * 3 if self.kind is File else [])
+
     def test_it_asks(self) -> None:
         """It says what it removes, and removes it on a yes alone."""
         fill(

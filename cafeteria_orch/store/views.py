@@ -34,7 +34,7 @@ class Dialect(NamedTuple):
     :ivar text: a ``{cell}`` as text; NULL for empty text.
     :ivar meanings: by kind, what such a ``{text}`` means.
     :ivar received_at: the time that a batch came.
-    :ivar end: the end of the view.
+    :ivar end: the end of the view; ``{nulls}`` stands for a NULL for each column.
     """
 
     text: str
@@ -66,8 +66,9 @@ _SQLITE = Dialect(
         "time": f"CASE WHEN {_IS_DATE} THEN datetime({{text}}, '+0 days') END",
     },
     received_at="batch.received_at",
-    # So that a join makes an index of the view; else it computes each cell for each pair of rows.
-    end="LIMIT -1",
+    # Nothing more, and without a FROM. So a join makes an index of the view; else it computes each
+    # cell for each pair of rows. What a query asks of a column is asked before cells are computed.
+    end="UNION ALL SELECT {nulls} WHERE 0",
 )
 
 _VIEW = """
@@ -108,5 +109,5 @@ def typed_view(table: Table, dialect: Dialect) -> str:
         table=table.name,
         received_at=dialect.received_at,
         columns=",\n    ".join(columns),
-        end=dialect.end,
+        end=dialect.end.format(nulls=", ".join(["NULL"] * (3 + len(columns)))),
     )

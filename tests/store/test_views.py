@@ -16,7 +16,7 @@ from cafeteria_orch.wire.tables import (
     USERS,
 )
 from tests.support.builders import DATA, PEER
-from tests.support.postgresql import InPostgreSQL
+from tests.support.postgresql import InPostgreSQL, query
 from tests.support.stores import CLIENT, NOW, NOW_TEXT, DatabaseTestCase
 
 
@@ -198,6 +198,58 @@ class Joins(DatabaseTestCase):
                 self.columns_of(f"{table.name}_typed"),
                 ["batch_id", "agency_id", "received_at", *table.columns],
             )
+
+
+class Plans(DatabaseTestCase):
+    """How the database answers a question about a view."""
+
+    index = "CREATE INDEX users_batch_id ON users (batch_id)"
+
+    def plan(self, sql: str) -> str:
+        return "; ".join(step for *_, step in self.query(f"EXPLAIN QUERY PLAN {sql}"))
+
+    def test_the_rows_of_a_batch(self) -> None:
+        """No cell of another batch is computed, and an index that somebody adds finds the rows."""
+        self.store()
+        asked = "SELECT user_id FROM users_typed WHERE batch_id = 1"
+        batch_first = r"SEARCH (TABLE )?batch USING INTEGER PRIMARY KEY.*SCAN (TABLE )?users\b"
+        self.assertRegex(self.plan(asked), batch_first)
+        self.execute(self.index)
+        self.assertIn("USING INDEX users_batch_id (batch_id=?)", self.plan(asked))
+        self.assertEqual(self.query(asked), [("7",)])
+
+    def test_a_join_makes_an_index(self) -> None:
+        """Not each cell of a view is computed for each row of the other."""
+        asked = "SELECT gender FROM transactions_typed JOIN users_typed USING (user_id)"
+        self.assertRegex(
+            self.plan(asked), r"SEARCH \w+ USING AUTOMATIC (COVERING )?INDEX \(user_id"
+        )
+
+
+class PlansInPostgreSQL(InPostgreSQL, Plans):
+    """The same of PostgreSQL."""
+
+    index = "CREATE INDEX users_batch_id ON users USING brin (batch_id) WITH (autosummarize = on)"
+
+    def plan(self, sql: str) -> str:
+        # Else it reads a table that is this short from end to end.
+        url = f"{self.url}?options=-c%20enable_seqscan%3Doff"
+        return "; ".join(step for (step,) in query(url, f"EXPLAIN {sql}"))
+
+    def test_the_rows_of_a_batch(self) -> None:
+        """An index that somebody adds finds the rows."""
+        self.store()
+        asked = "SELECT user_id FROM users_typed WHERE batch_id = 1"
+        self.execute(self.index)
+        plan = self.plan(asked)
+        self.assertIn("Bitmap Index Scan on users_batch_id", plan)
+        self.assertIn("Index Cond: (batch_id = 1)", plan)
+        self.assertEqual(self.query(asked), [("7",)])
+
+    def test_a_join_makes_an_index(self) -> None:
+        """Not each cell of a view is computed for each row of the other."""
+        asked = "SELECT gender FROM transactions_typed JOIN users_typed USING (user_id)"
+        self.assertRegex(self.plan(asked), "Hash Join|Merge Join")
 
 
 class MeaningInPostgreSQL(InPostgreSQL, Meaning):

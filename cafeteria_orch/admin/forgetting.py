@@ -7,11 +7,12 @@ PostgreSQL they stand anywhere: a transaction searches a table for those of many
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import NamedTuple
 
+from cafeteria_orch.common.clock import monotonic_time
 from cafeteria_orch.store.database import StoreError
 from cafeteria_orch.store.schema import SCHEMA_VERSION
 from cafeteria_orch.wire.tables import TABLES, Table
@@ -125,7 +126,7 @@ class Forgetting:
         for table in TABLES:
             removed = self.removed[table]
             for batches in self._portions(table, 1 if is_file else BATCHES_AT_ONCE):
-                began = time.monotonic()
+                began = monotonic_time()
                 with self._connection.transaction():
                     rows = remove_rows(self._connection, table, batches)
                     self._mark(batches, forgotten_at)
@@ -134,7 +135,7 @@ class Forgetting:
                 forgotten(rows)
                 if is_file:
                     # Its server looks now and then whether the lock is free.
-                    time.sleep(_REST * (time.monotonic() - began))
+                    Event().wait(_REST * (monotonic_time() - began))
 
     def _portions(self, table: Table, size: int) -> Iterator[list[BatchRows]]:
         after = 0

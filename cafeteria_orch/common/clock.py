@@ -11,6 +11,9 @@ WallTime = Callable[[], float]
 
 wall_time: WallTime = time.time
 
+monotonic_time: Callable[[], float] = time.monotonic
+"""Seconds of a clock that nobody can set: of programs without a reactor."""
+
 
 def measure_monotonic_time(reactor: Any) -> None:
     """Make a reactor measure its delays by a clock that nobody can set.

@@ -198,11 +198,11 @@ class Forget(ForgetTestCase):
         fill(self.place, [received(number=number) for number in range(3)], a_session(1))
         moments = iter([0.0, 0.25] * 3)
         with (
-            patch("cafeteria_orch.admin.forgetting.time.sleep") as sleep,
-            patch("cafeteria_orch.admin.forgetting.time.monotonic", lambda: next(moments)),
+            patch.object(forgetting, "Event") as event,
+            patch.object(forgetting, "monotonic_time", lambda: next(moments)),
         ):
             self.forget("--session", "1", "--yes")
-        rests = [call.args for call in sleep.call_args_list]
+        rests = [call.args for call in event.return_value.wait.call_args_list]
         self.assertEqual(rests, [(0.5,)] * 3 if self.kind is File else [])
 
     def test_it_asks(self) -> None:

@@ -102,6 +102,7 @@ class Forget(ForgetTestCase):
         """With it the key goes, also of a batch that was forgotten before, and it is stored again."""
         fill(self.place, samples(), a_session(1))
         self.forget("--batch", "1", "3", "--yes")
+        self.place.query("UPDATE batch SET forgotten_at = 'first' WHERE id = 1")
         outcome = self.forget("--batch", "1", "2", "--resend", "--yes", "--json")
         removed = outcome.summary["removed"]
         self.assertEqual(removed["menu_items"], {"batches": 1, "rows": 0})
@@ -111,6 +112,8 @@ class Forget(ForgetTestCase):
         self.assertEqual([*map(again.index, (True, False))], [0, 2])
         self.assertEqual(again.count(True), 2)
         self.assert_forgotten(1, 2, 3)
+        kept = self.place.query("SELECT forgotten_at FROM batch WHERE id = 1")
+        self.assertEqual(kept, [("first",)])
         outcome = self.forget("--batch", "1", "2", "--resend", "--yes")
         self.assertEqual(outcome.out, "There is nothing to remove.\n")
 

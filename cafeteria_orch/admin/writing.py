@@ -24,7 +24,7 @@ from .connections import (
     PostgreSQLConnection,
     SQLiteConnection,
 )
-from .forgetting import BatchRows, remove_rows
+from .forgetting import BATCHES_AT_ONCE, BatchRows, remove_rows
 from .reading import COLUMNS, Entry, Ids, Reader, StoredBatch
 
 _HEADROOM = 10**9
@@ -282,13 +282,15 @@ def _write_identity(connection: Connection, store_id: str, created_at: str) -> N
 
 
 def _forget(connection: Connection, table: Table, entries: Sequence[Entry]) -> None:
-    for entry in entries:
+    for start in range(0, len(entries), BATCHES_AT_ONCE):
+        group = entries[start : start + BATCHES_AT_ONCE]
         with connection.transaction():
-            remove_rows(connection, table, [BatchRows(entry.id, entry.amount)])
-            connection.execute(
-                "UPDATE batch SET client_id = ?, forgotten_at = ? WHERE id = ?",
-                (entry.client_id, entry.forgotten_at, entry.id),
-            )
+            remove_rows(connection, table, [BatchRows(entry.id, entry.amount) for entry in group])
+            for entry in group:
+                connection.execute(
+                    "UPDATE batch SET client_id = ?, forgotten_at = ? WHERE id = ?",
+                    (entry.client_id, entry.forgotten_at, entry.id),
+                )
 
 
 def _finish(connection: Connection, reserved: Ids) -> None:

@@ -333,6 +333,8 @@ class Database:
 
     def identify(self, session: Session) -> StoreIdentity:
         """Tell which store it is, and how many batches of a session's client it has."""
+        # The standby may not have all that is counted: see was_committed().
+        self.touch()
         ((store_id, batches),) = self._connection.execute(
             IDENTITY_QUERY.replace("?", "%s"), (client_id_text(session),)
         ).fetchall()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 from uuid import UUID
 
 from cafeteria_orch.server.responses import Session
@@ -96,6 +97,12 @@ class IdentityInPostgreSQL(InPostgreSQL, IdentityOfADatabase):
         # Else it reads a table that is this short from end to end.
         url = f"{self.url}?options=-c%20enable_seqscan%3Doff"
         return str(query(url, f"EXPLAIN {IDENTITY_QUERY.replace('?', repr('x'))}"))
+
+    def test_the_standby_has_what_is_counted(self) -> None:
+        """Something is written, so that the commit waits for it before the client is told."""
+        with patch.object(self.database, "touch") as touch:
+            self.identify(CLIENT)
+        touch.assert_called_once_with()
 
     def test_the_unique_key_finds_them(self) -> None:
         """No batch of another client is looked at."""

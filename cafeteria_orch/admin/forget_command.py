@@ -73,8 +73,7 @@ def run(options: argparse.Namespace) -> int:
 def _forget(forgetting: Forgetting, options: argparse.Namespace) -> int:
     expected = _lines(forgetting.expected)
     if expected and not options.yes:
-        for line in expected:
-            _say(line)
+        print(*expected, sep="\n", file=sys.stderr)
         if not _agrees(forgetting.name, resend=options.resend):
             _say("nothing is removed; say --yes where nobody can answer")
             return 1
@@ -94,7 +93,11 @@ def _agrees(store: str, *, resend: bool) -> bool:
     then = "stored again" if resend else "a duplicate"
     question = f"Remove them from {store}? What is sent again is then {then}. [y/N] "
     print(question, end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+    answer = sys.stdin.readline()
+    if not answer:
+        # Nobody has ended the line.
+        print(file=sys.stderr)
+    return answer.strip().lower() in {"y", "yes"}
 
 
 def _lines(amounts: Mapping[Table, Amount]) -> list[str]:

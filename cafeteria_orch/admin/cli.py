@@ -8,7 +8,18 @@ from typing import NoReturn
 
 from cafeteria_orch import __version__
 
-from . import copy_command, forget_command
+from . import (
+    copy_command,
+    forget_command,
+    index_command,
+)
+
+_STORE_COMMANDS = (
+    copy_command.add_to,
+    forget_command.add_to,
+    index_command.add_to,
+)
+"""Each adds a command to those of ``cafeorch store``."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
     what = "the database that the server keeps its batches in"
     store = parts.add_parser("store", help=what, description=f"Work with {what}.")
     commands = store.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    copy_command.add_to(commands)
-    forget_command.add_to(commands)
+    for add_to in _STORE_COMMANDS:
+        add_to(commands)
     return whole
 
 

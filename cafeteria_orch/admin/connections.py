@@ -64,6 +64,9 @@ class Connection(Protocol):
     def columns(self, table: str) -> list[str]:
         """The names of a table's columns; none if there is no such table."""
 
+    def has(self, name: str) -> bool:
+        """Whether there is a table, a view or an index of a name."""
+
     def transaction(self) -> AbstractContextManager[None]:
         """What is written inside is on disk when this ends, or nothing is."""
 
@@ -131,6 +134,11 @@ class SQLiteConnection:
         found = self.execute(f"PRAGMA table_info({table})")
         return [column[1] for column in found]
 
+    def has(self, name: str) -> bool:
+        """See :class:`Connection`."""
+        # Not sqlite_schema: the SQLite of an older system does not know that name yet.
+        return bool(self.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,)))
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """See :class:`Connection`."""
@@ -179,24 +187,26 @@ class PostgreSQLConnection:
             self.raw: psycopg.Connection[Any] = connect(url)
         # The other store may take longer than a server's administrator lets clients be idle.
         self.execute("SET idle_in_transaction_session_timeout = 0")
+        # How a database shows times as text is its administrator's choice.
+        self.execute("SET DateStyle = ISO")
         if read_only:
             self.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
 
     def execute(self, sql: str, values: Values = ()) -> Found:
         """See :class:`Connection`."""
         with self.explaining():
-            cursor = self.raw.execute(_placeholders(sql), values or None)
+            cursor = self.raw.execute(_placeholders(sql, values), values or None)
             return cursor.fetchall() if cursor.description else []
 
     def change(self, sql: str, values: Values = ()) -> int:
         """See :class:`Connection`."""
         with self.explaining():
-            return self.raw.execute(_placeholders(sql), values or None).rowcount
+            return self.raw.execute(_placeholders(sql, values), values or None).rowcount
 
     def stream(self, sql: str, values: Values = ()) -> Iterator[tuple[Any, ...]]:
         """See :class:`Connection`."""
         with self.explaining(), self.raw.cursor(name=f"stream_{next(self._cursors)}") as cursor:
-            cursor.execute(_placeholders(sql), values or None)
+            cursor.execute(_placeholders(sql, values), values or None)
             while portion := cursor.fetchmany(_ROWS_AT_ONCE):
                 yield from portion
 
@@ -208,6 +218,10 @@ class PostgreSQLConnection:
             (table,),
         )
         return [column for (column,) in found]
+
+    def has(self, name: str) -> bool:
+        """See :class:`Connection`."""
+        return self.execute("SELECT to_regclass(?)", (name,)) != [(None,)]
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -234,5 +248,6 @@ class PostgreSQLConnection:
         self.raw.close()
 
 
-def _placeholders(sql: str) -> str:
-    return sql.replace("?", "%s")
+def _placeholders(sql: str, values: Values) -> str:
+    # Without values it is taken as it is: a question mark may be one of a regular expression.
+    return sql.replace("?", "%s") if values else sql

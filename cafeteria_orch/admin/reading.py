@@ -193,15 +193,23 @@ class Reader:
         ((number,),) = self._connection.execute(counting, (last,))
         return int(number)
 
-    def batches(self, table: Table, entries: Iterable[Entry], last: int) -> Iterator[StoredBatch]:
+    def batches(
+        self,
+        table: Table,
+        entries: Iterable[Entry],
+        last: int,
+        columns: Iterable[str] | None = None,
+    ) -> Iterator[StoredBatch]:
         """Read the rows of some batches, and pass over those of others.
 
         :param entries: in the order of their ids.
         :param last: the largest id of them.
+        :param columns: what to read of each row; the cells as they came by default.
         """
+        what = ", ".join(("batch_id", *(columns or table.columns)))
         entries = iter(entries)
         for first in entries:
-            groups = groupby(self._rows(table, first.id, last), itemgetter(0))
+            groups = groupby(self._rows(table, what, first.id, last), itemgetter(0))
             batch_id, rows = next(groups, _NO_MORE)
             for entry in chain([first], entries):
                 while batch_id < entry.id:
@@ -209,20 +217,26 @@ class Reader:
                 found = [row[1:] for row in rows] if batch_id == entry.id else []
                 yield StoredBatch(entry, _as_text(entry, found))
 
-    def _rows(self, table: Table, first: int, last: int) -> Iterator[tuple[Any, ...]]:
+    def _rows(self, table: Table, what: str, first: int, last: int) -> Iterator[tuple[Any, ...]]:
         """The rows of a table, each after the id of its batch, in the order of those ids.
 
-        There is no index on them. In a file they are in this order already, unless somebody has
-        put them there by hand: only then does SQLite have to sort them, in a temporary file.
+        An index that an operator has made has this order. Without one, they are in this order in a
+        file already, unless somebody has put them there by hand: only then does SQLite have to
+        sort them, in a temporary file.
         """
         order = f"batch_id, {self._connection.row_order}"
-        where = f"FROM {table.name} WHERE batch_id BETWEEN ? AND ? ORDER BY "
-        if isinstance(self._connection, SQLiteConnection):
-            ids = self._connection.stream(f"SELECT batch_id {where} rowid", (first, last))
+        where = f"FROM {table.name} WHERE batch_id BETWEEN {first:d} AND {last:d} ORDER BY "
+        is_file = isinstance(self._connection, SQLiteConnection)
+        if is_file and not self._connection.has(batch_index(table)):
+            ids = self._connection.stream(f"SELECT batch_id {where} rowid")
             if all(before <= after for before, after in pairwise(ids)):
                 order = "rowid"
-        columns = ", ".join(("batch_id", *table.columns))
-        return self._connection.stream(f"SELECT {columns} {where} {order}", (first, last))
+        return self._connection.stream(f"SELECT {what} {where} {order}")
+
+
+def batch_index(table: Table) -> str:
+    """The name of the index, where an operator has made one, of a table's rows by batch."""
+    return f"cafeorch_{table.name}_batch"
 
 
 def _as_text(entry: Entry, rows: list[Row]) -> list[Row]:
@@ -295,7 +309,7 @@ def _sqlite_version(connection: Connection) -> int | None:
 
 
 def _postgresql_version(connection: Connection) -> int | None:
-    if connection.execute("SELECT to_regclass('schema_version')") == [(None,)]:
+    if not connection.has("schema_version"):
         return None
     if "application" not in connection.columns("schema_version"):
         return None

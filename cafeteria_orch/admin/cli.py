@@ -9,12 +9,14 @@ from typing import NoReturn
 from cafeteria_orch import __version__
 
 from . import (
+    backup_command,
     copy_command,
     forget_command,
     index_command,
 )
 
 _STORE_COMMANDS = (
+    backup_command.add_to,
     copy_command.add_to,
     forget_command.add_to,
     index_command.add_to,

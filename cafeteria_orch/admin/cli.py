@@ -11,6 +11,7 @@ from cafeteria_orch import __version__
 from . import (
     backup_command,
     copy_command,
+    export_command,
     forget_command,
     index_command,
 )
@@ -18,6 +19,7 @@ from . import (
 _STORE_COMMANDS = (
     backup_command.add_to,
     copy_command.add_to,
+    export_command.add_to,
     forget_command.add_to,
     index_command.add_to,
 )

@@ -44,7 +44,7 @@ _MOMENT = (
     "::interval END"
 )
 
-_POSTGRESQL = Dialect(
+POSTGRESQL = Dialect(
     text="nullif({cell}, '')",
     meanings={
         "text": "{text}",
@@ -60,8 +60,16 @@ _POSTGRESQL = Dialect(
     end="",
 )
 
+POSTGRESQL_TEXT = POSTGRESQL._replace(
+    meanings={
+        **{kind: f"({meaning})::text" for kind, meaning in POSTGRESQL.meanings.items()},
+        "number": f"CASE WHEN {_IS_NUMBER} THEN {{text}} END",
+    }
+)
+"""The same meanings, each as text: numbers letter for letter as they came."""
+
 
 def typed_views() -> Iterator[str]:
     """What makes the views."""
     for table in TABLES:
-        yield typed_view(table, _POSTGRESQL)
+        yield typed_view(table, POSTGRESQL)

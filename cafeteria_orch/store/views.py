@@ -51,7 +51,7 @@ _IS_NUMBER = (
 # of March; and so with hour 24.
 _IS_DATE = "date(substr({text}, 1, 10), '+0 days') = substr({text}, 1, 10) AND {text} >= '0001'"
 
-_SQLITE = Dialect(
+SQLITE = Dialect(
     text="nullif(CAST({cell} AS TEXT), '')",
     meanings={
         "text": "{text}",
@@ -70,6 +70,16 @@ _SQLITE = Dialect(
     # cell for each pair of rows. What a query asks of a column is asked before cells are computed.
     end="UNION ALL SELECT {nulls} WHERE 0",
 )
+
+SQLITE_TEXT = SQLITE._replace(
+    meanings={
+        **SQLITE.meanings,
+        "number": f"CASE WHEN {_IS_NUMBER} THEN {{text}} END",
+        "integer": f"CAST({SQLITE.meanings['integer']} AS TEXT)",
+        "boolean": "CASE lower({text}) WHEN 'true' THEN 'true' WHEN 'false' THEN 'false' END",
+    }
+)
+"""The same meanings, each as text: numbers letter for letter as they came."""
 
 _VIEW = """
 CREATE VIEW {table}_typed AS
@@ -95,19 +105,27 @@ def typed_views() -> Iterator[str]:
     """What makes the views anew in SQLite."""
     for table in TABLES:
         yield f"DROP VIEW IF EXISTS {table.name}_typed"
-        yield typed_view(table, _SQLITE)
+        yield typed_view(table, SQLITE)
 
 
 def typed_view(table: Table, dialect: Dialect) -> str:
     """What makes the view of a table."""
-    columns = []
-    for name in table.columns:
-        text = dialect.text.format(cell=f"{table.name}.{name}")
-        meaning = dialect.meanings[_KINDS.get(name, "text")].format(text=text)
-        columns.append(f"{meaning} AS {name}")
+    columns = zip(meanings(table, dialect), table.columns)
     return _VIEW.format(
         table=table.name,
         received_at=dialect.received_at,
-        columns=",\n    ".join(columns),
-        end=dialect.end.format(nulls=", ".join(["NULL"] * (3 + len(columns)))),
+        columns=",\n    ".join(f"{meaning} AS {name}" for meaning, name in columns),
+        end=dialect.end.format(nulls=", ".join(["NULL"] * (3 + len(table.columns)))),
     )
+
+
+def meanings(table: Table, dialect: Dialect) -> Iterator[str]:
+    """The expressions of what the cells of a table mean, in the order of its columns."""
+    for name in table.columns:
+        text = dialect.text.format(cell=f"{table.name}.{name}")
+        yield dialect.meanings[kind_of(name)].format(text=text)
+
+
+def kind_of(column: str) -> str:
+    """What a column of one of the five tables means."""
+    return _KINDS.get(column, "text")

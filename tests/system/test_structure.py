@@ -43,6 +43,7 @@ EXTRAS = {
     "sender.tls": {"OpenSSL", "cryptography", "service_identity"},
     "edge.tls": {"OpenSSL", "cryptography"},
     "admin.connections": {"psycopg"},
+    "admin.export_formats": {"pyarrow"},
     "store.postgresql": {"psycopg"},
     "store.postgresql_connection": {"psycopg"},
     "store.postgresql_schema": {"psycopg"},

@@ -14,6 +14,8 @@ from . import (
     export_command,
     forget_command,
     index_command,
+    sessions_command,
+    status_command,
 )
 
 _STORE_COMMANDS = (
@@ -22,6 +24,8 @@ _STORE_COMMANDS = (
     export_command.add_to,
     forget_command.add_to,
     index_command.add_to,
+    sessions_command.add_to,
+    status_command.add_to,
 )
 """Each adds a command to those of ``cafeorch store``."""
 

@@ -37,20 +37,29 @@ batches wait.
 
 
 class Index(NamedTuple):
-    """An index."""
+    """An index.
+
+    :ivar postgresql: the kind that it is there.
+    """
 
     name: str
     table: str
     columns: str
+    postgresql: str = "btree ({columns})"
 
+
+# The rows of a batch stand close together there: such an index is tiny, and costs little.
+_BRIN = "brin ({columns}) WITH (autosummarize = on)"
+# An entry of a B-tree is short: a long cell would keep its batch out of the store.
+_HASH = "hash ({columns})"
 
 INDEXES = (
-    *(Index(batch_index(table), table.name, "batch_id") for table in TABLES),
+    *(Index(batch_index(table), table.name, "batch_id", _BRIN) for table in TABLES),
     Index("cafeorch_batch_session", "batch", "session_id, opcode"),
     Index("cafeorch_session_client", "session", "client_id"),
 )
 RECEIPTS = tuple(
-    Index(f"cafeorch_{table.name}_receipt", table.name, "transaction_id")
+    Index(f"cafeorch_{table.name}_receipt", table.name, "transaction_id", _HASH)
     for table in (TRANSACTIONS, TRANSACTION_ITEMS)
 )
 """These cost several times as much: the ids of receipts are random."""
@@ -104,11 +113,8 @@ def _make(store: Connection, missing: list[Index], say: Say) -> list[Index]:
     missing = [index for index in missing if index.table != "session"]
     for index in missing:
         say(f"making {index.name}")
-        # An entry of a B-tree is short: a long cell would keep its batch out of the store.
-        using = "USING hash " if index in RECEIPTS else ""
-        store.execute(
-            f"CREATE INDEX CONCURRENTLY {index.name} ON {index.table} {using}({index.columns})"
-        )
+        kind = index.postgresql.format(columns=index.columns)
+        store.execute(f"CREATE INDEX CONCURRENTLY {index.name} ON {index.table} USING {kind}")
     return missing
 
 

@@ -14,6 +14,8 @@ from cafeteria_orch.wire.tables import TABLES
 from .connections import Connection
 from .overview import (
     COMPLETE,
+    INCOMPLETE,
+    MISSING,
     AgencyState,
     Part,
     agencies_of,
@@ -159,6 +161,12 @@ def _total(parts: Iterable[Part]) -> Part:
 
 
 def _what_is_missing(agency: AgencyState) -> str:
-    """In the order of the tables: those of which there is nothing, or not all."""
-    left = [f"{table.name} {state}" for table, state in agency.states.items() if state != COMPLETE]
-    return ", ".join(left) or COMPLETE
+    """The tables of which there is not all, or nothing."""
+    left = {
+        state: [table.name for table, found in agency.states.items() if found == state]
+        for state in (INCOMPLETE, MISSING)
+    }
+    return (
+        "; ".join(f"{state}: {', '.join(names)}" for state, names in left.items() if names)
+        or COMPLETE
+    )

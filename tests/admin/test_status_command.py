@@ -99,8 +99,7 @@ class Status(StatusTestCase):
         )
         self.assertRegex(
             self.ask("status").out,
-            "\n +7 .* menu_items incomplete, transaction_items missing, transactions missing,"
-            " users incomplete\n",
+            "\n +7 .* incomplete: menu_items, users; missing: transaction_items, transactions\n",
         )
         end(self.source, a_session(1), *(table.name for table in TABLES))
         self.assertRegex(self.ask("status").out, "\n +7 .* complete\n")

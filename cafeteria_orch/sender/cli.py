@@ -25,6 +25,8 @@ are found by its header. What was acknowledged is remembered: after a stop, run 
 sends only the rest. The exit status is 0 if every row is acknowledged.
 """
 
+_DEFAULT = " (default: %(default)s)"
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line of ``cafeorch-send``."""
@@ -40,64 +42,110 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Among the options that it parses is ``run``, which runs the command with them.
     """
     parser.description = _DESCRIPTION
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.set_defaults(run=partial(_run, parser))
-    add = parser.add_argument
-    add("directory", metavar="DIRECTORY", type=_directory, help="folder with the files")
-    add(
-        "--connect",
-        default=DEFAULT_CONNECT,
-        type=endpoint,
-        help="the orchestrator, as a Twisted endpoint",
+    parser.usage = "%(prog)s DIRECTORY --agency-id NUMBER [options]"
+    parser.set_defaults(run=partial(_run, parser), prog=parser.prog, tls=None)
+    parser.add_argument(
+        "directory", metavar="DIRECTORY", type=_directory, help="folder with the files"
     )
+    _add_agency(parser.add_argument_group("what is sent"))
+    _add_server(parser.add_argument_group("the server"))
+    _add_report(parser.add_argument_group("what is said"))
+
+
+def _add_agency(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--agency-id",
+        metavar="NUMBER",
+        required=True,
         type=number(int, -(2**31), 2**31 - 1),
-        default=1,
-        help="number of this agency",
+        help="number of this agency; it has no default, and belongs to the state file",
+    )
+    add(
+        "--state",
+        metavar="FILE",
+        type=Path,
+        help=f"file that keeps what was acknowledged (default: {STATE_NAME} in DIRECTORY)",
+    )
+    add(
+        "--rejects",
+        metavar="FILE",
+        type=Path,
+        help="CSV file that gets the rows that cannot be sent, with their file, line and reason;"
+        " the rest of their files is sent (default: no part of a file with such a row is)",
+    )
+    add("--dry-run", action="store_true", help="check the files, and say what would be sent")
+    add(
+        "--watch",
+        action="store_true",
+        help="stay, and send new files as they come, until Ctrl-C",
+    )
+    add(
+        "--settle",
+        metavar="SECONDS",
+        type=number(float, 0, 86_400),
+        default=5.0,
+        help="with --watch: a file is sent when it has not changed for so long" + _DEFAULT,
     )
     add(
         "--batch-rows",
+        metavar="ROWS",
         type=number(int, 1, 2**31 - 1),
         default=4000,
-        help="maximum number of rows of a batch",
+        help="maximum number of rows of a batch" + _DEFAULT,
     )
     add(
         "--max-frame-bytes",
+        metavar="BYTES",
         type=number(int, 1, 2**31 - 1),
         default=DEFAULT_MAX_FRAME_BYTES,
-        help="maximum length of a frame; the orchestrator has the same option",
+        help="maximum length of a frame; the orchestrator has the same option" + _DEFAULT,
+    )
+
+
+def _add_server(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--connect",
+        metavar="ENDPOINT",
+        default=DEFAULT_CONNECT,
+        type=endpoint,
+        help="the orchestrator, as a Twisted endpoint" + _DEFAULT,
     )
     add(
         "--framing",
         choices=list(FRAMINGS),
         default=INT32.name,
-        help="how frames look on the wire; an orchestrator recognises it by the first byte",
+        help="how frames look on the wire; an orchestrator recognises it by the first byte"
+        + _DEFAULT,
     )
     add(
         "--window",
+        metavar="BATCHES",
         type=number(int, 1, 10_000),
         default=8,
-        help="maximum number of unanswered batches",
-    )
-    add(
-        "--state",
-        type=Path,
-        default=argparse.SUPPRESS,
-        help=f"file that keeps what was acknowledged (default: {STATE_NAME} in DIRECTORY)",
+        help="maximum number of unanswered batches" + _DEFAULT,
     )
     add(
         "--retry-for",
+        metavar="SECONDS",
         type=number(float, 0, 10**9),
         default=60.0,
-        help="seconds to go on while the server is away or accepts nothing",
+        help="time to go on while the server is away or accepts nothing; with --watch there is no"
+        " limit" + _DEFAULT,
     )
     for name, what in (
         ("ca", "connect by TLS; the CAs that may have signed the server's certificate"),
         ("cert", "this client's certificate, where the server wants one"),
         ("key", "its private key (default: in the file of --tls-cert)"),
     ):
-        add(f"--tls-{name}", metavar="FILE", type=Path, default=argparse.SUPPRESS, help=what)
+        add(f"--tls-{name}", metavar="FILE", type=Path, help=what)
+
+
+def _add_report(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--quiet", action="store_true", help="print problems only")
+    add("--json", action="store_true", help="print the summary as a JSON object")
 
 
 def _directory(text: str) -> Path:
@@ -108,7 +156,7 @@ def _directory(text: str) -> Path:
 
 
 def _tls(options: argparse.Namespace) -> ClientTLS | None:
-    ca, cert, key = (getattr(options, f"tls_{name}", None) for name in ("ca", "cert", "key"))
+    ca, cert, key = options.tls_ca, options.tls_cert, options.tls_key
     if cert is None and key is not None:
         raise TLSError("--tls-key is the key of a certificate: name that with --tls-cert")
     if ca is None:
@@ -122,10 +170,12 @@ def _tls(options: argparse.Namespace) -> ClientTLS | None:
 
 
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> NoReturn:
+    if options.watch and options.dry_run:
+        parser.error("--dry-run ends when the files are checked: leave out --watch")
     try:
         options.tls = _tls(options)
     except TLSError as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     csv.field_size_limit(options.max_frame_bytes)
     run(send_directory, options)
 

@@ -73,7 +73,7 @@ class Arguments(SynchronousTestCase):
             ([folder, "--max-frame-bytes", "-1"], "--max-frame-bytes"),
             ([folder, "--agency-id", "2147483648"], "--agency-id"),
         ):
-            status, out, err = self.run_main(*arguments)
+            status, out, err = self.run_main("--agency-id=1", *arguments)
             self.assertEqual((status, out), (2, ""), arguments)
             usage, line = err.rstrip("\n").rsplit("\n", 1)
             self.assertTrue(usage.startswith("usage: cafeorch-send "), usage)
@@ -87,14 +87,13 @@ class Arguments(SynchronousTestCase):
         text = " ".join(out.split())
         for option, default in (
             ("--connect", "tcp:127.0.0.1:8080"),
-            ("--agency-id", "1"),
             ("--batch-rows", "4000"),
             ("--max-frame-bytes", "1048576"),
             ("--window", "8"),
             ("--state", re.escape(f"{STATE_NAME} in DIRECTORY")),
             ("--retry-for", "60.0"),
         ):
-            self.assertRegex(text, rf"{option} [A-Z_]+ [^()]*\(default: {default}\)")
+            self.assertRegex(text, rf"{option} [A-Z]+ [^()]*\(default: {default}\)")
         self.assertRegex(text, r"--framing \{int32,opcode-first\} [^()]*\(default: int32\)")
 
     def test_version(self) -> None:
@@ -159,7 +158,7 @@ class Processes(TestCase):
         self, *arguments: str, err: int | None = None, launcher: Sequence[str] = ()
     ) -> subprocess.Popen[bytes]:
         """Start the command; its output goes into files."""
-        command: list[str | Path] = [*launcher, COMMAND, "--state", self.state]
+        command: list[str | Path] = [*launcher, COMMAND, "--agency-id=1", "--state", self.state]
         with self.out.open("wb") as out, self.err.open("wb") as err_file, default_signals():
             process = subprocess.Popen(
                 [*command, "--connect", self.server, *arguments],
@@ -208,7 +207,7 @@ class Processes(TestCase):
         self.assertRegex(last, r"Connection was refused.*Gave up")
 
     async def check_interrupt(self, number: signal.Signals) -> None:
-        """A signal ends it with status 1 and one line; run again, it sends the rest."""
+        """A signal ends it with status 130 and one line; run again, it sends the rest."""
         silent = Pending()
         self.factory.register_processor(Opcode.NEW_STORES, silent, replace=True)
         process = self.start(str(DATA))
@@ -217,7 +216,7 @@ class Processes(TestCase):
         await until(reactor, lambda: process.poll() is not None)
         silent.finish()
         err = self.err.read_text()
-        self.assertEqual(process.returncode, 1, err)
+        self.assertEqual(process.returncode, 130, err)
         (line,) = [line for line in err.splitlines() if not line.endswith("rows acknowledged")]
         self.assertEqual(line, "cafeorch-send: interrupted; run it again to send the rest")
         menu_items = self.rows

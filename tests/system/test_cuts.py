@@ -101,7 +101,12 @@ class CutTests(TestCase):
         exports = write_exports(folder, {"users_1.csv": 700, "users_2.csv": 1, "stores.csv": 300})
         # Sooner or later than its window of 8 is full: batches, ends of tables, the hello itself.
         self.proxy.passing = cycle(range(12))
-        arguments = [str(folder), "--batch-rows=5", f"--connect=tcp:{LOOPBACK}:{self.port}"]
+        arguments = [
+            str(folder),
+            "--agency-id=1",
+            "--batch-rows=5",
+            f"--connect=tcp:{LOOPBACK}:{self.port}",
+        ]
         output = io.StringIO()
         with redirect_stdout(output), redirect_stderr(output):
             status = await send_directory(reactor, parser().parse_args(arguments))

@@ -130,8 +130,8 @@ class RowReader:
             if column not in table.columns:
                 unknown.append(name)
             elif column in places:
-                twice = dict.fromkeys((header[places[column]], name))
-                raise self._error(1, f"{_quoted(twice)}: two columns for {column!r}")
+                first = header[places[column]]
+                raise self._error(1, f"{first!r} and {name!r} are the same column")
             else:
                 places[column] = place
         if unknown:

@@ -450,3 +450,44 @@ class Retries(TLSTestCase):
                 self.assertRaisesRegex(TLSError, "not signed", tls.explain, error)
             else:
                 self.assertTrue(expected)
+
+
+class PlainTests(TLSTestCase):
+    """Without ``--tls-ca``, to a server that wants TLS."""
+
+    async def send_plainly(self, **options: Any) -> Sent:
+        connect = f"tcp:{HOST}:{self.port.getHost().port}"
+        options = {"connect": connect, "state": self.state, "retry_for": 30.0, **options}
+        out, err = StringIO(), StringIO()
+        with patch.object(sys, "stdout", out), patch.object(sys, "stderr", err):
+            status = await send_directory(reactor, send_options(DATA, **options))
+        return Sent(status, out.getvalue(), err.getvalue())
+
+    async def test_a_server_that_wants_tls(self) -> None:
+        """It is named at once, in any framing and with any version, with the option to use."""
+        for versions in ({}, ONLY_1_2):
+            self.listen(server_context(self.server, **versions))
+            for framing in ("int32", "opcode-first"):
+                sent = await self.send_plainly(framing=framing)
+                self.assertEqual((sent.status, len(sent.lines)), (1, 1), sent.err)
+                self.assertRegex(
+                    sent.lines[0], r"^cafeorch-send: the server at tcp:.* speaks TLS: .*--tls-ca$"
+                )
+                self.assertEqual(self.rows, 0)
+
+    async def test_a_server_that_hangs_up(self) -> None:
+        """One that only closes is tried again, as ever."""
+        self.port = reactor.listenTCP(0, Factory.forProtocol(HangingUp), interface=HOST)
+        self.addCleanup(self.port.stopListening)
+        sent = await self.send_plainly(retry_for=0.0)
+        self.assertEqual((sent.status, len(sent.lines)), (1, 1), sent.err)
+        self.assertIn("Gave up", sent.lines[0])
+
+
+class HangingUp(Protocol):
+    """Closes at once."""
+
+    transport: Any
+
+    def connectionMade(self) -> None:
+        self.transport.loseConnection()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from uuid import UUID
 
 from cafeteria_orch.sender.journal import STATE_NAME
@@ -147,6 +148,9 @@ class RestoredStoreTests(IdentityTestCase):
             if keep(decode(payload).batch_number)
         }
 
+    def has_received(self, messages: int) -> bool:
+        return len(self.server.payloads()) >= messages
+
     def stored(self) -> list[str]:
         """The first cells of all rows in the store, and so no row twice."""
         return sorted(str(cell) for cell in cells(payload for _, payload in self.server.stored))
@@ -211,7 +215,7 @@ class RestoredStoreTests(IdentityTestCase):
             self.send()
             self.sent()
             self.restore(lambda number: number < 3)
-            self.send("--window=1", interrupt=lambda at=at: len(self.server.payloads()) >= at)
+            self.send("--window=1", interrupt=partial(self.has_received, at))
             self.assertEqual(self.send(), 0, self.output)
             self.assert_all_stored()
 

@@ -59,8 +59,13 @@ class Arguments(SynchronousTestCase):
             ([folder, folder], folder),
             ([folder, "--shoes"], "--shoes"),
             ([folder, "--connect", "carrier-pigeon:x"], "carrier-pigeon"),
-            ([folder, "--connect", "127.0.0.1"], "127.0.0.1"),
+            ([folder, "--connect", "127.0.0.1"], "such as tcp:127.0.0.1:8080"),
+            ([folder, "--connect", "127.0.0.1:9000"], "such as tcp:127.0.0.1:9000"),
+            ([folder, "--connect", "tcp:127.0.0.1"], "such as tcp:127.0.0.1:8080"),
+            ([folder, "--connect", "tcp:cafe.example"], "such as tcp:cafe.example:8080"),
             ([folder, "--connect", "tcp:host:http!"], "http!"),
+            ([folder, "--watch", "--dry-run"], "leave out --watch"),
+            ([folder, "--settle", "-1"], "--settle"),
             ([folder, "--window", "0"], "--window"),
             ([folder, "--window", "10001"], "--window"),
             ([folder, "--window", "many"], "'many'"),
@@ -80,6 +85,12 @@ class Arguments(SynchronousTestCase):
             self.assertTrue(line.startswith("cafeorch-send: error: "), line)
             self.assertIn(what, line)
 
+    def test_the_agency_must_be_named(self) -> None:
+        """There is no agency by default: rows of one would be taken for another's."""
+        status, _, err = self.run_main(str(DATA))
+        self.assertEqual(status, 2)
+        self.assertIn("error: the following arguments are required: --agency-id", err)
+
     def test_help(self) -> None:
         """The help names the options and their defaults."""
         status, out, err = self.run_main("--help")
@@ -92,6 +103,7 @@ class Arguments(SynchronousTestCase):
             ("--window", "8"),
             ("--state", re.escape(f"{STATE_NAME} in DIRECTORY")),
             ("--retry-for", "60.0"),
+            ("--settle", "5.0"),
         ):
             self.assertRegex(text, rf"{option} [A-Z]+ [^()]*\(default: {default}\)")
         self.assertRegex(text, r"--framing \{int32,opcode-first\} [^()]*\(default: int32\)")

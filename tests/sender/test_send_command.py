@@ -24,12 +24,14 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cafeteria_orch import __version__
-from cafeteria_orch.sender.cli import main
+from cafeteria_orch.sender.cli import main, parser
 from cafeteria_orch.sender.journal import STATE_NAME
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange, send_success
 from cafeteria_orch.wire.opcodes import Opcode
 from tests.support.builders import DATA, Pending, until
+from tests.support.package import ROOT
+from tests.support.pages import table_rows
 from tests.support.processes import default_signals
 from tests.support.scripted import SenderTestCase
 
@@ -107,6 +109,13 @@ class Arguments(SynchronousTestCase):
         ):
             self.assertRegex(text, rf"{option} [A-Z]+ [^()]*\(default: {default}\)")
         self.assertRegex(text, r"--framing \{int32,opcode-first\} [^()]*\(default: int32\)")
+
+    def test_the_page_has_every_option(self) -> None:
+        """The page of sending has a row for each option."""
+        page = (ROOT / "docs" / "sending.md").read_text()
+        options = {option for action in parser()._actions for option in action.option_strings}
+        rows = {row[0].strip("`") for row in table_rows(page.partition("## Options")[2])[1:]}
+        self.assertEqual(rows, options - {"-h", "--help"})
 
     def test_version(self) -> None:
         """The version is that of the package."""

@@ -103,7 +103,7 @@ class Planner:
             plan = self._journal.add_plan(name, export.table, cut, contents)
         elif (plan.digest, plan.batches) != (contents.digest, len(contents.rows)):
             raise _changed_since(export, plan)
-        if is_settled and Stamp.of(export.path) == stamp:
+        if is_settled:
             self._journal.note_check(plan, contents, stamp)
         return PlannedFile(export, plan, contents)
 

@@ -32,6 +32,10 @@ def is_batch(payload: bytes, number: int) -> bool:
     return numbers(batches([payload])) == [number]
 
 
+def cut_at(opcode: Opcode, payload: bytes) -> Reaction | None:
+    return CUT if payload[0] == opcode else None
+
+
 class OrderTests(SenderTestCase):
     """Nothing goes wrong."""
 
@@ -289,6 +293,28 @@ class AwayTests(SenderTestCase):
             self.assert_gave_up(0, "Connection")
             self.assertEqual(len(self.problems()), 1)
             self.assertRegex(self.output, rf"(?m)^users +1 +\d+ +{acknowledged} ")
+
+    def test_tls_is_tried_once_when_nothing_is_answered(self) -> None:
+        """Whether the server wants TLS is asked at the first connection without an answer."""
+        for opcode, probes in ((Opcode.CLIENT_HELLO, 1), (Opcode.NEW_USERS, 0)):
+            self.forget()
+            self.server.probes = 0
+            self.server.script = partial(cut_at, opcode)
+            self.assertEqual(self.send("--retry-for=20"), 1)
+            self.assertEqual(self.server.probes, probes)
+        self.server.script = lambda _: CUT
+        self.server.probe_answer = b"\x16\x03\x03\x00\x7a"
+        self.assertEqual(self.send("--retry-for=20"), 1)
+        (line,) = self.problems()
+        self.assertRegex(line, "^the server at tcp:127.0.0.1:8080 speaks TLS: .* with --tls-ca$")
+
+    def test_interrupt_while_tls_is_tried(self) -> None:
+        """Ctrl-C ends the attempt, and the run."""
+        self.server.script = lambda _: CUT
+        self.assertEqual(self.send(interrupt=lambda: self.server.probes), 130)
+        self.forget()
+        count = len(self.server.attempts) + 1
+        self.assertEqual(self.send(interrupt=lambda: len(self.server.attempts) > count), 130)
 
     def test_comes_back(self) -> None:
         """A server that comes in time gets everything."""

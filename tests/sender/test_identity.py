@@ -84,9 +84,15 @@ class WhichServerTests(IdentityTestCase):
 
     def test_an_earlier_server(self) -> None:
         """It refuses the question and closes: one line says so, and all is sent, in any framing."""
-        for answer in (MALFORMED, b"\x02"):
+
+        def closed(payload: bytes) -> Reaction | None:
+            # Its answer comes before its close.
+            return CLOSE if batches([payload]) and len(self.server.links) == 1 else None
+
+        for answer, script in ((MALFORMED, closed), (b"\x02", lambda _: None)):
             self.forget()
-            self.server.identity = Reaction(answer, CLOSE.end)
+            self.server.identity = Reaction(answer, None if script is closed else CLOSE.end)
+            self.server.script = script
             self.assertEqual(self.send("--retry-for=0"), 0, self.output)
             self.assertEqual(self.sent(), [1, 2, 3, 4, 5])
             self.assertEqual(self.output.count("cannot say which store it has"), 1)
@@ -208,6 +214,22 @@ class RestoredStoreTests(IdentityTestCase):
         self.assertEqual(self.send("--window=1"), 0, self.output)
         self.assert_all_stored(20)
 
+    def test_restored_while_everything_is_sent_again(self) -> None:
+        """The restart with an older store still is noticed, too."""
+        self.send()
+        self.restore(lambda number: number < 4)
+        restarts = [lambda number: number == 1]
+
+        def script(payload: bytes) -> Reaction | None:
+            if batches([payload]) and numbers([payload]) == [5] and restarts:
+                self.restore(restarts.pop())
+                return CUT
+            return None
+
+        self.server.script = script
+        self.assertEqual(self.send("--window=1"), 0, self.output)
+        self.assert_all_stored()
+
     def test_interrupted_while_everything_is_sent_again(self) -> None:
         """Interrupted anywhere, the next run sends the rest of what is sent again."""
         for at in range(1, 9):
@@ -251,11 +273,13 @@ class RestoredStoreTests(IdentityTestCase):
         self.users.write_text("user_id\n")
         self.write_stores()
         self.assertEqual(self.send(), 1)
-        self.users.write_text(text)
         self.restore(lambda number: number != 1)
         self.sent()
+        self.assertEqual(self.send(), 1)
+        self.assertEqual(self.sent(), [1, 2])
+        self.users.write_text(text)
         self.assertEqual(self.send(), 0, self.output)
-        self.assertIn(1, self.sent())
+        self.assertEqual(len(self.server.stored), 2 + 5)
 
     def test_a_file_that_is_gone(self) -> None:
         """What may be lost of it is named in each run, until it is back."""

@@ -136,12 +136,20 @@ class RenamedTests(SenderTestCase):
         self.assertEqual(len(self.server.stored), 5)
 
     def test_a_copy(self) -> None:
-        """A copy beside the file is a file of its own, and so is one of another table."""
+        """A copy beside the file is a file of its own."""
         users = self.write_users()
         self.send()
         (self.folder / "users_copy.csv").write_text(users.read_text())
         self.assertEqual(self.send(), 0, self.output)
         self.assertEqual(len(self.server.stored), 10)
+
+    def test_renamed_for_another_table(self) -> None:
+        """It is a file of that table, and does not fit it."""
+        users = self.write_users()
+        self.send()
+        users = users.rename(self.folder / "stores.csv")
+        self.assertEqual(self.send(), 1)
+        self.assertIn(f"{users}, line 1: 'user_id', ", self.output)
 
 
 class CompressedTests(SenderTestCase):

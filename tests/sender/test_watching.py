@@ -92,6 +92,16 @@ class WatchTests(SenderTestCase):
         self.assertEqual(self.sent(), ["0", "1"])
         self.assertEqual(self.output.count("Trying again."), 1)
 
+    def test_each_outage_is_said(self) -> None:
+        """The next one, too, when something was acknowledged between."""
+        self.write_users(rows=range(2))
+        self.server.is_away = True
+        self.at(20, lambda: setattr(self.server, "is_away", False))
+        self.at(30, lambda: setattr(self.server, "is_away", True))
+        self.at(31, lambda: self.write_users("users-2.csv", range(2)))
+        self.watch(60)
+        self.assertEqual(self.output.count("Trying again."), 2)
+
     def test_problems_are_said_once(self) -> None:
         """A file that cannot be sent does not stop the others, and is named once."""
         self.write_stores().write_text("shoes\n")

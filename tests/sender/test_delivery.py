@@ -184,6 +184,18 @@ class CutTests(SenderTestCase):
         self.assertEqual(numbers(batches(self.server.links[1].payloads)), [100])
         self.assertGreater(self.clock.turns - before, 99)
 
+    def test_each_cut_is_said(self) -> None:
+        """In the same words, if it was so, when something was acknowledged between."""
+        cuts = [4, 2]
+
+        def script(payload: bytes) -> Reaction | None:
+            is_cut = bool(cuts and payload[0] == Opcode.NEW_USERS and is_batch(payload, cuts[-1]))
+            return CUT if is_cut and cuts.pop() else None
+
+        self.server.script = script
+        self.assertEqual(self.send("--window=1"), 0)
+        self.assertEqual(self.output.count("Trying again for 60 s."), 2)
+
     def test_window_after_cuts(self) -> None:
         """Each of the connections uses the whole window, and no more."""
         self.write_users("users-2.csv", range(10, 110))

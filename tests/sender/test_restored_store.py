@@ -12,6 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.sender.journal import STATE_NAME
 from tests.support.builders import query
 from tests.support.faults import (
+    Program,
     Sender,
     Server,
     faults_of_store,
@@ -109,6 +110,21 @@ class RestoredStoreTests(SynchronousTestCase):
         self.restore()
         self.send()
         self.assert_complete()
+
+    def test_batches_that_an_operator_has_removed(self) -> None:
+        """They come back in the next run if they were removed with --resend, and only then."""
+        self.send()
+        code = "from cafeteria_orch.admin.cli import main; main()"
+        forget = ("store", "forget", str(self.server.store), "--yes", "--batch")
+        for options, are_sent_again in ((("3",), False), (("3", "4", "--resend"), True)):
+            command = Program(self, code, *forget, *options)
+            self.assertEqual(command.wait(), 0, command.output)
+            said = self.send()
+            self.assertEqual("Everything is sent again" in said, are_sent_again, said)
+        for table, amount in (("users", 300), ("stores", 200)):
+            column = f"{table.removesuffix('s')}_id"
+            counts = f"SELECT count(*), count(DISTINCT {column}) FROM {table}"
+            self.assertEqual(query(str(self.server.store), counts), [(amount, amount)])
 
     def test_a_moved_server(self) -> None:
         """The store at another port is the same; the store of another server is refused."""

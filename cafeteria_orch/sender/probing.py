@@ -8,7 +8,7 @@ from typing import Any
 from twisted.internet import defer
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.endpoints import connectProtocol
-from twisted.internet.error import ConnectError, ConnectingCancelledError
+from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
 from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
@@ -41,13 +41,12 @@ class TLSProbe:
             return
         self._is_done = True
         probe = _Probe()
-        probe.answer.addTimeout(PROBE_TIMEOUT, self._reactor)
         try:
             await connectProtocol(self._endpoint, probe)
-            first = await probe.answer
+            first = await probe.answer.addTimeout(PROBE_TIMEOUT, self._reactor)
         except (CancelledError, ConnectingCancelledError) as error:
             raise CancelledError from error
-        except (ConnectError, defer.TimeoutError):
+        except (ConnectError, DNSLookupError, defer.TimeoutError):
             return
         finally:
             probe.end()

@@ -320,6 +320,17 @@ class AwayTests(SenderTestCase):
         (line,) = self.problems()
         self.assertRegex(line, "^the server at tcp:127.0.0.1:8080 speaks TLS: .* with --tls-ca$")
 
+    def test_a_server_that_goes_away_while_tls_is_tried(self) -> None:
+        """It is one that is away, and leaves nothing behind."""
+        self.server.script = lambda _: self.go_away()
+        self.assertEqual(self.send("--retry-for=20"), 1)
+        self.assert_gave_up(20, "Connection was refused")
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    def go_away(self) -> Reaction:
+        self.server.is_away = True
+        return CUT
+
     def test_interrupt_while_tls_is_tried(self) -> None:
         """Ctrl-C ends the attempt, and the run."""
         self.server.script = lambda _: CUT

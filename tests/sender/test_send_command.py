@@ -256,6 +256,17 @@ class Processes(TestCase):
         """SIGTERM is the same."""
         await self.check_interrupt(signal.SIGTERM)
 
+    async def test_watch(self) -> None:
+        """It sends a file that comes, and Ctrl-C ends it."""
+        process = self.start(str(self.folder), "--watch", "--settle=0")
+        text = "user_id,gender,birthdate,registered_at\n7,f,,\n"
+        (self.folder / "users.csv").write_text(text, encoding="utf-8")
+        await until(reactor, lambda: self.rows)
+        process.send_signal(signal.SIGINT)
+        await until(reactor, lambda: process.poll() is not None)
+        self.assertEqual(process.returncode, 130, self.err.read_text())
+        self.assertNotIn("Traceback", self.err.read_text())
+
     async def test_sigint_stays_ignored_in_the_background(self) -> None:
         """A shell's background job ignores SIGINT: it sends everything all the same."""
         gate: Deferred[None] = Deferred()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,9 @@ from twisted.internet.endpoints import clientFromString
 
 DEFAULT_CONNECT = "tcp:127.0.0.1:8080"
 """Where an orchestrator listens by default."""
+
+# What a user may write for tcp:HOST:PORT.
+_ADDRESS = re.compile(r"(?:tcp:)?([\w.-]+)(?::(\d+))?")
 
 
 class BadArgument(ArgumentTypeError, ValueError):
@@ -40,5 +44,9 @@ def endpoint(text: str) -> str:
     try:
         clientFromString(None, text)
     except Exception as error:
-        raise BadArgument(f"{text}: {error}") from error
+        address = _ADDRESS.fullmatch(text)
+        right = f"tcp:{address[1]}:{address[2] or 8080}" if address else DEFAULT_CONNECT
+        raise BadArgument(
+            f"{text!r} is no Twisted endpoint: write tcp:HOST:PORT, such as {right}"
+        ) from error
     return text

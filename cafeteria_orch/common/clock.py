@@ -21,4 +21,4 @@ def measure_monotonic_time(reactor: Any) -> None:
     Twisted's reactors measure them by the wall clock: when that is set back by an hour, each
     delayed call comes an hour late. Call it before anything is delayed.
     """
-    reactor.seconds = time.monotonic
+    reactor.seconds = monotonic_time

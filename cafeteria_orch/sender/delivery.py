@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from twisted.application.internet import ClientService, backoffPolicy
-from twisted.internet.defer import Deferred, DeferredSemaphore
 from twisted.internet.error import ConnectError, ConnectionClosed, DNSLookupError
 from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.protocol import Factory
 from twisted.internet.task import deferLater
-from twisted.protocols.policies import TimeoutMixin
-from twisted.python.failure import Failure
 
+from cafeteria_orch.wire.errors import ProtocolError
 from cafeteria_orch.wire.framing import Framing
-from cafeteria_orch.wire.messages import BatchRecvFail, BatchRecvSuccess
+from cafeteria_orch.wire.messages import BatchRecvFail, BatchRecvSuccess, StoreIdentity
 from cafeteria_orch.wire.opcodes import FailReason
 from cafeteria_orch.wire.tables import Table
 
 from .client import Answer, OrchestratorClient
-from .exports import Batch, Contents, Export, ExportError
-from .journal import FilePlan, Journal
-
-ANSWER_TIMEOUT = 60.0
-"""How long, in seconds, to wait for a server's next answer before the connection is aborted."""
-
-RESTORE_IT = "restore it as it was; what is new belongs into a file of its own"
-"""What to do about a file that has changed."""
+from .connection import Connection
+from .exports import Batch
+from .journal import Journal
+from .plans import PlannedFile, TableExports
+from .reading import ExportError
 
 _REASONS: dict[int | None, str] = {
     FailReason.REJECTED: "the server rejects it",
     FailReason.MALFORMED: "the server finds it malformed",
 }
 
-_T = TypeVar("_T")
-
 _backoff = backoffPolicy(initialDelay=0.5, maxDelay=10.0)
 
 
 class GaveUp(Exception):
     """Nothing was acknowledged for too long. Its text says why."""
+
+
+class StoreRestored(Exception):
+    """The store lacks what it had acknowledged: all is to be sent again. Its text says so."""
 
 
 @dataclass
@@ -59,74 +57,23 @@ class Totals:
     earlier: int = 0
 
 
-@dataclass(frozen=True)
-class PlannedFile:
-    """A file, how it is cut into batches, and what it held when it was checked."""
-
-    export: Export
-    plan: FilePlan
-    contents: Contents
-
-    @property
-    def rows_left(self) -> int:
-        """How many rows have not been acknowledged."""
-        numbered = enumerate(self.contents.rows, self.plan.first)
-        return sum(rows for number, rows in numbered if number not in self.plan.acknowledged)
-
-    def batches(self) -> Iterator[tuple[int, Batch]]:
-        """Read the batches again, by their numbers.
-
-        Each is compared with what was checked. So is the whole file, before its last batch: an
-        edit of rows that were sent already must not end in a file that is done.
-
-        :raises ExportError: if the file has changed.
-        """
-        plan = self.plan
-        batches = self.export.batches(plan.first, plan.batch_rows, plan.max_frame_bytes)
-        for place, batch in enumerate(batches):
-            is_same = batch.digest == self.contents.batch_digests[place]
-            is_last = place == plan.batches - 1
-            if not is_same or (is_last and self.export.digest() != plan.digest):
-                raise self.changed
-            yield plan.first + place, batch
-
-    @property
-    def changed(self) -> ExportError:
-        """The error of a file that is not what was checked."""
-        what = f"it has changed since it was checked: {RESTORE_IT}"
-        return ExportError(self.export.path, None, what)
-
-
-@dataclass
-class TableExports:
-    """The files of a table.
-
-    :ivar whole: whether none is missing: only then is the table's end sent.
-    """
-
-    table: Table
-    files: list[PlannedFile]
-    whole: bool
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all batches of the table are acknowledged."""
-        return self.whole and all(file.plan.is_done for file in self.files)
-
-
 class Delivery:
     """Sends files over as many connections as it takes, a few batches ahead of the answers.
 
     :param endpoint: the server.
+    :param address: the server, as the user wrote it.
     :param journal: what has been acknowledged, and what will be.
+    :param totals: gets what was acknowledged, by table.
     :param framing: of the messages.
     :param window: the maximum number of unanswered batches.
     :param retry_for: how long, in seconds, to go on while nothing is acknowledged.
+    :param sends_again: whether the store was found to lack something just before.
     :param acknowledged: called with the number of rows of each acknowledged batch.
     :param say: called with a line for the user.
     :param explain: called with the error that ended a connection; returns what to say of it, or
         raises if trying again does not help.
-    :ivar totals: what was acknowledged, by table.
+    :param probe: called when a connection has ended without an answer; raises if trying again
+        does not help.
     :ivar problems: what was not acknowledged, and is not tried again in this run; a line each.
     """
 
@@ -134,29 +81,41 @@ class Delivery:
         self,
         reactor: Any,
         endpoint: IStreamClientEndpoint,
+        address: str,
         journal: Journal,
+        totals: dict[Table, Totals],
         *,
         framing: Framing,
         window: int,
         retry_for: float,
+        sends_again: bool,
         acknowledged: Callable[[int], object],
         say: Callable[[str], object],
         explain: Callable[[Exception], str] = str,
+        probe: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        self.totals: dict[Table, Totals] = {}
         self.problems: list[str] = []
         self._reactor = reactor
+        self._address = address
         self._journal = journal
+        self._totals = totals
         self._framing = framing
         self._window = window
         self._retry_for = retry_for
+        self._sends_again = sends_again
         self._acknowledged = acknowledged
         self._say = say
         self._explain = explain
+        self._probe = probe
+        self._said = ""
+        self._can_ask = True
+        self._stored = 0
+        # In every run the ends are sent: a store that was restored may lack them.
+        self._ended: set[Table] = set()
         self._refused: set[tuple[str, int]] = set()
         self._postponed = 0
         self._progressed_at = reactor.seconds()
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._service = ClientService(
             endpoint, Factory.forProtocol(partial(OrchestratorClient, framing)), _backoff, reactor
         )
@@ -165,13 +124,15 @@ class Delivery:
         """Send all that is not acknowledged, then FINISHED.
 
         :raises GaveUp: if nothing was acknowledged for too long.
+        :raises StoreRestored: if all is to be sent again.
         :raises ProtocolError: if the server sends something that is not an answer.
-        :raises JournalError: if an acknowledgement cannot be noted.
-        :raises Exception: what ``explain`` raises.
+        :raises JournalError: if the server is another one, or an acknowledgement cannot be noted.
+        :raises Exception: what ``explain`` and ``probe`` raise.
         """
         for exports in tables:
             earlier = sum(len(file.plan.acknowledged) for file in exports.files)
-            self.totals[exports.table] = Totals(files=len(exports.files), earlier=earlier)
+            totals = self._totals.setdefault(exports.table, Totals())
+            totals.files, totals.earlier = len(exports.files), earlier
         self._service.startService()
         try:
             while (pause := await self._try(tables, agency_id)) is not None:
@@ -193,34 +154,108 @@ class Delivery:
         pause = 0.0
         try:
             connection = await self._connect()
-            for exports in tables:
-                await self._send_table(connection, exports)
+            if await self._meet(connection, agency_id):
+                for exports in tables:
+                    await self._send_table(connection, exports)
+                if not connection.try_again and await self._meet(connection, agency_id):
+                    self._note_losses()
+                    await connection.expect(connection.client.finish(agency_id))
+                    return None
             if not connection.try_again:
-                await connection.expect(connection.client.finish(agency_id))
-                if all(self._journal.has_ended(exports.table) for exports in tables):
-                    self._journal.finish()
-                return None
+                return pause
             pause = _backoff(self._postponed)
             self._postponed += 1
             reason = "The server does not take everything now."
-        except (ConnectError, ConnectionClosed, DNSLookupError) as error:
+        except (ConnectError, ConnectionClosed, DNSLookupError, ProtocolError) as error:
+            connection_is_mute = self._connection and not self._connection.has_answered
+            if connection_is_mute and self._probe is not None:
+                await self._probe()
+            if isinstance(error, ProtocolError):
+                raise
             reason = self._explain(error)
         time_left = self._progressed_at + self._retry_for - self._reactor.seconds()
         if time_left <= 0:
             raise GaveUp(reason)
-        self._say(f"{reason} Trying again for {max(1, round(time_left))} s.")
+        how_long = "" if math.isinf(time_left) else f" for {max(1, round(time_left))} s"
+        line = f"{reason} Trying again{how_long}."
+        if line != self._said:
+            self._say(line)
+            self._said = line
         return pause
 
-    async def _connect(self) -> _Connection:
+    async def _connect(self) -> Connection:
         connected = await self._service.whenConnected(failAfterFailures=1)
         client = cast("OrchestratorClient", connected)
         if self._connection is None or self._connection.client is not client:
-            self._connection = _Connection(self._reactor, client, self._window)
+            if self._connection is not None:
+                # The next connection may be to a server that was restored meanwhile.
+                self._sends_again = self._sends_again and not self._connection.has_answered
+            self._connection = Connection(self._reactor, client, self._window)
             await self._connection.expect(client.send_hello(self._journal.client_id))
+            self._connection.has_answered = True
         self._connection.try_again = False
         return self._connection
 
-    async def _send_table(self, connection: _Connection, exports: TableExports) -> None:
+    async def _meet(self, connection: Connection, agency_id: int) -> bool:
+        """Make sure that the server is the right one, and has what it has acknowledged.
+
+        :return: whether to go on over this connection.
+        :raises JournalError: if it is another server.
+        :raises StoreRestored: if it lacks something.
+        """
+        identity: StoreIdentity | None = None
+        if self._can_ask:
+            answer = await connection.expect(connection.client.ask_identity())
+            if isinstance(answer, StoreIdentity):
+                identity = answer
+            elif isinstance(answer, BatchRecvFail) and answer.reason == FailReason.TRY_AGAIN:
+                connection.try_again = True
+                return False
+            else:
+                self._can_ask = False
+                self._say(
+                    f"The server at {self._address} cannot say which store it has, and whether"
+                    " that has all that was acknowledged: upgrade it."
+                )
+                # An earlier version closes the connection.
+                connection.client.abortConnection()
+                return False
+        self._journal.meet(self._address, identity, agency_id)
+        if identity is not None and identity.store_id is not None:
+            self._compare(identity.batches)
+        return True
+
+    def _compare(self, stored: int) -> None:
+        """Compare how many batches the store has with what was acknowledged.
+
+        1. A store that has what is expected is in order.
+        2. One that lacks something was restored: everything is sent again, by another delivery.
+        3. What it still lacks after that, over one connection, it does not keep.
+        """
+        journal = self._journal
+        expected = journal.expected
+        if stored < expected and not self._sends_again:
+            journal.forget(stored)
+            raise StoreRestored(
+                f"The store has {stored} of the {expected} batches that it had: was it restored"
+                " from a backup? Everything is sent again; what it has is not stored twice."
+            )
+        journal.note_stored(stored)
+        self._stored = stored
+
+    def _note_losses(self) -> None:
+        """Note what was sent again of no file, when all files are sent."""
+        journal = self._journal
+        if journal.lost and self._stored >= journal.acknowledged + journal.lost:
+            journal.find()
+        for plan in journal.plans.values():
+            if plan.lost:
+                self._note_problem(
+                    f"{plan.file}: the store may have lost {len(plan.lost)} of its {plan.batches}"
+                    " batches: put the file back as it was, and run this again"
+                )
+
+    async def _send_table(self, connection: Connection, exports: TableExports) -> None:
         for file in exports.files:
             plan = file.plan
             if plan.is_done:
@@ -239,17 +274,17 @@ class Delivery:
             except OSError as error:
                 self._note_problem(str(error))
         await connection.settle()
-        if exports.is_done and not self._journal.has_ended(exports.table):
+        if exports.is_done and exports.table not in self._ended:
             answer = await connection.expect(connection.client.send_eof(exports.table))
             if isinstance(answer, BatchRecvSuccess):
-                self._journal.end_table(exports.table)
+                self._ended.add(exports.table)
             elif self._is_for_later(answer):
                 connection.try_again = True
             else:
                 self._note_problem(f"the end of {exports.table.name}: {_reason(answer)}")
 
     def _send_batch(
-        self, connection: _Connection, file: PlannedFile, number: int, batch: Batch
+        self, connection: Connection, file: PlannedFile, number: int, batch: Batch
     ) -> None:
         def answered(answer: Answer) -> None:
             if isinstance(answer, BatchRecvSuccess):
@@ -268,7 +303,8 @@ class Delivery:
     def _count(self, table: Table, batch: Batch) -> None:
         self._progressed_at = self._reactor.seconds()
         self._postponed = 0
-        totals = self.totals[table]
+        self._said = ""
+        totals = self._totals[table]
         totals.rows += batch.amount
         totals.batches += 1
         totals.bytes += len(batch.payload)
@@ -284,73 +320,6 @@ class Delivery:
     def _note_problem(self, problem: str) -> None:
         if problem not in self.problems:
             self.problems.append(problem)
-
-
-class _Connection(TimeoutMixin):
-    """One connection: its window of unanswered batches, and the timeout of its answers.
-
-    :ivar try_again: whether the server has asked to send something again later.
-    """
-
-    def __init__(self, reactor: Any, client: OrchestratorClient, window: int) -> None:
-        self.client = client
-        self.try_again = False
-        self._reactor = reactor
-        self._size = window
-        self._window = DeferredSemaphore(window)
-        self._failure: Failure | None = None
-        self._expected = 0
-
-    def callLater(self, period: float, func: Callable[[], object]) -> Any:
-        """Have the reactor call something."""
-        return self._reactor.callLater(period, func)
-
-    def timeoutConnection(self) -> None:
-        """Close at once: the server takes too long for an answer."""
-        self.client.abortConnection()
-
-    def expect(self, answer: Deferred[_T]) -> Deferred[_T]:
-        """Give the server its time for an answer, from now or from the answer before it."""
-
-        def came(result: _T) -> _T:
-            self._expected -= 1
-            self.setTimeout(ANSWER_TIMEOUT if self._expected else None)
-            return result
-
-        if not self._expected:
-            self.setTimeout(ANSWER_TIMEOUT)
-        self._expected += 1
-        return answer.addBoth(came)
-
-    async def reserve(self) -> None:
-        """Wait for a place in the window.
-
-        :raises ConnectionClosed: if the connection has ended.
-        """
-        await self._window.acquire()
-        if self._failure is not None:
-            self._window.release()
-            self._failure.raiseException()
-
-    async def settle(self) -> None:
-        """Wait for all answers.
-
-        :raises ConnectionClosed: if the connection has ended before.
-        """
-        for _ in range(self._size):
-            await self._window.acquire()
-        for _ in range(self._size):
-            self._window.release()
-        if self._failure is not None:
-            self._failure.raiseException()
-
-    def fail(self, failure: Failure) -> None:
-        """Note that a batch got no answer, or that its answer could not be dealt with."""
-        self._failure = failure
-
-    def free(self, _: None) -> None:
-        """Free a place in the window."""
-        self._window.release()
 
 
 def _reason(answer: Answer) -> str:

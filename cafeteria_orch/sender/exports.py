@@ -1,33 +1,28 @@
-"""The agencies' CSV exports: the files of a folder, their rows, and batches of these."""
+"""The agencies' CSV exports: their batches, and what they hold in all."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Iterator, Sequence
+import gzip
+import zlib
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
-from io import BufferedReader, FileIO, RawIOBase
-from operator import itemgetter
+from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from cafeteria_orch.wire.messages import BATCH_HEADER, encode_row
 from cafeteria_orch.wire.opcodes import BatchStatus
 from cafeteria_orch.wire.rows import Row
-from cafeteria_orch.wire.tables import MENU_ITEMS, TABLES, Table
+from cafeteria_orch.wire.tables import Table
+
+from .reading import BadRow, ExportError, Reject, RowReader
+
+COMPRESSED = ".gz"
+"""What the name of a compressed file ends with."""
 
 _CHUNK_BYTES = 1 << 20
-
-# In addition to the aliases of the wire.
-_EXPORT_ALIASES = {MENU_ITEMS: {"item_name": "name"}}
-
-
-class ExportError(Exception):
-    """A file that cannot be sent. Its text names the file, the line and the fault."""
-
-    def __init__(self, path: Path, line: int | None, what: str) -> None:
-        place = str(path) if line is None else f"{path}, line {line}"
-        super().__init__(f"{place}: {what}")
 
 
 @dataclass(frozen=True)
@@ -54,14 +49,31 @@ class Batch:
 class Contents(NamedTuple):
     """What a file held when it was read.
 
-    :ivar digest: of its bytes.
+    :ivar digest: of its bytes, those of a compressed file without the compression.
     :ivar rows: the number of rows of each batch.
+    :ivar sizes: the length of each batch's payload.
     :ivar batch_digests: of each batch.
     """
 
     digest: str
     rows: list[int]
+    sizes: list[int]
     batch_digests: list[bytes]
+
+
+class Cut(NamedTuple):
+    """How a file is cut into batches.
+
+    :ivar first: the number of the first batch; those of the next ones follow.
+    :ivar max_rows: of a batch.
+    :ivar max_bytes: of a payload.
+    :ivar skips_bad_rows: whether rows that cannot be sent are left out; else they are an error.
+    """
+
+    first: int
+    max_rows: int
+    max_bytes: int
+    skips_bad_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,76 +84,72 @@ class Export:
     table: Table
 
     def rows(self) -> Iterator[tuple[int, int, Row]]:
-        """Read the rows of the file: the first and last line of each, and its cells.
-
-        The cells are in the order of the table's columns, unchanged. Blank lines are skipped.
+        """Read the rows of the file, as :class:`~.reading.RowReader` does.
 
         :raises ExportError: at the first fault.
         """
-        with self.path.open("rb") as file:
-            yield from self._rows(file)
+        with self._opened() as (file, _):
+            yield from RowReader(self.path, self.table, file, None)
 
     def digest(self) -> str:
         """Read the file and return the digest of its bytes, as :attr:`Contents.digest`."""
         digest = _new_digest()
-        with self.path.open("rb", buffering=0) as file:
+        with self._opened() as (file, _):
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()
 
-    def batches(self, number: int, max_rows: int, max_bytes: int) -> Iterator[Batch]:
+    def batches(self, cut: Cut) -> Iterator[Batch]:
         """Read the file into batches. The last one says EOF; it is empty if the file is.
 
-        :param number: of the first batch; those of the next ones follow.
-        :param max_rows: of a batch.
-        :param max_bytes: of a payload.
         :raises ExportError: at the first fault.
         """
-        with self.path.open("rb") as file:
-            yield from self._batches(file, number, max_rows, max_bytes)
+        with self._opened() as (file, _):
+            yield from self._batches(file, cut, _drop)
 
-    def check(self, number: int, max_rows: int, max_bytes: int) -> Contents:
+    def check(self, cut: Cut, reject: Reject | None = None) -> Generator[int, None, Contents]:
         """Read the whole file once; it can be compared with what it holds later.
 
-        The parameters and the errors are those of :meth:`batches`.
+        :param reject: takes the rows that ``cut`` leaves out.
+        :return: yields, batch by batch, how many bytes of the file are read.
+        :raises ExportError: at the first fault.
         """
-        rows, batch_digests = [], []
-        with self.path.open("rb", buffering=0) as raw:
-            source = _DigestingReader(raw)
-            file = BufferedReader(source, _CHUNK_BYTES)
-            for batch in self._batches(file, number, max_rows, max_bytes):
+        rows, sizes, batch_digests = [], [], []
+        with self._opened() as (file, disk):
+            source = _DigestingReader(file)
+            lines = BufferedReader(source, _CHUNK_BYTES)
+            for batch in self._batches(lines, cut, reject or _drop):
                 rows.append(batch.amount)
+                sizes.append(len(batch.payload))
                 batch_digests.append(batch.digest)
-        return Contents(source.digest.hexdigest(), rows, batch_digests)
+                yield disk.tell()
+        return Contents(source.digest.hexdigest(), rows, sizes, batch_digests)
 
-    def _rows(self, file: BinaryIO) -> Iterator[tuple[int, int, Row]]:
-        reader = csv.reader(self._lines(file), strict=True)
-        try:
-            header = next(reader, [])
-            width = len(header)
-            in_table_order = itemgetter(*self._places(header))
-            line = reader.line_num
-            for cells in reader:
-                first_line, line = line + 1, reader.line_num
-                if not cells:
-                    continue
-                if len(cells) != width:
-                    raise self._error(first_line, f"{len(cells)} cells, the header has {width}")
-                yield first_line, line, in_table_order([*cells, None])
-        except csv.Error as error:
-            raise self._error(reader.line_num, str(error)) from error
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+        """Open the file: what it says, and the same, or what is compressed, on the disk."""
+        with self.path.open("rb") as disk:
+            if self.path.suffix.lower() != COMPRESSED:
+                yield disk, disk
+                return
+            try:
+                with gzip.open(disk) as file:
+                    yield file, disk  # type: ignore[misc]
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                what = f"it is not a whole gzip file: {error}"
+                raise ExportError(self.path, None, what) from error
 
-    def _batches(
-        self, file: BinaryIO, number: int, max_rows: int, max_bytes: int
-    ) -> Iterator[Batch]:
-        head_bytes = 1 + BATCH_HEADER.size
+    def _batches(self, file: BinaryIO, cut: Cut, reject: Reject) -> Iterator[Batch]:
+        number, head_bytes = cut.first, 1 + BATCH_HEADER.size
         encoded: list[bytes] = []
         size, first_line, last_line = head_bytes, 0, 0
-        for row_first, row_last, row in self._rows(file):
+        reader = RowReader(self.path, self.table, file, reject if cut.skips_bad_rows else None)
+        for row_first, row_last, row in reader:
             row_bytes = encode_row(row, self.table)
-            if head_bytes + len(row_bytes) > max_bytes:
-                raise self._error(row_first, f"a row that no frame of {max_bytes} bytes holds")
-            if len(encoded) == max_rows or size + len(row_bytes) > max_bytes:
+            if head_bytes + len(row_bytes) > cut.max_bytes:
+                reader.refuse(row_first, f"a row that no frame of {cut.max_bytes} bytes holds")
+                continue
+            if len(encoded) == cut.max_rows or size + len(row_bytes) > cut.max_bytes:
                 yield self._batch(number, BatchStatus.CONTINUE, encoded, first_line, last_line)
                 number += 1
                 encoded, size = [], head_bytes
@@ -164,32 +172,6 @@ class Export:
         payload = b"".join((bytes([self.table.opcode]), head, *encoded))
         return Batch(payload, len(encoded), first_line, last_line)
 
-    def _lines(self, file: BinaryIO) -> Iterator[str]:
-        for number, line in enumerate(file, 1):
-            try:
-                # Spreadsheet programs write a byte order mark before the header.
-                yield str(line, "utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise self._error(number, f"byte {error.start + 1} is not UTF-8") from error
-
-    def _places(self, header: Sequence[str]) -> list[int]:
-        """The place of each column of the table in a row, one behind its end for a missing one."""
-        aliases = {**self.table.aliases, **_EXPORT_ALIASES.get(self.table, {})}
-        names = [aliases.get(name, name) for name in header]
-        for name in names:
-            if name not in self.table.columns:
-                raise self._error(1, f"{name!r} is no column of {self.table.name}")
-            if names.count(name) > 1:
-                raise self._error(1, f"column {name!r} stands there twice")
-        for column in self.table.columns:
-            if column not in names and column not in self.table.optional:
-                raise self._error(1, f"column {column!r} is missing")
-        places = {name: place for place, name in enumerate(names)}
-        return [places.get(column, len(names)) for column in self.table.columns]
-
-    def _error(self, line: int, what: str) -> ExportError:
-        return ExportError(self.path, line, what)
-
 
 class _DigestingReader(RawIOBase):
     """Reads a file.
@@ -197,7 +179,7 @@ class _DigestingReader(RawIOBase):
     :ivar digest: of what was read so far.
     """
 
-    def __init__(self, file: FileIO) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self.digest = _new_digest()
         self._file = file
 
@@ -205,7 +187,7 @@ class _DigestingReader(RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        size = self._file.readinto(buffer)
+        size: int = self._file.readinto(buffer)  # type: ignore[attr-defined]
         self.digest.update(buffer[:size])
         return size
 
@@ -214,35 +196,5 @@ def _new_digest(data: bytes = b"") -> blake2b:
     return blake2b(data, digest_size=16)
 
 
-def find_exports(directory: Path) -> tuple[list[Export], list[ExportError]]:
-    """Find the CSV files in a folder and its subfolders.
-
-    A file belongs to the table that its name begins with; otherwise, to the table that the name
-    of a folder around it begins with, the nearest folder first.
-
-    :return: the files by table, in the order of their paths; and an error for each file
-        that belongs to no table.
-    """
-    exports, errors = [], []
-    for path in sorted(directory.rglob("*")):
-        if path.suffix.lower() != ".csv" or not path.is_file():
-            continue
-        folders = (directory.resolve().name, *path.relative_to(directory).parts[:-1])
-        table = _table_of([path.stem, *reversed(folders)])
-        if table is None:
-            names = ", ".join(table.name for table in TABLES)
-            errors.append(
-                ExportError(path, None, f"neither it nor its folder is named for one of {names}")
-            )
-        else:
-            exports.append(Export(path, table))
-    exports.sort(key=lambda export: TABLES.index(export.table))
-    return exports, errors
-
-
-def _table_of(names: Iterable[str]) -> Table | None:
-    for name in names:
-        for table in TABLES:
-            if name == table.name or name.startswith((f"{table.name}_", f"{table.name}-")):
-                return table
-    return None
+def _drop(_: BadRow) -> None:
+    """What was rejected when the file was checked is not rejected again."""

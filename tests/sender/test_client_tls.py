@@ -22,9 +22,11 @@ from twisted.internet.error import ConnectionLost
 from twisted.internet.protocol import Factory, Protocol
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from cafeteria_orch.sender import delivery
-from cafeteria_orch.sender.cli import STATE_NAME, main, send_directory
+from cafeteria_orch.sender import connection, delivery
+from cafeteria_orch.sender.cli import main
 from cafeteria_orch.sender.client import OrchestratorClient
+from cafeteria_orch.sender.journal import STATE_NAME
+from cafeteria_orch.sender.sending import send_directory
 from cafeteria_orch.sender.tls import ClientTLS, TLSError, host_of
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange, send_success
@@ -138,7 +140,7 @@ class Arguments(FilesTestCase):
         """Run the command with arguments that it refuses, and return its last line."""
         err = StringIO()
         with patch.object(sys, "stderr", err):
-            exited = self.assertRaises(SystemExit, main, [str(DATA), *arguments])
+            exited = self.assertRaises(SystemExit, main, [str(DATA), "--agency-id=1", *arguments])
         self.assertEqual(exited.code, 2)
         return err.getvalue().splitlines()[-1]
 
@@ -303,12 +305,13 @@ class Sending(TLSTestCase):
         self.assertNotIn("handshake", sent.err)
         self.assertRegex(sent.out, rf"(?m)^acknowledged +8 +{self.rows} ")
 
-    async def test_a_second_run_does_not_connect(self) -> None:
-        """A run that finds every batch acknowledged needs no server."""
+    async def test_a_second_run_sends_no_batch(self) -> None:
+        """A run that finds every batch acknowledged sends none, and says so."""
         self.listen(server_context(self.server))
         await self.send()
+        rows = self.rows
         sent = await self.send()
-        self.assertEqual((sent.status, sent.lines, self.connections), (0, [], 1))
+        self.assertEqual((sent.status, sent.lines, self.rows), (0, [], rows))
         self.assertIn("All had been acknowledged before.", sent.out)
 
 
@@ -414,7 +417,7 @@ class Retries(TLSTestCase):
 
     async def test_a_silent_server(self) -> None:
         """A server that sends nothing may not speak TLS either."""
-        self.patch(delivery, "ANSWER_TIMEOUT", 0.05)
+        self.patch(connection, "ANSWER_TIMEOUT", 0.05)
         self.listen(factory=Factory.forProtocol(Protocol))
         sent = await self.send(retry_for=0)
         self.assertEqual((sent.status, len(sent.lines)), (1, 1), sent.err)
@@ -447,3 +450,44 @@ class Retries(TLSTestCase):
                 self.assertRaisesRegex(TLSError, "not signed", tls.explain, error)
             else:
                 self.assertTrue(expected)
+
+
+class PlainTests(TLSTestCase):
+    """Without ``--tls-ca``, to a server that wants TLS."""
+
+    async def send_plainly(self, **options: Any) -> Sent:
+        connect = f"tcp:{HOST}:{self.port.getHost().port}"
+        options = {"connect": connect, "state": self.state, "retry_for": 30.0, **options}
+        out, err = StringIO(), StringIO()
+        with patch.object(sys, "stdout", out), patch.object(sys, "stderr", err):
+            status = await send_directory(reactor, send_options(DATA, **options))
+        return Sent(status, out.getvalue(), err.getvalue())
+
+    async def test_a_server_that_wants_tls(self) -> None:
+        """It is named at once, in any framing and with any version, with the option to use."""
+        for versions in ({}, ONLY_1_2):
+            self.listen(server_context(self.server, **versions))
+            for framing in ("int32", "opcode-first"):
+                sent = await self.send_plainly(framing=framing)
+                self.assertEqual((sent.status, len(sent.lines)), (1, 1), sent.err)
+                self.assertRegex(
+                    sent.lines[0], r"^cafeorch-send: the server at tcp:.* speaks TLS: .*--tls-ca$"
+                )
+                self.assertEqual(self.rows, 0)
+
+    async def test_a_server_that_hangs_up(self) -> None:
+        """One that only closes is tried again, as ever."""
+        self.port = reactor.listenTCP(0, Factory.forProtocol(HangingUp), interface=HOST)
+        self.addCleanup(self.port.stopListening)
+        sent = await self.send_plainly(retry_for=0.0)
+        self.assertEqual((sent.status, len(sent.lines)), (1, 1), sent.err)
+        self.assertIn("Gave up", sent.lines[0])
+
+
+class HangingUp(Protocol):
+    """Closes at once."""
+
+    transport: Any
+
+    def connectionMade(self) -> None:
+        self.transport.loseConnection()

@@ -8,8 +8,8 @@ from typing import Any
 
 from twisted.internet import error as errors
 
-from cafeteria_orch.sender import delivery
-from cafeteria_orch.sender.cli import STATE_NAME
+from cafeteria_orch.sender import connection
+from cafeteria_orch.sender.journal import STATE_NAME
 from cafeteria_orch.wire.messages import decode
 from cafeteria_orch.wire.opcodes import Opcode
 from tests.support import scripted
@@ -30,6 +30,10 @@ from tests.support.scripted import (
 
 def is_batch(payload: bytes, number: int) -> bool:
     return numbers(batches([payload])) == [number]
+
+
+def cut_at(opcode: Opcode, payload: bytes) -> Reaction | None:
+    return CUT if payload[0] == opcode else None
 
 
 class OrderTests(SenderTestCase):
@@ -77,11 +81,11 @@ class OrderTests(SenderTestCase):
             self.assertLessEqual(size, 300)
 
     def test_acknowledged_files_are_not_sent_again(self) -> None:
-        """The run calls no server, and says why; without its state it sends all, as another."""
+        """The run says so; without its state it sends all, as another."""
         self.write_users()
         self.send()
         self.assertEqual(self.send(), 0)
-        self.assertEqual(len(self.server.links), 1)
+        self.assertEqual(batches(self.server.links.pop().payloads), [])
         state = self.folder / STATE_NAME
         self.assertIn(
             f"All had been acknowledged before. To send everything again, remove {state}.",
@@ -94,7 +98,7 @@ class OrderTests(SenderTestCase):
         self.assertNotEqual(first[0], second[0])
 
     def test_new_file(self) -> None:
-        """A new file of a table continues its numbers, and the end is sent again."""
+        """A new file of a table continues its numbers, and the ends are sent again."""
         self.write_users()
         self.write_stores()
         self.send()
@@ -102,7 +106,7 @@ class OrderTests(SenderTestCase):
         self.assertEqual(self.send(), 0)
         link = self.server.links[1]
         self.assertEqual(numbers(batches(link.payloads)), [6, 7, 8])
-        self.assertEqual(self.server.ends(), ["stores", "users", "users"])
+        self.assertEqual(self.server.ends(), ["stores", "users"] * 2)
         self.assertEqual(cells(self.server.batches())[4:], [str(row) for row in range(15)])
 
     def test_window(self) -> None:
@@ -180,6 +184,18 @@ class CutTests(SenderTestCase):
         self.assertEqual(numbers(batches(self.server.links[1].payloads)), [100])
         self.assertGreater(self.clock.turns - before, 99)
 
+    def test_each_cut_is_said(self) -> None:
+        """In the same words, if it was so, when something was acknowledged between."""
+        cuts = [4, 2]
+
+        def script(payload: bytes) -> Reaction | None:
+            is_cut = bool(cuts and payload[0] == Opcode.NEW_USERS and is_batch(payload, cuts[-1]))
+            return CUT if is_cut and cuts.pop() else None
+
+        self.server.script = script
+        self.assertEqual(self.send("--window=1"), 0)
+        self.assertEqual(self.output.count("Trying again for 60 s."), 2)
+
     def test_window_after_cuts(self) -> None:
         """Each of the connections uses the whole window, and no more."""
         self.write_users("users-2.csv", range(10, 110))
@@ -203,7 +219,7 @@ class CutTests(SenderTestCase):
         """Ctrl-C ends it at once, wherever it is; the next run sends the rest."""
         for message in range(1, 11):
             self.forget()
-            self.assertEqual(self.send(interrupt=partial(self.has_received, message)), 1)
+            self.assertEqual(self.send(interrupt=partial(self.has_received, message)), 130)
             self.assertIn("cafeorch-send: interrupted; run it again to send the rest", self.output)
             self.assertEqual(self.send(), 0)
             self.assert_all_arrived()
@@ -212,7 +228,7 @@ class CutTests(SenderTestCase):
         """The same while it connects, and between two attempts."""
         self.server.is_away = True
         for end in (lambda: self.server.attempts, lambda: self.clock.seconds() > 3):
-            self.assertEqual(self.send(interrupt=end), 1)
+            self.assertEqual(self.send(interrupt=end), 130)
             self.assertIn("interrupted", self.problems()[-1])
             self.assertLess(self.clock.seconds(), 20)
 
@@ -234,7 +250,7 @@ class AwayTests(SenderTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.write_users()
-        self.patch(delivery, "ANSWER_TIMEOUT", 5.0)
+        self.patch(connection, "ANSWER_TIMEOUT", 5.0)
 
     def assert_gave_up(self, after: float, why: str) -> None:
         """It gave up in time, with one clear reason."""
@@ -290,6 +306,39 @@ class AwayTests(SenderTestCase):
             self.assertEqual(len(self.problems()), 1)
             self.assertRegex(self.output, rf"(?m)^users +1 +\d+ +{acknowledged} ")
 
+    def test_tls_is_tried_once_when_nothing_is_answered(self) -> None:
+        """Whether the server wants TLS is asked at the first connection without an answer."""
+        for opcode, probes in ((Opcode.CLIENT_HELLO, 1), (Opcode.NEW_USERS, 0)):
+            self.forget()
+            self.server.probes = 0
+            self.server.script = partial(cut_at, opcode)
+            self.assertEqual(self.send("--retry-for=20"), 1)
+            self.assertEqual(self.server.probes, probes)
+        self.server.script = lambda _: CUT
+        self.server.probe_answer = b"\x16\x03\x03\x00\x7a"
+        self.assertEqual(self.send("--retry-for=20"), 1)
+        (line,) = self.problems()
+        self.assertRegex(line, "^the server at tcp:127.0.0.1:8080 speaks TLS: .* with --tls-ca$")
+
+    def test_a_server_that_goes_away_while_tls_is_tried(self) -> None:
+        """It is one that is away, and leaves nothing behind."""
+        self.server.script = lambda _: self.go_away()
+        self.assertEqual(self.send("--retry-for=20"), 1)
+        self.assert_gave_up(20, "Connection was refused")
+        self.assertEqual(self.flushLoggedErrors(), [])
+
+    def go_away(self) -> Reaction:
+        self.server.is_away = True
+        return CUT
+
+    def test_interrupt_while_tls_is_tried(self) -> None:
+        """Ctrl-C ends the attempt, and the run."""
+        self.server.script = lambda _: CUT
+        self.assertEqual(self.send(interrupt=lambda: self.server.probes), 130)
+        self.forget()
+        count = len(self.server.attempts) + 1
+        self.assertEqual(self.send(interrupt=lambda: len(self.server.attempts) > count), 130)
+
     def test_comes_back(self) -> None:
         """A server that comes in time gets everything."""
         self.server.is_away = True
@@ -337,7 +386,7 @@ class AwayTests(SenderTestCase):
 
     def test_slow_answers(self) -> None:
         """A server that answers in time keeps its connection."""
-        self.patch(delivery, "ANSWER_TIMEOUT", 1.0)
+        self.patch(connection, "ANSWER_TIMEOUT", 1.0)
         self.patch(scripted, "LATENCY", 0.45)
         self.assertEqual(self.send("--window=1"), 0)
         self.assertEqual(len(self.server.links), 1)

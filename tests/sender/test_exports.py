@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.sender.exports import Batch, Export, ExportError, find_exports
+from cafeteria_orch.sender.exports import Batch, Contents, Cut, Export
+from cafeteria_orch.sender.finding import find_exports
+from cafeteria_orch.sender.reading import ExportError, Reject
 from cafeteria_orch.wire.messages import TableBatch, decode
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import (
@@ -33,6 +35,17 @@ from tests.support.strategies import I64, rows, tables
 HEADER = b"user_id,gender,birthdate,registered_at\n"
 LINE = b"7,female,2003-06-13,2024-01-11 17:50:12\n"
 MIB = 1_048_576
+
+
+def contents_of(export: Export, cut: Cut, reject: Reject | None = None) -> Contents:
+    """Check a file."""
+    steps = export.check(cut, reject)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            contents: Contents = end.value
+            return contents
 
 
 class ExportCase(SynchronousTestCase):
@@ -137,10 +150,45 @@ class Finding(ExportCase):
         self.assertEqual(([export.table for export in exports], errors), ([USERS], []))
 
     def test_endings(self) -> None:
-        """A CSV file ends in .csv, in capitals too; folders and other files do not count."""
+        """A CSV file ends in .csv or .csv.gz, in capitals too; no folder or other file counts."""
         (self.folder / "stores.csv").mkdir()
-        found = self.find("users.CSV", "users.txt", "users.csv.gz", "users", "stores.csv/a.Csv")
-        self.assertEqual(found, {"users.CSV": "users", "stores.csv/a.Csv": ""})
+        found = self.find(
+            "users.CSV", "users.txt", "users_1.csv.gz", "USERS_2.CSV.GZ", "users", "users.gz",
+            "stores.csv/a.Csv", "users.csv.gz.part",
+        )  # fmt: skip
+        self.assertEqual(
+            found,
+            {
+                "users.CSV": "users",
+                "users_1.csv.gz": "users",
+                "USERS_2.CSV.GZ": "users",
+                "stores.csv/a.Csv": "",
+            },
+        )
+
+    def test_case(self) -> None:
+        """The case of a name does not matter."""
+        expected = {
+            "USERS.CSV": "users",
+            "Stores_1.csv": "stores",
+            "Menu_Items/a.csv": "menu_items",
+        }
+        self.assertEqual(self.find(*expected), expected)
+
+    def test_beside_its_compressed_form(self) -> None:
+        """Of a file and its compressed form, which may well be the same rows, one is refused."""
+        found = self.find("users.csv", "users.csv.gz", "stores.csv.gz")
+        self.assertEqual(
+            found, {"users.csv": "users", "users.csv.gz": "", "stores.csv.gz": "stores"}
+        )
+
+    def test_left_out(self) -> None:
+        """One file may be left out, whatever it is called."""
+        self.find("users.csv", "users_rejects.csv", "rejects.csv")
+        left = self.folder / "rejects.csv", self.folder / "users_rejects.csv"
+        self.assertEqual(find_exports(self.folder, left[0])[1], [])
+        exports, _ = find_exports(self.folder, left[1])
+        self.assertEqual([export.path.name for export in exports], ["users.csv"])
 
     def test_links(self) -> None:
         """A link belongs to the folder that holds it, wherever it leads."""
@@ -232,7 +280,7 @@ class Refusing(ExportCase):
         self.assertNotIn("\n", text)
         self.assertEqual(len(read), good_rows)
         with self.assertRaises(ExportError) as caught:
-            list(export.batches(1, 4000, MIB))
+            list(export.batches(Cut(1, 4000, MIB)))
         self.assertEqual(str(caught.exception), text)
 
     def test_missing_column(self) -> None:
@@ -284,10 +332,11 @@ class Refusing(ExportCase):
 class Batching(ExportCase):
     """How rows are put into batches."""
 
-    def batches(self, content: bytes, number: int = 1, **limits: int) -> list[Batch]:
+    def batches(
+        self, content: bytes, number: int = 1, max_rows: int = 4000, max_bytes: int = MIB
+    ) -> list[Batch]:
         """The batches of a file."""
-        export = self.export(content)
-        return list(export.batches(number, **({"max_rows": 4000, "max_bytes": MIB} | limits)))
+        return list(self.export(content).batches(Cut(number, max_rows, max_bytes)))
 
     def decoded(self, batches: Iterable[Batch]) -> list[TableBatch]:
         """What a server makes of batches."""
@@ -373,7 +422,7 @@ class Batching(ExportCase):
         number = data.draw(st.integers(-5, 2**60) | I64.filter(lambda n: n < 2**62))
         max_rows = data.draw(st.integers(1, 9))
         max_bytes = data.draw(st.integers(1200, 3000))
-        batches = list(Export(path, table).batches(number, max_rows, max_bytes))
+        batches = list(Export(path, table).batches(Cut(number, max_rows, max_bytes)))
         messages = self.decoded(batches)
         self.assertEqual([row for message in messages for row in message.rows], written)
         for place, (batch, message) in enumerate(zip(batches, messages)):
@@ -387,7 +436,7 @@ class Batching(ExportCase):
         exports, _ = find_exports(DATA)
         self.assertEqual({export.table for export in exports}, set(TABLES))
         for export in exports:
-            messages = self.decoded(export.batches(1, 5, MIB))
+            messages = self.decoded(export.batches(Cut(1, 5, MIB)))
             sent = [row for message in messages for row in message.rows]
             self.assertEqual(sent, [row for _, _, row in export.rows()])
             self.assertGreaterEqual(len(sent), 10)
@@ -395,11 +444,12 @@ class Batching(ExportCase):
     def test_check(self) -> None:
         """It notes the digest of the file, and the rows and the digest of each batch."""
         for export in find_exports(DATA)[0]:
-            batches = list(export.batches(7, 5, 900))
-            digest, rows, batch_digests = export.check(7, 5, 900)
+            batches = list(export.batches(Cut(7, 5, 900)))
+            digest, rows, sizes, batch_digests = contents_of(export, Cut(7, 5, 900))
             self.assertEqual(digest, export.digest())
             self.assertEqual(digest, blake2b(export.path.read_bytes(), digest_size=16).hexdigest())
             self.assertEqual(rows, [batch.amount for batch in batches])
+            self.assertEqual(sizes, [len(batch.payload) for batch in batches])
             self.assertEqual(batch_digests, [batch.digest for batch in batches])
             self.assertEqual(len({*batch_digests}), len(batches))
 

@@ -24,11 +24,14 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cafeteria_orch import __version__
-from cafeteria_orch.sender.cli import STATE_NAME, main
+from cafeteria_orch.sender.cli import main, parser
+from cafeteria_orch.sender.journal import STATE_NAME
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange, send_success
 from cafeteria_orch.wire.opcodes import Opcode
 from tests.support.builders import DATA, Pending, until
+from tests.support.package import ROOT
+from tests.support.pages import table_rows
 from tests.support.processes import default_signals
 from tests.support.scripted import SenderTestCase
 
@@ -58,8 +61,13 @@ class Arguments(SynchronousTestCase):
             ([folder, folder], folder),
             ([folder, "--shoes"], "--shoes"),
             ([folder, "--connect", "carrier-pigeon:x"], "carrier-pigeon"),
-            ([folder, "--connect", "127.0.0.1"], "127.0.0.1"),
+            ([folder, "--connect", "127.0.0.1"], "such as tcp:127.0.0.1:8080"),
+            ([folder, "--connect", "127.0.0.1:9000"], "such as tcp:127.0.0.1:9000"),
+            ([folder, "--connect", "tcp:127.0.0.1"], "such as tcp:127.0.0.1:8080"),
+            ([folder, "--connect", "tcp:cafe.example"], "such as tcp:cafe.example:8080"),
             ([folder, "--connect", "tcp:host:http!"], "http!"),
+            ([folder, "--watch", "--dry-run"], "leave out --watch"),
+            ([folder, "--settle", "-1"], "--settle"),
             ([folder, "--window", "0"], "--window"),
             ([folder, "--window", "10001"], "--window"),
             ([folder, "--window", "many"], "'many'"),
@@ -72,12 +80,18 @@ class Arguments(SynchronousTestCase):
             ([folder, "--max-frame-bytes", "-1"], "--max-frame-bytes"),
             ([folder, "--agency-id", "2147483648"], "--agency-id"),
         ):
-            status, out, err = self.run_main(*arguments)
+            status, out, err = self.run_main("--agency-id=1", *arguments)
             self.assertEqual((status, out), (2, ""), arguments)
             usage, line = err.rstrip("\n").rsplit("\n", 1)
             self.assertTrue(usage.startswith("usage: cafeorch-send "), usage)
             self.assertTrue(line.startswith("cafeorch-send: error: "), line)
             self.assertIn(what, line)
+
+    def test_the_agency_must_be_named(self) -> None:
+        """There is no agency by default: rows of one would be taken for another's."""
+        status, _, err = self.run_main(str(DATA))
+        self.assertEqual(status, 2)
+        self.assertIn("error: the following arguments are required: --agency-id", err)
 
     def test_help(self) -> None:
         """The help names the options and their defaults."""
@@ -86,15 +100,22 @@ class Arguments(SynchronousTestCase):
         text = " ".join(out.split())
         for option, default in (
             ("--connect", "tcp:127.0.0.1:8080"),
-            ("--agency-id", "1"),
             ("--batch-rows", "4000"),
             ("--max-frame-bytes", "1048576"),
             ("--window", "8"),
             ("--state", re.escape(f"{STATE_NAME} in DIRECTORY")),
             ("--retry-for", "60.0"),
+            ("--settle", "5.0"),
         ):
-            self.assertRegex(text, rf"{option} [A-Z_]+ [^()]*\(default: {default}\)")
+            self.assertRegex(text, rf"{option} [A-Z]+ [^()]*\(default: {default}\)")
         self.assertRegex(text, r"--framing \{int32,opcode-first\} [^()]*\(default: int32\)")
+
+    def test_the_page_has_every_option(self) -> None:
+        """The page of sending has a row for each option."""
+        page = (ROOT / "docs" / "sending.md").read_text()
+        options = {option for action in parser()._actions for option in action.option_strings}
+        rows = {row[0].strip("`") for row in table_rows(page.partition("## Options")[2])[1:]}
+        self.assertEqual(rows, options - {"-h", "--help"})
 
     def test_version(self) -> None:
         """The version is that of the package."""
@@ -158,7 +179,7 @@ class Processes(TestCase):
         self, *arguments: str, err: int | None = None, launcher: Sequence[str] = ()
     ) -> subprocess.Popen[bytes]:
         """Start the command; its output goes into files."""
-        command: list[str | Path] = [*launcher, COMMAND, "--state", self.state]
+        command: list[str | Path] = [*launcher, COMMAND, "--agency-id=1", "--state", self.state]
         with self.out.open("wb") as out, self.err.open("wb") as err_file, default_signals():
             process = subprocess.Popen(
                 [*command, "--connect", self.server, *arguments],
@@ -207,7 +228,7 @@ class Processes(TestCase):
         self.assertRegex(last, r"Connection was refused.*Gave up")
 
     async def check_interrupt(self, number: signal.Signals) -> None:
-        """A signal ends it with status 1 and one line; run again, it sends the rest."""
+        """A signal ends it with status 130 and one line; run again, it sends the rest."""
         silent = Pending()
         self.factory.register_processor(Opcode.NEW_STORES, silent, replace=True)
         process = self.start(str(DATA))
@@ -216,7 +237,7 @@ class Processes(TestCase):
         await until(reactor, lambda: process.poll() is not None)
         silent.finish()
         err = self.err.read_text()
-        self.assertEqual(process.returncode, 1, err)
+        self.assertEqual(process.returncode, 130, err)
         (line,) = [line for line in err.splitlines() if not line.endswith("rows acknowledged")]
         self.assertEqual(line, "cafeorch-send: interrupted; run it again to send the rest")
         menu_items = self.rows
@@ -234,6 +255,17 @@ class Processes(TestCase):
     async def test_terminate(self) -> None:
         """SIGTERM is the same."""
         await self.check_interrupt(signal.SIGTERM)
+
+    async def test_watch(self) -> None:
+        """It sends a file that comes, and Ctrl-C ends it."""
+        process = self.start(str(self.folder), "--watch", "--settle=0")
+        text = "user_id,gender,birthdate,registered_at\n7,f,,\n"
+        (self.folder / "users.csv").write_text(text, encoding="utf-8")
+        await until(reactor, lambda: self.rows)
+        process.send_signal(signal.SIGINT)
+        await until(reactor, lambda: process.poll() is not None)
+        self.assertEqual(process.returncode, 130, self.err.read_text())
+        self.assertNotIn("Traceback", self.err.read_text())
 
     async def test_sigint_stays_ignored_in_the_background(self) -> None:
         """A shell's background job ignores SIGINT: it sends everything all the same."""

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.sender.exports import find_exports
+from cafeteria_orch.sender.finding import find_exports
 from cafeteria_orch.store import insertion
 from cafeteria_orch.store.insertion import (
     Batches,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Any
 
-from cafeteria_orch.sender.exports import find_exports
+from cafeteria_orch.sender.finding import find_exports
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.wire.tables import (
     MENU_ITEMS,

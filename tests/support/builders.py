@@ -21,6 +21,7 @@ from twisted.logger import LogEvent, formatEvent
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from cafeteria_orch.sender.cli import parser
 from cafeteria_orch.server import responses
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
@@ -208,12 +209,7 @@ def query(path: str, sql: str) -> list[tuple[Any, ...]]:
 
 
 def send_options(directory: Path, **changes: Any) -> argparse.Namespace:
-    """The options of ``cafeorch-send``; ``connect`` is what has no default."""
-    options: dict[str, Any] = {
-        "agency_id": 1,
-        "batch_rows": 4000,
-        "max_frame_bytes": 1_048_576,
-        "window": 8,
-    }
-    options |= {"framing": "int32", **changes}
-    return argparse.Namespace(directory=directory, **options)
+    """The options of ``cafeorch-send``."""
+    options = parser().parse_args([str(directory), "--agency-id=1"])
+    vars(options).update(changes)
+    return options

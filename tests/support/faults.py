@@ -213,7 +213,8 @@ class Sender(Program):
 
     def __init__(self, test: SynchronousTestCase, folder: Path, port: int, *options: str) -> None:
         code = "from cafeteria_orch.sender.cli import main; main()"
-        super().__init__(test, code, str(folder), f"--connect=tcp:{LOOPBACK}:{port}", *options)
+        server = f"--connect=tcp:{LOOPBACK}:{port}"
+        super().__init__(test, code, str(folder), "--agency-id=1", server, *options)
 
 
 class RawClient:

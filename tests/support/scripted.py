@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 from unittest.mock import patch
+from uuid import UUID
 
 from twisted.internet import error as errors
 from twisted.internet.defer import CancelledError, Deferred
@@ -19,9 +20,11 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
-from cafeteria_orch.sender import cli
+from cafeteria_orch.sender import sending
+from cafeteria_orch.sender.cli import parser
+from cafeteria_orch.sender.journal import STATE_NAME
 from cafeteria_orch.wire.framing import INT32, FrameDecoder, Framing
-from cafeteria_orch.wire.messages import TableBatch, decode
+from cafeteria_orch.wire.messages import StoreIdentity, TableBatch, decode, encode
 from cafeteria_orch.wire.opcodes import Opcode
 from cafeteria_orch.wire.tables import TABLES
 
@@ -83,6 +86,10 @@ class ScriptedServer:
     :ivar is_away: whether it refuses connections.
     :ivar refusal: how it does.
     :ivar framing: the one that it speaks.
+    :ivar store_id: the identity of its store; ``None``: it has none.
+    :ivar stored: the batches in its store, each with the CLIENT_HELLO of its sender.
+    :ivar identity: what it does when it is asked for its identity, if not what a server does.
+    :ivar probe_answer: what it answers to the beginning of a TLS handshake.
     :ivar attempts: the times of all attempts to connect.
     :ivar links: its connections.
     """
@@ -93,6 +100,11 @@ class ScriptedServer:
         self.is_away = False
         self.refusal: Exception = errors.ConnectionRefusedError()
         self.framing: Framing = INT32
+        self.store_id: UUID | None = None
+        self.stored: set[tuple[bytes, bytes]] = set()
+        self.identity: Reaction | None = None
+        self.probe_answer = b""
+        self.probes = 0
         self.attempts: list[float] = []
         self.links: list[Link] = []
 
@@ -118,6 +130,11 @@ class ScriptedServer:
         ends = [payload for payload in self.payloads() if payload[0] == Opcode.EOF]
         return [decode(payload).rows[0][0] for payload in ends]
 
+    def identify(self, hello: bytes) -> Reaction:
+        """Answer the question for the identity."""
+        batches = sum(sender == hello for sender, _ in self.stored)
+        return self.identity or Reaction(encode(StoreIdentity(self.store_id, batches)))
+
     def _accept(self, factory: Any) -> Any:
         if self.is_away:
             raise self.refusal
@@ -137,7 +154,7 @@ def _cancel_as_endpoints_do(failure: Failure) -> Failure:
 class Link:
     """A connection: the transport of its sender.
 
-    :ivar payloads: that came over it.
+    :ivar payloads: that came over it, without the questions for the store's identity.
     :ivar acknowledged: those of them that were answered with SUCCESS.
     :ivar max_unanswered: how many were unanswered at once.
     """
@@ -157,6 +174,11 @@ class Link:
         self._is_lost = False
 
     def write(self, data: bytes) -> None:
+        if data.startswith(b"\x16\x03") and self._server.links[-1] is self:
+            self._server.probes += 1
+            self._server.links.remove(self)
+            self._clock.callLater(LATENCY, self._answer_probe)
+            return
         self._decoder.feed(data)
         for payload in self._decoder.payloads():
             self._unanswered += payload[0] != Opcode.FINISHED
@@ -169,11 +191,20 @@ class Link:
     def abortConnection(self) -> None:
         self._clock.callLater(0, self._lose, errors.ConnectionAborted())
 
+    def _answer_probe(self) -> None:
+        if self._server.probe_answer:
+            self._protocol.dataReceived(self._server.probe_answer)
+        self._lose(ConnectionDone())
+
     def _take(self, payload: bytes) -> None:
         if self._is_lost:
             return
-        self.payloads.append(payload)
-        reaction = self._server.script(payload)
+        reaction: Reaction | bytes | None
+        if payload[0] == Opcode.STORE_IDENTITY:
+            reaction = self._server.identify(self.payloads[0])
+        else:
+            self.payloads.append(payload)
+            reaction = self._server.script(payload)
         if reaction is None:
             reaction = CLOSE if payload[0] == Opcode.FINISHED else SUCCEED
         if isinstance(reaction, bytes):
@@ -181,9 +212,9 @@ class Link:
         if reaction.answer:
             if reaction.answer == SUCCEED:
                 self.acknowledged.append(payload)
-            framing = self._server.framing
-            answer = reaction.answer if framing.answers_have_bodies else reaction.answer[:1]
-            self._clock.callLater(LATENCY, self._deliver, framing.encode(answer))
+                self._server.stored.update((self.payloads[0], each) for each in batches([payload]))
+            answer = self._server.framing.encode_answer(reaction.answer)
+            self._clock.callLater(LATENCY, self._deliver, answer)
         if reaction.end is not None:
             self._is_lost = True
             self._clock.callLater(LATENCY, self._protocol.connectionLost, Failure(reaction.end()))
@@ -283,16 +314,16 @@ class SenderTestCase(SynchronousTestCase):
         :param interrupt: the user presses Ctrl-C as soon as it returns something true.
         :return: its exit status; what it said is in :attr:`output`.
         """
-        arguments = [str(self.folder), "--batch-rows=2", *options]
+        arguments = [str(self.folder), "--agency-id=1", "--batch-rows=2", *options]
         output = self.new_output()
         with (
-            patch.object(cli, "clientFromString", lambda *_: self.server),
+            patch.object(sending, "clientFromString", lambda *_: self.server),
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(output),
         ):
-            parsed = cli._parser().parse_args(arguments)
-            sending = Deferred.fromCoroutine(cli.send_directory(self.clock, parsed))
-            status = run_until_done(self.clock, sending, interrupt)
+            parsed = parser().parse_args(arguments)
+            running = Deferred.fromCoroutine(sending.send_directory(self.clock, parsed))
+            status = run_until_done(self.clock, running, interrupt)
         self.output = output.getvalue()
         return status
 
@@ -307,5 +338,6 @@ class SenderTestCase(SynchronousTestCase):
 
     def forget(self) -> None:
         """Remove the state of earlier runs, and what the server has of them."""
-        (self.folder / cli.STATE_NAME).unlink(missing_ok=True)
+        (self.folder / STATE_NAME).unlink(missing_ok=True)
         self.server.links.clear()
+        self.server.stored.clear()

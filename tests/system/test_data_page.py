@@ -7,7 +7,8 @@ from itertools import count
 from pathlib import Path
 from uuid import UUID
 
-from cafeteria_orch.sender.exports import Export, find_exports
+from cafeteria_orch.sender.exports import Export
+from cafeteria_orch.sender.finding import find_exports
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.wire.tables import MENU_ITEMS, STORES, TABLES, USERS
 from tests.support.builders import PEER

@@ -57,7 +57,7 @@ class PostgreSQLProcessTests(ProcessTestCase):
     def test_exports(self) -> None:
         """All that ``cafeorch-send`` sends is there once, also after a second sender's tables."""
         server = self.start("--store", self.url)
-        command = [str(PROGRAMS / "cafeorch-send"), str(DATA), "--connect"]
+        command = [str(PROGRAMS / "cafeorch-send"), str(DATA), "--agency-id=1", "--connect"]
         command.append(f"tcp:127.0.0.1:{server.port}")
         for state in ("one", "two"):
             sending = subprocess.run(

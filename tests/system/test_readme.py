@@ -14,6 +14,8 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.daemon.options import Options
+from tests.support.builders import query
+from tests.support.faults import Program, Server
 from tests.support.pages import code_blocks
 
 ROOT = Path(__file__).parent.parent.parent
@@ -48,11 +50,18 @@ class ReadmeTests(SynchronousTestCase):
         lines = [line for line in processor.splitlines() if line.strip()]
         self.assertLessEqual(len(lines), 12)
 
-    def test_program_compiles(self) -> None:
-        """The sending program is Python that imports what there is."""
+    def test_program_stores_once(self) -> None:
+        """The sending program, run twice against a server, has stored its row once."""
+        server = Server(self)
+        server.start()
+        server.wait_until_it_listens()
         program, *_ = code_blocks(ENGLISH, "python")
-        code = compile(program.replace("react(main)", ""), "README.md", "exec")
-        exec(code, {})
+        self.assertIn(":8080", program)
+        for _ in range(2):
+            running = Program(self, program.replace(":8080", f":{server.port}"))
+            self.assertEqual((running.wait(), running.output), (0, "BatchRecvSuccess()\n"))
+        for table in ("users", "batch"):
+            self.assertEqual(query(str(server.store), f"SELECT count(*) FROM {table}"), [(1,)])
 
     def test_languages_agree(self) -> None:
         """Both READMEs have the same commands, programs, headings, options and tables."""

@@ -1,28 +1,40 @@
-"""``cafeorch``: what an operator does with a store."""
+"""``cafeorch``: what people do beside the server, in one command."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
 from cafeteria_orch import __version__
+from cafeteria_orch.bench import cli as bench
+from cafeteria_orch.common.command_line import CommandParser
 
 from . import copy_command
 
+_DESCRIPTION = """
+Measure an orchestrator, and work with its store. twistd cafeorch runs the server.
+"""
 
-def parser() -> argparse.ArgumentParser:
+_PROGRAMS = (("bench", "load a server, and measure it", bench.add_arguments),)
+"""Commands that are programs of their own too, as ``cafeorch-bench``; each adds its arguments."""
+
+_STORE_COMMANDS = (copy_command.add_to,)
+"""Each adds a command to those of ``cafeorch store``."""
+
+
+def make_parser() -> CommandParser:
     """The command line: of each command, its part of it has the function that runs it."""
-    whole = argparse.ArgumentParser(
-        prog="cafeorch", description="Work with the store of an orchestrator."
-    )
-    whole.add_argument("--version", action="version", version=f"cafeteria_orch {__version__}")
-    parts = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser = CommandParser(prog="cafeorch", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"cafeteria_orch {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, what, add_arguments in _PROGRAMS:
+        add_arguments(commands.add_parser(name, help=what))
     what = "the database that the server keeps its batches in"
-    store = parts.add_parser("store", help=what, description=f"Work with {what}.")
-    commands = store.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    copy_command.add_to(commands)
-    return whole
+    store = commands.add_parser("store", help=what, description=f"Work with {what}.")
+    store_commands = store.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add_to in _STORE_COMMANDS:
+        add_to(store_commands)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -30,5 +42,5 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     :raises SystemExit: with its status.
     """
-    options = parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     raise SystemExit(options.run(options))

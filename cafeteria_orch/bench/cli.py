@@ -18,6 +18,7 @@ from twisted.internet.task import deferLater
 
 from cafeteria_orch import __version__
 from cafeteria_orch.common.arguments import DEFAULT_CONNECT, endpoint, number
+from cafeteria_orch.common.command_line import CommandParser, DefaultsFormatter, ServerOptions
 from cafeteria_orch.common.commands import run
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 from cafeteria_orch.wire.tables import TABLES
@@ -34,6 +35,13 @@ MIN_FRAME_BYTES = 1024
 """A batch of this length holds any row."""
 
 _DEFAULT_ROWS = 1000
+_DESCRIPTION = """
+Load an orchestrator with random batches of the five tables, and report how many it
+acknowledged, how soon, and how much processor time it used. Every answer is checked; the exit
+status is 0 if every batch was acknowledged with SUCCESS. A server that stores will store the
+batches, without an agency; the server of --self does so in a temporary folder (in TMPDIR),
+which is removed.
+"""
 _COLUMNS = (
     f"{'framing':13}{'batches/s':>10}{'rows/s':>10}{'MB/s':>8}"
     f"{'p50':>9}{'p90':>9}{'p99':>9}{'p99.9':>9}{'max ms':>9}{'CPU s/MB':>10}{'per client':>16}"
@@ -137,7 +145,7 @@ async def _target(reactor: Any, options: argparse.Namespace) -> AsyncIterator[Ta
     if not options.starts_server:
         yield Target(options.connect, options.server_pid)
         return
-    async with local_server(reactor, options.server_options) as server:
+    async with local_server(reactor, options.server_options or ()) as server:
         yield Target(f"tcp:127.0.0.1:{server.port}", server.pid)
 
 
@@ -231,17 +239,15 @@ def _say(line: str) -> None:
     print(f"cafeorch-bench: {line}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cafeorch-bench",
-        usage="%(prog)s [options] [-- option of the server, with --self ...]",
-        description="Load an orchestrator with random batches of the five tables, and report how"
-        " many it acknowledged, how soon, and how much processor time it used. Every answer is"
-        " checked; the exit status is 0 if every batch was acknowledged with SUCCESS. A server"
-        " that stores will store the batches, without an agency; the server of --self does so in"
-        " a temporary folder (in TMPDIR), which is removed.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def add_arguments(parser: CommandParser) -> None:
+    """Add the options of the command to a parser.
+
+    Among the options that it parses is ``run``, which runs the command with them.
+    """
+    parser.usage = "%(prog)s [options] [-- option of the server, with --self ...]"
+    parser.description = _DESCRIPTION
+    parser.formatter_class = DefaultsFormatter
+    parser.server_options = ServerOptions.AFTER_DASHES
     add = parser.add_argument
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -254,7 +260,6 @@ def _parser() -> argparse.ArgumentParser:
         "--self",
         dest="starts_server",
         action="store_true",
-        default=argparse.SUPPRESS,
         help="start an orchestrator and measure it; after -- stand its options, those of"
         " twistd cafeorch: --self -- --store none --log-level warn",
     )
@@ -265,13 +270,11 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument(
         "--bytes",
         type=number(int, MIN_FRAME_BYTES, DEFAULT_MAX_FRAME_BYTES),
-        default=argparse.SUPPRESS,
         help="length of each batch's frame, which is filled with rows",
     )
     add(
         "--table",
         choices=[table.name for table in TABLES],
-        default=argparse.SUPPRESS,
         help="send batches of this table alone (default: of all in turn)",
     )
     add("--seed", type=number(int, 0, 2**63), default=0, help="the same seed gives the same rows")
@@ -299,39 +302,38 @@ def _parser() -> argparse.ArgumentParser:
         "--server-pid",
         metavar="PID",
         type=number(int, 1, 2**31 - 1),
-        default=argparse.SUPPRESS,
         help="process of a server on this machine, whose processor time is reported",
     )
     add(
         "--json",
         action="store_true",
-        default=argparse.SUPPRESS,
         help="print a JSON object instead of a table",
     )
-    add("--version", action="version", version=f"cafeteria_orch {__version__}")
+    parser.set_defaults(run=partial(_run_command, parser))
+
+
+def _run_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> NoReturn:
+    if options.server_options is not None and not options.starts_server:
+        parser.error("what stands after -- is for a server of its own: say --self too")
+    if options.starts_server and options.server_pid:
+        parser.error("--server-pid is for a server that is there already: leave out --self")
+    run(bench, options)
+
+
+def make_parser() -> CommandParser:
+    """The command line of ``cafeorch-bench``."""
+    parser = CommandParser(prog="cafeorch-bench")
+    add_arguments(parser)
+    parser.add_argument("--version", action="version", version=f"cafeteria_orch {__version__}")
     return parser
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line.
 
     :raises SystemExit: if there is a mistake in it, which is printed.
     """
-    parser = _parser()
-    own, server_options = list(arguments), None
-    if "--" in own:
-        place = own.index("--")
-        own, server_options = own[:place], own[place + 1 :]
-    absent = argparse.Namespace(
-        starts_server=False, bytes=None, table=None, server_pid=None, json=False
-    )
-    options = parser.parse_args(own, absent)
-    if server_options is not None and not options.starts_server:
-        parser.error("what stands after -- is for a server of its own: say --self too")
-    if options.starts_server and options.server_pid:
-        parser.error("--server-pid is for a server that is there already: leave out --self")
-    options.server_options = server_options or []
-    return options
+    return make_parser().parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -339,7 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     :raises SystemExit: with its status.
     """
-    run(bench, parse_arguments(sys.argv[1:] if arguments is None else arguments))
+    options = parse_arguments(arguments)
+    raise SystemExit(options.run(options))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "server": {"wire", "common"},
     "edge": {"wire", "common", "server"},
     "store": {"wire", "common", "server"},
-    "admin": {"wire", "common", "store", ""},
+    "admin": {"wire", "common", "store", "sender", "bench", ""},
     "observe": {"wire", "common", "server", "store"},
     "daemon": {"wire", "common", "server", "edge", "store", "observe", ""},
     "tap": {"wire", "common", "server", "edge", "store", "observe", "daemon", ""},

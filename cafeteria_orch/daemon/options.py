@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
+from getopt import GetoptError
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,9 @@ from cafeteria_orch.server.memory import DEFAULT_MAX_IN_FLIGHT_BYTES
 from cafeteria_orch.store.location import absolute, has_password
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 
+from .environment import unknown_variables, variable
 from .node import DEFAULT_NODE, node_name
 from .service import DEFAULT_DRAIN_TIMEOUT
-
-ENVIRONMENT_PREFIX = "CAFEORCH_"
 
 _log = Logger()
 
@@ -221,6 +222,8 @@ class Options(usage.Options):
         """Share the TCP port with other servers of this machine (SO_REUSEPORT)"""
         self._collected["reuse-port"] = True
 
+    opt_h = usage.Options.opt_help
+
     def opt_version(self) -> None:
         """Display the version and exit."""
         print(f"cafeteria_orch {__version__}")
@@ -240,10 +243,10 @@ class Options(usage.Options):
         defaults |= {name: [] for name in _REPEATED} | dict.fromkeys(_FLAGS, False)
         try:
             given = self._read(options, "--{}".format)
-            environment = self._read(_environment_arguments(), _environment_name)
+            environment = self._read(_environment_arguments(), variable)
         except usage.UsageError as error:
-            raise refusal(str(error)) from error
-        for options_of, label in ((given, "--{}".format), (environment, _environment_name)):
+            raise refusal(f"{error}{self._remedy(error.__context__)}") from error
+        for options_of, label in ((given, "--{}".format), (environment, variable)):
             clash = sorted(options_of.keys() & _TCP_OPTIONS)
             if clash and "listen" in options_of:
                 what = f"{label('listen')} takes the place of {label(clash[0])}"
@@ -251,7 +254,7 @@ class Options(usage.Options):
         if given.keys() & _TCP_OPTIONS:
             environment.pop("listen", None)
         self.update(defaults | environment | given)
-        for options_of, label in ((given, "--{}".format), (environment, _environment_name)):
+        for options_of, label in ((given, "--{}".format), (environment, variable)):
             for name, needed in _NEEDED.items():
                 if options_of.get(name) and not self[needed]:
                     raise refusal(f"{label(name)} needs {label(needed)}: give both or neither")
@@ -259,6 +262,13 @@ class Options(usage.Options):
             _log.warn(
                 "action: start | result: warning | error: the process list shows the password of"
                 " --store: name the URL in CAFEORCH_STORE, or the password in a file (PGPASSFILE)"
+            )
+        for name, remedy in unknown_variables(os.environ, (*_PARSERS, *_REPEATED, *_FLAGS)):
+            _log.warn(
+                "action: start | result: warning | error: {variable} in the environment is no"
+                " option of the server: {remedy}",
+                variable=name,
+                remedy=remedy,
             )
 
     def _read(self, options: list[str] | None, label: Callable[[str], str]) -> dict[str, Any]:
@@ -274,6 +284,31 @@ class Options(usage.Options):
                     raise usage.UsageError(f"{label(name)}: {error}") from error
         return given
 
+    def _remedy(self, error: BaseException | None) -> str:
+        """Say what may have been meant by an option that there is not."""
+        if not isinstance(error, GetoptError) or error.opt in self.synonyms:
+            return ""
+        name = error.opt
+        dashes = "-" if len(name) == 1 else "--"
+        starter = _starter(self.parent)
+        if name in starter.synonyms:
+            program = "twistd" if "nodaemon" in starter else "twist"
+            return (
+                f": it is an option of {program}, and stands before the word cafeorch:"
+                f" {program} {dashes}{name} cafeorch"
+            )
+        nearest = get_close_matches(name, [option.rstrip("=") for option in self.longOpt], 1)
+        return f": did you mean --{nearest[0]}?" if nearest and len(name) > 1 else ""
+
+
+def _starter(parent: usage.Options | None) -> usage.Options:
+    if parent is not None:
+        return parent
+    # It imports much that a server has no use for.
+    from twisted.scripts._twistd_unix import ServerOptions  # noqa: PLC0415
+
+    return ServerOptions()
+
 
 def refusal(message: str) -> SystemExit:
     """Make what ends ``twistd`` with one line and a non-zero status."""
@@ -285,20 +320,16 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _environment_name(option: str) -> str:
-    return ENVIRONMENT_PREFIX + option.upper().replace("-", "_")
-
-
 def _environment_arguments() -> list[str]:
     arguments = []
     for name in _FLAGS:
-        text = os.environ.get(_environment_name(name), "")
+        text = os.environ.get(variable(name), "")
         try:
             arguments += [f"--{name}"] if text and _flag(text) else []
         except ValueError as error:
-            raise usage.UsageError(f"{_environment_name(name)}: {error}") from error
+            raise usage.UsageError(f"{variable(name)}: {error}") from error
     for name in (*_PARSERS, *_REPEATED):
-        value = os.environ.get(_environment_name(name), "")
+        value = os.environ.get(variable(name), "")
         values = value.split() if name in _REPEATED else filter(None, [value])
         arguments += [f"--{name}={value}" for value in values]
     return arguments

@@ -9,7 +9,7 @@ from cafeteria_orch import __version__
 from cafeteria_orch.bench import cli as bench
 from cafeteria_orch.common.command_line import CommandParser
 
-from . import copy_command
+from . import check_command, copy_command
 
 _DESCRIPTION = """
 Measure an orchestrator, and work with its store. twistd cafeorch runs the server.
@@ -17,6 +17,9 @@ Measure an orchestrator, and work with its store. twistd cafeorch runs the serve
 
 _PROGRAMS = (("bench", "load a server, and measure it", bench.add_arguments),)
 """Commands that are programs of their own too, as ``cafeorch-bench``; each adds its arguments."""
+
+_COMMANDS = (check_command.add_to,)
+"""Each adds a command to those of ``cafeorch``."""
 
 _STORE_COMMANDS = (copy_command.add_to,)
 """Each adds a command to those of ``cafeorch store``."""
@@ -29,6 +32,8 @@ def make_parser() -> CommandParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, what, add_arguments in _PROGRAMS:
         add_arguments(commands.add_parser(name, help=what))
+    for add_to in _COMMANDS:
+        add_to(commands)
     what = "the database that the server keeps its batches in"
     store = commands.add_parser("store", help=what, description=f"Work with {what}.")
     store_commands = store.add_subparsers(title="commands", metavar="COMMAND", required=True)

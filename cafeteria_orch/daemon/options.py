@@ -8,7 +8,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from getopt import GetoptError
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from twisted.logger import Logger, LogLevel
 from twisted.python import usage
@@ -19,7 +19,7 @@ from cafeteria_orch.edge.proxy import parse_networks
 from cafeteria_orch.observe.log_files import DEFAULT_LOG_BYTES, DEFAULT_LOG_FILES
 from cafeteria_orch.observe.logs import Render, as_json, as_text
 from cafeteria_orch.server.memory import DEFAULT_MAX_IN_FLIGHT_BYTES
-from cafeteria_orch.store.location import absolute, has_password
+from cafeteria_orch.store.location import absolute, has_password, without_password
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 
 from .environment import unknown_variables, variable
@@ -100,6 +100,18 @@ _FLAGS = ("proxy-protocol", "reuse-port")
 _NEEDED = {"tls-key": "tls-cert", "tls-client-ca": "tls-cert", "proxy-from": "proxy-protocol"}
 """Options, and the one that each of them needs."""
 _TCP_OPTIONS = {"port", "interface", "backlog"}
+_ALWAYS_SHOWN = ("port", "interface", "store", "metrics")
+
+
+class Setting(NamedTuple):
+    """An option as it holds.
+
+    :ivar source: where its value comes from.
+    """
+
+    option: str
+    value: str
+    source: str
 
 
 class Options(usage.Options):
@@ -203,6 +215,18 @@ class Options(usage.Options):
     def __init__(self) -> None:
         super().__init__()
         self._collected: dict[str, Any] = {}
+        self._settings: dict[str, Setting] = {}
+
+    def settings(self) -> list[Setting]:
+        """The options that are set, and the most important of the others; without passwords."""
+        settings = self._settings.copy()
+        for name in _ALWAYS_SHOWN:
+            if not (name in _TCP_OPTIONS and self["listen"]):
+                settings.setdefault(name, Setting(f"--{name}", self.defaults[name], "default"))
+        if self["store"] is not None:
+            place = without_password(self["store"])
+            settings["store"] = settings["store"]._replace(value=place)
+        return [settings[name] for name in sorted(settings)]
 
     def opt_listen(self, description: str) -> None:
         """Twisted endpoint (unix:, systemd:) in place of -p, -i and -b; may be repeated"""
@@ -241,6 +265,7 @@ class Options(usage.Options):
         """
         defaults = {name: parse(self.defaults[name]) for name, parse in _PARSERS.items()}
         defaults |= {name: [] for name in _REPEATED} | dict.fromkeys(_FLAGS, False)
+        self._settings = {}
         try:
             given = self._read(options, "--{}".format)
             environment = self._read(_environment_arguments(), variable)
@@ -251,8 +276,8 @@ class Options(usage.Options):
             if clash and "listen" in options_of:
                 what = f"{label('listen')} takes the place of {label(clash[0])}"
                 raise refusal(f"{what}: give one of them")
-        if given.keys() & _TCP_OPTIONS:
-            environment.pop("listen", None)
+        if given.keys() & _TCP_OPTIONS and environment.pop("listen", None):
+            del self._settings["listen"]
         self.update(defaults | environment | given)
         for options_of, label in ((given, "--{}".format), (environment, variable)):
             for name, needed in _NEEDED.items():
@@ -275,13 +300,20 @@ class Options(usage.Options):
         self.update(dict.fromkeys(_PARSERS))
         self._collected = {}
         super().parseOptions(options)
+        texts = {name: " ".join(self._collected.get(name, ())) for name in _REPEATED}
+        texts |= {name: self[name] for name in _PARSERS if self[name] is not None}
         given: dict[str, Any] = dict(self._collected)
         for name, parse in _PARSERS.items():
-            if self[name] is not None:
+            if name in texts:
                 try:
-                    given[name] = parse(self[name])
+                    given[name] = parse(texts[name])
                 except ValueError as error:
                     raise usage.UsageError(f"{label(name)}: {error}") from error
+        for name in given:
+            option = f"--{name}"
+            source = "command line" if label(name) == option else label(name)
+            # The command line is read first, and wins.
+            self._settings.setdefault(name, Setting(option, texts.get(name, "yes"), source))
         return given
 
     def _remedy(self, error: BaseException | None) -> str:

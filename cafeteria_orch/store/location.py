@@ -14,7 +14,7 @@ from . import postgresql, postgresql_state
 from .database import DatabaseServer, Store, StoreSizes
 from .files import StoreLock, clear_blank, explaining, file_size
 from .insertion import store_codec
-from .postgresql_connection import secrets_of
+from .postgresql_connection import secrets_of, shown
 from .sqlite import Database, check_store
 from .totals import TableTotals, read_totals
 
@@ -46,6 +46,14 @@ def has_password(location: str) -> bool:
     :param location: of :func:`absolute`.
     """
     return location.startswith(_POSTGRESQL) and bool(secrets_of(location))
+
+
+def without_password(location: str) -> str:
+    """A place of a store, as it may be shown.
+
+    :param location: of :func:`absolute`.
+    """
+    return shown(location) if location.startswith(_POSTGRESQL) else location
 
 
 def store_at(location: str, node: str | None = None) -> Store:

@@ -13,6 +13,9 @@ from uuid import UUID, uuid4
 
 from cafeteria_orch.wire.tables import Table
 
+STATE_NAME = ".cafeorch-send.state"
+"""The state file's name, in the folder that is sent."""
+
 _HEAD = b'{"client_id": "'
 
 

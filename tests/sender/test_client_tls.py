@@ -23,8 +23,10 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cafeteria_orch.sender import delivery
-from cafeteria_orch.sender.cli import STATE_NAME, main, send_directory
+from cafeteria_orch.sender.cli import main
 from cafeteria_orch.sender.client import OrchestratorClient
+from cafeteria_orch.sender.journal import STATE_NAME
+from cafeteria_orch.sender.sending import send_directory
 from cafeteria_orch.sender.tls import ClientTLS, TLSError, host_of
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange, send_success

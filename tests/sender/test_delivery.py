@@ -9,7 +9,7 @@ from typing import Any
 from twisted.internet import error as errors
 
 from cafeteria_orch.sender import delivery
-from cafeteria_orch.sender.cli import STATE_NAME
+from cafeteria_orch.sender.journal import STATE_NAME
 from cafeteria_orch.wire.messages import decode
 from cafeteria_orch.wire.opcodes import Opcode
 from tests.support import scripted

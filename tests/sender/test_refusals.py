@@ -9,9 +9,8 @@ from collections.abc import Callable
 from itertools import pairwise, product
 from pathlib import Path
 
-from cafeteria_orch.sender.cli import STATE_NAME
 from cafeteria_orch.sender.exports import Contents, Export
-from cafeteria_orch.sender.journal import Journal, JournalError
+from cafeteria_orch.sender.journal import STATE_NAME, Journal, JournalError
 from cafeteria_orch.wire.messages import decode
 from cafeteria_orch.wire.opcodes import BatchStatus, Opcode
 from tests.support.disks import fill_disk, mount_small_disk

@@ -12,7 +12,9 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from cafeteria_orch.sender import cli as send
+from cafeteria_orch.sender.cli import parser
+from cafeteria_orch.sender.journal import STATE_NAME
+from cafeteria_orch.sender.sending import send_directory
 from tests.support.faults import (
     LOOPBACK,
     PATIENCE,
@@ -40,7 +42,7 @@ class ProcessTests(SynchronousTestCase):
         self.server = Server(self)
         self.folder = new_folder(self)
         self.exports = write_exports(self.folder, FILES)
-        self.state = self.folder / send.STATE_NAME
+        self.state = self.folder / STATE_NAME
 
     def test_sender_is_killed(self) -> None:
         """Run again until it is done, it has sent every row once and each file in its order."""
@@ -134,7 +136,7 @@ class TornStateTests(TestCase):
         server.wait_until_it_listens()
         folder = new_folder(self)
         exports = write_exports(folder, {"users_1.csv": 5, "users_2.csv": 1, "stores.csv": 4})
-        state = folder / send.STATE_NAME
+        state = folder / STATE_NAME
         arguments = [str(folder), "--batch-rows=2", f"--connect=tcp:{LOOPBACK}:{server.port}"]
         await self._send(arguments)
         lines = state.read_bytes().splitlines(keepends=True)
@@ -151,7 +153,7 @@ class TornStateTests(TestCase):
 
     async def _send(self, arguments: list[str]) -> None:
         output = io.StringIO()
-        options = send._parser().parse_args(arguments)
+        options = parser().parse_args(arguments)
         with redirect_stdout(output), redirect_stderr(output):
-            status = await Deferred.fromCoroutine(send.send_directory(reactor, options))
+            status = await Deferred.fromCoroutine(send_directory(reactor, options))
         self.assertEqual(status, 0, output.getvalue())

@@ -24,7 +24,8 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cafeteria_orch import __version__
-from cafeteria_orch.sender.cli import STATE_NAME, main
+from cafeteria_orch.sender.cli import main
+from cafeteria_orch.sender.journal import STATE_NAME
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange, send_success
 from cafeteria_orch.wire.opcodes import Opcode

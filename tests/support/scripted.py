@@ -19,7 +19,9 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
-from cafeteria_orch.sender import cli
+from cafeteria_orch.sender import sending
+from cafeteria_orch.sender.cli import parser
+from cafeteria_orch.sender.journal import STATE_NAME
 from cafeteria_orch.wire.framing import INT32, FrameDecoder, Framing
 from cafeteria_orch.wire.messages import TableBatch, decode
 from cafeteria_orch.wire.opcodes import Opcode
@@ -286,13 +288,13 @@ class SenderTestCase(SynchronousTestCase):
         arguments = [str(self.folder), "--batch-rows=2", *options]
         output = self.new_output()
         with (
-            patch.object(cli, "clientFromString", lambda *_: self.server),
+            patch.object(sending, "clientFromString", lambda *_: self.server),
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(output),
         ):
-            parsed = cli._parser().parse_args(arguments)
-            sending = Deferred.fromCoroutine(cli.send_directory(self.clock, parsed))
-            status = run_until_done(self.clock, sending, interrupt)
+            parsed = parser().parse_args(arguments)
+            running = Deferred.fromCoroutine(sending.send_directory(self.clock, parsed))
+            status = run_until_done(self.clock, running, interrupt)
         self.output = output.getvalue()
         return status
 
@@ -307,5 +309,5 @@ class SenderTestCase(SynchronousTestCase):
 
     def forget(self) -> None:
         """Remove the state of earlier runs, and what the server has of them."""
-        (self.folder / cli.STATE_NAME).unlink(missing_ok=True)
+        (self.folder / STATE_NAME).unlink(missing_ok=True)
         self.server.links.clear()

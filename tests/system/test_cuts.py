@@ -15,9 +15,10 @@ from twisted.internet.error import ConnectionLost
 from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
 
-from cafeteria_orch.sender import cli as send
 from cafeteria_orch.sender import delivery
+from cafeteria_orch.sender.cli import parser
 from cafeteria_orch.sender.client import OrchestratorClient
+from cafeteria_orch.sender.sending import send_directory
 from cafeteria_orch.wire.messages import BatchRecvSuccess, TableBatch, encode
 from cafeteria_orch.wire.tables import USERS
 from tests.support.faults import (
@@ -103,7 +104,7 @@ class CutTests(TestCase):
         arguments = [str(folder), "--batch-rows=5", f"--connect=tcp:{LOOPBACK}:{self.port}"]
         output = io.StringIO()
         with redirect_stdout(output), redirect_stderr(output):
-            status = await send.send_directory(reactor, send._parser().parse_args(arguments))
+            status = await send_directory(reactor, parser().parse_args(arguments))
         self.assertEqual(status, 0, output.getvalue())
         self.assertEqual(faults_of_store(self.server.store, exports), {})
         self.assertGreater(self.proxy.cuts, 20)

@@ -14,9 +14,9 @@ from twisted.internet import reactor as installed_reactor
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.trial.unittest import TestCase
 
-from cafeteria_orch.sender.cli import send_directory
 from cafeteria_orch.sender.client import OrchestratorClient
 from cafeteria_orch.sender.exports import find_exports
+from cafeteria_orch.sender.sending import send_directory
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange

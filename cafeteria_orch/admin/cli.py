@@ -8,17 +8,25 @@ from typing import NoReturn
 from cafeteria_orch import __version__
 from cafeteria_orch.bench import cli as bench
 from cafeteria_orch.common.command_line import CommandParser
+from cafeteria_orch.sender import cli as sender
 
-from . import check_command, copy_command
+from . import check_command, copy_command, demo_command
 
 _DESCRIPTION = """
-Measure an orchestrator, and work with its store. twistd cafeorch runs the server.
+What is done beside an orchestrator: send to it, measure it, look at its store. The server itself
+is run by twistd cafeorch.
 """
 
-_PROGRAMS = (("bench", "load a server, and measure it", bench.add_arguments),)
+_PROGRAMS = (
+    ("send", "send a folder of CSV files to a server", sender.add_arguments),
+    ("bench", "load a server, and measure it", bench.add_arguments),
+)
 """Commands that are programs of their own too, as ``cafeorch-bench``; each adds its arguments."""
 
-_COMMANDS = (check_command.add_to,)
+_COMMANDS = (
+    demo_command.add_to,
+    check_command.add_to,
+)
 """Each adds a command to those of ``cafeorch``."""
 
 _STORE_COMMANDS = (copy_command.add_to,)

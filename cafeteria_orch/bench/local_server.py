@@ -39,6 +39,7 @@ class LocalServer(ProcessProtocol):
 
     :param folder: its working directory, which holds its output too.
     :param arguments: options of ``twistd cafeorch``.
+    :ivar folder: its working directory.
     :ivar port: its port on the loopback.
     :ivar pid: its process identifier.
     """
@@ -46,7 +47,8 @@ class LocalServer(ProcessProtocol):
     transport: Any
 
     def __init__(self, reactor: Any, folder: Path, arguments: Sequence[str]) -> None:
-        self.port = _free_port()
+        self.folder = folder
+        self.port = free_port()
         self._reactor = reactor
         self._log = folder / "log"
         self._ended = False
@@ -150,7 +152,8 @@ def _environment() -> dict[str, str]:
     return inherited | {"PYTHONPATH": os.pathsep.join(path)}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Find a port of the loopback that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind((_LOOPBACK, 0))
         port: int = probe.getsockname()[1]

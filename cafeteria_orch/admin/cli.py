@@ -10,7 +10,7 @@ from cafeteria_orch.bench import cli as bench
 from cafeteria_orch.common.command_line import CommandParser
 from cafeteria_orch.sender import cli as sender
 
-from . import check_command, copy_command, demo_command
+from . import check_command, completion_command, copy_command, demo_command
 
 _DESCRIPTION = """
 What is done beside an orchestrator: send to it, measure it, look at its store. The server itself
@@ -26,6 +26,7 @@ _PROGRAMS = (
 _COMMANDS = (
     demo_command.add_to,
     check_command.add_to,
+    completion_command.add_to,
 )
 """Each adds a command to those of ``cafeorch``."""
 
@@ -37,6 +38,7 @@ def make_parser() -> CommandParser:
     """The command line: of each command, its part of it has the function that runs it."""
     parser = CommandParser(prog="cafeorch", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"cafeteria_orch {__version__}")
+    parser.set_defaults(whole=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, what, add_arguments in _PROGRAMS:
         add_arguments(commands.add_parser(name, help=what))

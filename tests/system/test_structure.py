@@ -42,6 +42,7 @@ EXTRAS = {
     "common.progress": {"tqdm"},
     "sender.tls": {"OpenSSL", "cryptography", "service_identity"},
     "edge.tls": {"OpenSSL", "cryptography"},
+    "admin.completion_command": {"shtab"},
     "admin.connections": {"psycopg"},
     "store.postgresql": {"psycopg"},
     "store.postgresql_connection": {"psycopg"},

@@ -6,11 +6,10 @@ import argparse
 import sys
 from typing import Any
 
-from twisted.application.service import IServiceMaker
 from twisted.logger import LogLevel, capturedLogs, formatEvent
-from twisted.plugin import getPlugins
 
 from cafeteria_orch.common.command_line import ServerOptions
+from cafeteria_orch.common.plugin import service_maker
 
 _DESCRIPTION = """
 Say whether twistd cafeorch would start with these options in this environment, and change
@@ -61,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _refusal(arguments: list[str]) -> str | None:
     """The line that ``twistd cafeorch`` would end with; ``None`` if it would start."""
-    (maker,) = (each for each in getPlugins(IServiceMaker) if each.tapname == "cafeorch")
+    maker = service_maker()
     # Without twistd's own options the service makes no log of its own.
     options = maker.options()
     try:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 from twisted.internet.defer import CancelledError
 from twisted.internet.endpoints import clientFromString
 from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
+from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.task import deferLater
 
 from cafeteria_orch import __version__
@@ -24,7 +25,7 @@ from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Frami
 from cafeteria_orch.wire.tables import TABLES
 
 from .load import BatchPool, LoadRun, speaks
-from .local_server import StartError, cpu_seconds, local_server
+from .local_server import StartError, check_options, cpu_seconds, local_server
 from .measurements import Result
 from .synthetic import SyntheticBatch, make_batch
 
@@ -74,8 +75,6 @@ async def bench(reactor: Any, options: argparse.Namespace) -> int:
         # Start no process until the reactor runs, and handles the signals.
         await deferLater(reactor, 0)
         async with _target(reactor, options) as target:
-            if not options.json:
-                _print_heading(batches, options)
             results = await _measure(reactor, batches, target, options)
     except (BatchTooLong, StartError) as error:
         _say(str(error))
@@ -97,9 +96,24 @@ async def _measure(
     target: Target,
     options: argparse.Namespace,
 ) -> list[Result]:
-    results = []
+    results: list[Result] = []
     for framing in _framings(options):
-        result = await _run(reactor, batches, framing, target, options)
+        server = clientFromString(reactor, target.connect)
+        try:
+            is_spoken = await speaks(reactor, server, framing)
+        except (ConnectError, DNSLookupError) as why:
+            remedy = f"Start a server at {target.connect}, or say --self to have one started."
+            results.append(Result(framing.name, errors=[f"{why} {remedy}"]))
+            _say(f"{why} {remedy}")
+            break
+        if not (results or options.json):
+            _print_heading(batches, options)
+        if is_spoken:
+            result = await _load(
+                reactor, server, BatchPool(batches, framing, options.window), target, options
+            )
+        else:
+            result = Result(framing.name, is_spoken=False, errors=["the server does not speak it"])
         results.append(result)
         if not options.json:
             print(_line(result), flush=True)
@@ -110,28 +124,17 @@ async def _measure(
     return results
 
 
-async def _run(
+async def _load(
     reactor: Any,
-    batches: Sequence[SyntheticBatch],
-    framing: Framing,
+    server: IStreamClientEndpoint,
+    pool: BatchPool,
     target: Target,
     options: argparse.Namespace,
 ) -> Result:
-    server = clientFromString(reactor, target.connect)
-    try:
-        if not await speaks(reactor, server, framing):
-            return Result(framing.name, is_spoken=False, errors=["the server does not speak it"])
-    except (ConnectError, DNSLookupError) as error:
-        return Result(
-            framing.name,
-            errors=[
-                f"{error} Start a server at {target.connect}, or say --self to have one started."
-            ],
-        )
     load = LoadRun(
         reactor,
         server,
-        BatchPool(batches, framing, options.window),
+        pool,
         clients=options.clients,
         seconds=options.seconds,
         warmup=options.warmup,
@@ -317,6 +320,8 @@ def _run_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         parser.error("what stands after -- is for a server of its own: say --self too")
     if options.starts_server and options.server_pid:
         parser.error("--server-pid is for a server that is there already: leave out --self")
+    if options.starts_server:
+        check_options(options.server_options or ())
     run(bench, options)
 
 

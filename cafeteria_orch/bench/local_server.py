@@ -18,6 +18,8 @@ from twisted.internet.protocol import Factory, ProcessProtocol, Protocol
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
+from cafeteria_orch.common.plugin import service_maker
+
 START_TIMEOUT = 30.0
 """How long, in seconds, a server may take until it listens."""
 
@@ -53,9 +55,8 @@ class LocalServer(ProcessProtocol):
         self._log = folder / "log"
         self._ended = False
         self._end: Deferred[None] | None = None
-        # The last option wins. The port is chosen here, since the log that names it may be off.
-        where = ("--interface", _LOOPBACK, "--port", str(self.port))
-        command = (*_TWISTD, "-n", "cafeorch", *arguments, *where)
+        # The port is chosen here, since the log that names it may be off.
+        command = (*_TWISTD, "-n", "cafeorch", *arguments, *_address(self.port))
         with self._log.open("wb") as log, Path(os.devnull).open("rb") as nothing:
             files = {0: nothing.fileno(), 1: log.fileno(), 2: log.fileno()}
             process = reactor.spawnProcess(
@@ -113,6 +114,17 @@ class LocalServer(ProcessProtocol):
         return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
+def check_options(arguments: Sequence[str]) -> None:
+    """Make sure that a server would take these options, before anything is started.
+
+    :raises SystemExit: with the server's own line.
+    """
+    options = service_maker().options()
+    # Nor does the server get any of these variables.
+    options.environment = {}
+    options.parseOptions([*arguments, *_address(0)])
+
+
 @asynccontextmanager
 async def local_server(reactor: Any, arguments: Sequence[str]) -> AsyncIterator[LocalServer]:
     """Run a server in a temporary folder; both are removed afterwards.
@@ -127,6 +139,11 @@ async def local_server(reactor: Any, arguments: Sequence[str]) -> AsyncIterator[
             yield server
         finally:
             await server.stop()
+
+
+def _address(port: int) -> tuple[str, ...]:
+    # The last option wins.
+    return ("--interface", _LOOPBACK, "--port", str(port))
 
 
 def cpu_seconds(pid: int | None) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from getopt import GetoptError
 from pathlib import Path
@@ -115,7 +115,10 @@ class Setting(NamedTuple):
 
 
 class Options(usage.Options):
-    """The options of ``twistd cafeorch``, from the command line and the environment."""
+    """The options of ``twistd cafeorch``, from the command line and the environment.
+
+    :ivar environment: its variables.
+    """
 
     synopsis = "[options]"
     longdesc = (
@@ -214,6 +217,7 @@ class Options(usage.Options):
 
     def __init__(self) -> None:
         super().__init__()
+        self.environment: Mapping[str, str] = os.environ
         self._collected: dict[str, Any] = {}
         self._settings: dict[str, Setting] = {}
 
@@ -268,7 +272,7 @@ class Options(usage.Options):
         self._settings = {}
         try:
             given = self._read(options, "--{}".format)
-            environment = self._read(_environment_arguments(), variable)
+            environment = self._read(_environment_arguments(self.environment), variable)
         except usage.UsageError as error:
             raise refusal(f"{error}{self._remedy(error.__context__)}") from error
         for options_of, label in ((given, "--{}".format), (environment, variable)):
@@ -288,7 +292,7 @@ class Options(usage.Options):
                 "action: start | result: warning | error: the process list shows the password of"
                 " --store: name the URL in CAFEORCH_STORE, or the password in a file (PGPASSFILE)"
             )
-        for name, remedy in unknown_variables(os.environ, (*_PARSERS, *_REPEATED, *_FLAGS)):
+        for name, remedy in unknown_variables(self.environment, (*_PARSERS, *_REPEATED, *_FLAGS)):
             _log.warn(
                 "action: start | result: warning | error: {variable} in the environment is no"
                 " option of the server: {remedy}",
@@ -352,16 +356,16 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _environment_arguments() -> list[str]:
+def _environment_arguments(environment: Mapping[str, str]) -> list[str]:
     arguments = []
     for name in _FLAGS:
-        text = os.environ.get(variable(name), "")
+        text = environment.get(variable(name), "")
         try:
             arguments += [f"--{name}"] if text and _flag(text) else []
         except ValueError as error:
             raise usage.UsageError(f"{variable(name)}: {error}") from error
     for name in (*_PARSERS, *_REPEATED):
-        value = os.environ.get(variable(name), "")
+        value = environment.get(variable(name), "")
         values = value.split() if name in _REPEATED else filter(None, [value])
         arguments += [f"--{name}={value}" for value in values]
     return arguments

@@ -204,11 +204,16 @@ class Statuses(CommandTestCase):
         self.assertEqual((status, run["errors"]), (1, ["the server does not speak it"]))
 
     def test_refused(self) -> None:
-        """Where nobody listens, it is said with the remedy."""
+        """Where nobody listens, it is said once, with the remedy, and there is no table."""
         self.server.is_away = True
-        status, _, err = self.run_bench("--framing=int32")
-        self.assertEqual(status, 1)
-        self.assertRegex(err, r"Connection was refused.*Start a server at tcp:.*--self.*\n\Z")
+        status, out, err = self.run_bench()
+        self.assertEqual((status, out), (1, ""))
+        self.assertRegex(err, r"\A.*Connection was refused.*Start a server at tcp:.*--self.*\n\Z")
+        self.setUp()
+        self.server.is_away = True
+        status, out, err = self.run_bench("--json")
+        (run,) = json.loads(out)["runs"]
+        self.assertEqual((status, len(run["errors"])), (1, 1))
 
     def test_interrupted(self) -> None:
         """Ctrl-C is one line and status 1, while it connects and while it measures."""
@@ -272,6 +277,22 @@ class Arguments(SynchronousTestCase):
             line = err.rstrip("\n").rsplit("\n", 1)[-1]
             self.assertTrue(line.startswith("cafeorch-bench: error: "), line)
             self.assertIn(what, line)
+
+    def test_options_of_the_server(self) -> None:
+        """A mistake in them is refused with the server's own line before anything is started.
+
+        The environment is another server's, and is not looked at.
+        """
+        self.patch(os, "environ", {"PATH": os.environ.get("PATH", ""), "CAFEORCH_PORT": "x"})
+        self.patch(bench, "run", lambda *_: self.fail("it runs"))
+        for options, line in (
+            (["--prot", "1"], "cafeorch: option --prot not recognized: did you mean --port?"),
+            (["-n"], "cafeorch: option -n not recognized: it is an option of twistd,"),
+            (["--backlog", "x"], "cafeorch: --backlog: 'x' is not a number"),
+        ):
+            exited = self.assertRaises(SystemExit, bench.main, ["--self", "--", *options])
+            self.assertIn(line, str(exited.code))
+            self.assertNotIn("\n", str(exited.code))
 
     def test_help(self) -> None:
         """The help names the options and their defaults."""

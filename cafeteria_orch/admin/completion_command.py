@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cafeteria_orch.common.command_line import ServerOptions
 from cafeteria_orch.common.extras import how_to_install
+from cafeteria_orch.common.plugin import service_maker
 
 _SHELLS = ("bash", "zsh", "tcsh")
 _FILES = {"FILE", "SOURCE", "TARGET", "STORE"}
@@ -46,19 +48,37 @@ def run(options: argparse.Namespace) -> int:
     except ImportError:
         print(f"cafeorch completion: it needs shtab: {how_to_install('cli')}", file=sys.stderr)
         return 1
-    for action in _actions(options.whole):
-        if action.metavar in _FILES or action.type is Path:
-            action.complete = shtab.FILE  # type: ignore[attr-defined]
-        elif action.metavar in _FOLDERS:
-            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+    for parser in _parsers(options.whole):
+        _add_server_options(parser)
+        _mark_files(parser, shtab)
     print(shtab.complete(options.whole, shell=options.shell))
     return 0
 
 
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """All options and arguments of a parser, and of the parsers of its commands."""
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Have the options of the server completed where a command takes them."""
+    if getattr(parser, "server_options", None) is not ServerOptions.ALL:
+        return
+    for option in service_maker().options().longOpt:
+        name = option.rstrip("=")
+        if name != "help":
+            parser.add_argument(
+                f"--{name}", action="store" if option.endswith("=") else "store_true"
+            )
+
+
+def _mark_files(parser: argparse.ArgumentParser, shtab: Any) -> None:
     for action in parser._actions:  # noqa: SLF001 (argparse has no other way to ask)
-        yield action
+        if action.metavar in _FILES or action.type is Path:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+        elif action.metavar in _FOLDERS:
+            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+
+
+def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser, and those of its commands."""
+    yield parser
+    for action in parser._actions:  # noqa: SLF001
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
             for command in action.choices.values():
-                yield from _actions(command)
+                yield from _parsers(command)

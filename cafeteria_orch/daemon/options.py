@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
-from getopt import GetoptError
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +17,11 @@ from cafeteria_orch.edge.proxy import parse_networks
 from cafeteria_orch.observe.log_files import DEFAULT_LOG_BYTES, DEFAULT_LOG_FILES
 from cafeteria_orch.observe.logs import Render, as_json, as_text
 from cafeteria_orch.server.memory import DEFAULT_MAX_IN_FLIGHT_BYTES
-from cafeteria_orch.store.location import absolute, has_password, without_password
+from cafeteria_orch.store.location import absolute, has_password, shown_location
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 
 from .environment import unknown_variables, variable
+from .mistakes import what_was_meant
 from .node import DEFAULT_NODE, node_name
 from .service import DEFAULT_DRAIN_TIMEOUT
 
@@ -227,9 +226,7 @@ class Options(usage.Options):
         for name in _ALWAYS_SHOWN:
             if not (name in _TCP_OPTIONS and self["listen"]):
                 settings.setdefault(name, Setting(f"--{name}", self.defaults[name], "default"))
-        if self["store"] is not None:
-            place = without_password(self["store"])
-            settings["store"] = settings["store"]._replace(value=place)
+        settings["store"] = settings["store"]._replace(value=shown_location(self["store"]))
         return [settings[name] for name in sorted(settings)]
 
     def opt_listen(self, description: str) -> None:
@@ -274,7 +271,7 @@ class Options(usage.Options):
             given = self._read(options, "--{}".format)
             environment = self._read(_environment_arguments(self.environment), variable)
         except usage.UsageError as error:
-            raise refusal(f"{error}{self._remedy(error.__context__)}") from error
+            raise refusal(f"{error}{what_was_meant(error, self)}") from error
         for options_of, label in ((given, "--{}".format), (environment, variable)):
             clash = sorted(options_of.keys() & _TCP_OPTIONS)
             if clash and "listen" in options_of:
@@ -319,31 +316,6 @@ class Options(usage.Options):
             # The command line is read first, and wins.
             self._settings.setdefault(name, Setting(option, texts.get(name, "yes"), source))
         return given
-
-    def _remedy(self, error: BaseException | None) -> str:
-        """Say what may have been meant by an option that there is not."""
-        if not isinstance(error, GetoptError) or error.opt in self.synonyms:
-            return ""
-        name = error.opt
-        dashes = "-" if len(name) == 1 else "--"
-        starter = _starter(self.parent)
-        if name in starter.synonyms:
-            program = "twistd" if "nodaemon" in starter else "twist"
-            return (
-                f": it is an option of {program}, and stands before the word cafeorch:"
-                f" {program} {dashes}{name} cafeorch"
-            )
-        nearest = get_close_matches(name, [option.rstrip("=") for option in self.longOpt], 1)
-        return f": did you mean --{nearest[0]}?" if nearest and len(name) > 1 else ""
-
-
-def _starter(parent: usage.Options | None) -> usage.Options:
-    if parent is not None:
-        return parent
-    # It imports much that a server has no use for.
-    from twisted.scripts._twistd_unix import ServerOptions  # noqa: PLC0415
-
-    return ServerOptions()
 
 
 def refusal(message: str) -> SystemExit:

@@ -48,11 +48,13 @@ def has_password(location: str) -> bool:
     return location.startswith(_POSTGRESQL) and bool(secrets_of(location))
 
 
-def without_password(location: str) -> str:
-    """A place of a store, as it may be shown.
+def shown_location(location: str | None) -> str:
+    """The place of a store for the log: without a password.
 
-    :param location: of :func:`absolute`.
+    :param location: of :func:`absolute`; ``None`` where nothing is stored.
     """
+    if location is None:
+        return "none"
     return shown(location) if location.startswith(_POSTGRESQL) else location
 
 

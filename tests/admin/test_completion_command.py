@@ -49,6 +49,11 @@ class Scripts(SynchronousTestCase):
         self.assertEqual(self.complete("bench", "--warm"), ["--warmup"])
         self.assertEqual(self.complete("bench", "--framing", "opc"), ["opcode-first"])
 
+    def test_options_of_the_server(self) -> None:
+        """``check`` takes those of the server."""
+        self.assertEqual(self.complete("check", "--drain"), ["--drain-timeout"])
+        self.assertEqual(self.complete("check", "--proxy-p"), ["--proxy-protocol"])
+
     def test_files(self) -> None:
         """So are files and folders, where one is named."""
         self.assertEqual(self.complete("send", "ex"), ["exports"])

@@ -284,7 +284,8 @@ class Arguments(SynchronousTestCase):
         The environment is another server's, and is not looked at.
         """
         self.patch(os, "environ", {"PATH": os.environ.get("PATH", ""), "CAFEORCH_PORT": "x"})
-        self.patch(bench, "run", lambda *_: self.fail("it runs"))
+        runs: list[object] = []
+        self.patch(bench, "run", lambda *arguments: runs.append(arguments))
         for options, line in (
             (["--prot", "1"], "cafeorch: option --prot not recognized: did you mean --port?"),
             (["-n"], "cafeorch: option -n not recognized: it is an option of twistd,"),
@@ -293,6 +294,9 @@ class Arguments(SynchronousTestCase):
             exited = self.assertRaises(SystemExit, bench.main, ["--self", "--", *options])
             self.assertIn(line, str(exited.code))
             self.assertNotIn("\n", str(exited.code))
+            self.assertEqual(runs, [])
+        self.assertRaises(SystemExit, bench.main, ["--self", "--", "--backlog", "1"])
+        self.assertEqual(len(runs), 1)
 
     def test_help(self) -> None:
         """The help names the options and their defaults."""

@@ -25,7 +25,7 @@ SHORT = {
 
 def parsers() -> list[argparse.ArgumentParser]:
     """The parsers of all commands that are programs."""
-    return [cafeorch.make_parser(), bench.make_parser(), sender.parser()]
+    return [cafeorch.parser(), bench.parser(), sender.parser()]
 
 
 def all_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

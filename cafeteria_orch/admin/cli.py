@@ -34,12 +34,12 @@ _STORE_COMMANDS = (copy_command.add_to,)
 """Each adds a command to those of ``cafeorch store``."""
 
 
-def make_parser() -> CommandParser:
+def parser() -> CommandParser:
     """The command line: of each command, its part of it has the function that runs it."""
-    parser = CommandParser(prog="cafeorch", description=_DESCRIPTION)
-    parser.add_argument("--version", action="version", version=f"cafeteria_orch {__version__}")
-    parser.set_defaults(whole=parser)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    whole = CommandParser(prog="cafeorch", description=_DESCRIPTION)
+    whole.add_argument("--version", action="version", version=f"cafeteria_orch {__version__}")
+    whole.set_defaults(whole=whole)
+    commands = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, what, add_arguments in _PROGRAMS:
         add_arguments(commands.add_parser(name, help=what))
     for add_to in _COMMANDS:
@@ -49,7 +49,7 @@ def make_parser() -> CommandParser:
     store_commands = store.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add_to in _STORE_COMMANDS:
         add_to(store_commands)
-    return parser
+    return whole
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -57,5 +57,5 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     :raises SystemExit: with its status.
     """
-    options = make_parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     raise SystemExit(options.run(options))

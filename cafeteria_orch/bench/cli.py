@@ -325,20 +325,12 @@ def _run_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     run(bench, options)
 
 
-def make_parser() -> CommandParser:
+def parser() -> CommandParser:
     """The command line of ``cafeorch-bench``."""
-    parser = CommandParser(prog="cafeorch-bench")
-    add_arguments(parser)
-    parser.add_argument("--version", action="version", version=f"cafeteria_orch {__version__}")
-    return parser
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line.
-
-    :raises SystemExit: if there is a mistake in it, which is printed.
-    """
-    return make_parser().parse_args(arguments)
+    whole = CommandParser(prog="cafeorch-bench")
+    add_arguments(whole)
+    whole.add_argument("--version", action="version", version=f"cafeteria_orch {__version__}")
+    return whole
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -346,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     :raises SystemExit: with its status.
     """
-    options = parse_arguments(arguments)
+    options = parser().parse_args(arguments)
     raise SystemExit(options.run(options))
 
 

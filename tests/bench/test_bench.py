@@ -49,7 +49,7 @@ class CommandTestCase(SynchronousTestCase):
         defaults = ["--seconds=0.1", "--warmup=0", "--clients=2", "--window=3"]
         if not any(argument.startswith(("--rows", "--bytes")) for argument in arguments):
             defaults.append("--rows=2")
-        options = bench.parse_arguments([*defaults, *arguments])
+        options = bench.parser().parse_args([*defaults, *arguments])
         out, err = StringIO(), StringIO()
         with (
             patch.object(bench, "clientFromString", self.describe),
@@ -226,7 +226,7 @@ class Statuses(CommandTestCase):
         """A signal before that would leave the server's process behind."""
         started: list[object] = []
         self.patch(bench, "local_server", lambda *arguments: started.append(arguments))
-        options = bench.parse_arguments(["--self", "--rows=1"])
+        options = bench.parser().parse_args(["--self", "--rows=1"])
         running = Deferred.fromCoroutine(bench.bench(self.clock, options))
         self.assertEqual(started, [])
         with patch.object(sys, "stderr", StringIO()):
@@ -323,5 +323,5 @@ class Arguments(SynchronousTestCase):
 
     def test_server_options(self) -> None:
         """Everything after ``--`` is passed to the server unchanged."""
-        options = bench.parse_arguments(["--self", "--rows=1", "--", "--rows", "--", "x"])
+        options = bench.parser().parse_args(["--self", "--rows=1", "--", "--rows", "--", "x"])
         self.assertEqual((options.rows, options.server_options), (1, ["--rows", "--", "x"]))

@@ -6,7 +6,7 @@ import re
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.admin.cli import make_parser
+from cafeteria_orch.admin import cli
 from tests.man_pages import all_parsers
 from tests.support.package import ROOT
 
@@ -18,7 +18,7 @@ class CommandsPage(SynchronousTestCase):
 
     def test_every_command(self) -> None:
         """Each command has a section, and no section is of a command that there is not."""
-        commands = {parser.prog for parser in all_parsers(make_parser())} - {"cafeorch"}
+        commands = {parser.prog for parser in all_parsers(cli.parser())} - {"cafeorch"}
         self.assertEqual({*re.findall(r"(?m)^##+ (.*)$", PAGE)}, commands)
 
     def test_examples(self) -> None:
@@ -27,7 +27,7 @@ class CommandsPage(SynchronousTestCase):
         self.assertGreater(len(found), 5)
         for line in found:
             words = line.replace(" exports ", f" {ROOT}/docs/sample ").split()
-            self.assertTrue(callable(make_parser().parse_args(words).run), line)
+            self.assertTrue(callable(cli.parser().parse_args(words).run), line)
 
     def test_links(self) -> None:
         """Links to sections and files lead somewhere."""

@@ -18,8 +18,12 @@ class CommandsPage(SynchronousTestCase):
 
     def test_every_command(self) -> None:
         """Each command has a section, and no section is of a command that there is not."""
-        commands = {parser.prog for parser in all_parsers(cli.parser())} - {"cafeorch"}
-        self.assertEqual({*re.findall(r"(?m)^##+ (.*)$", PAGE)}, commands)
+        programs = {parser.prog for parser in all_parsers(cli.parser())} - {"cafeorch"}
+        sections = {*re.findall(r"(?m)^##+ (.*)$", PAGE)}
+        self.assertLessEqual(sections, programs)
+        # The commands of a store may have a page of their own.
+        missing = {each for each in programs - sections if not each.startswith("cafeorch store ")}
+        self.assertEqual(missing, set())
 
     def test_examples(self) -> None:
         """The examples are command lines that the parser takes."""

@@ -1,4 +1,4 @@
-"""What people do beside the server: the command ``cafeorch``.
+"""Everything but the server itself: the command ``cafeorch``.
 
 ``cli`` has the command; each of its parts has a module, as ``copy_command``, or is a program of
 its own too, as ``cafeorch-bench``. ``connections`` speaks to the databases, ``reading`` and

@@ -1,4 +1,4 @@
-"""``cafeorch``: what people do beside the server, in one command."""
+"""``cafeorch``: everything but the server itself, in one command."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cafeteria_orch.sender import cli as sender
 from . import check_command, completion_command, copy_command, demo_command
 
 _DESCRIPTION = """
-What is done beside an orchestrator: send to it, measure it, look at its store. The server itself
-is run by twistd cafeorch.
+Send to an orchestrator, measure it, check its options, and work with its store. twistd cafeorch
+runs the orchestrator itself.
 """
 
 _PROGRAMS = (

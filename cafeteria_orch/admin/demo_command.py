@@ -1,4 +1,4 @@
-"""``cafeorch demo``: a server with data in it, for as long as somebody looks at it."""
+"""``cafeorch demo``: a server with data to look at, until Ctrl-C."""
 
 from __future__ import annotations
 

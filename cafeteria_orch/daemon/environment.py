@@ -1,4 +1,4 @@
-"""The variables of the environment that have a say in the server: ``CAFEORCH_`` and a name."""
+"""The environment variables of the server: ``CAFEORCH_`` and the name of an option."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from difflib import get_close_matches
 PREFIX = "CAFEORCH_"
 
 OTHER_VARIABLES = ("CAFEORCH_PURE", "CAFEORCH_SEED", "CAFEORCH_SLOW")
-"""Those that are no options: the first selects Python's row codec, the others are the tests'."""
+"""Those that are not options: the first selects Python's row codec, the others are the tests'."""
 
 MAX_UNKNOWN = 10
-"""The number of unknown variables that are named. Anybody may have put thousands there."""
+"""The number of unknown variables that are reported, each in a line of the log."""
 
 MAX_NAME_CHARACTERS = 60
 
@@ -24,10 +24,10 @@ def variable(option: str) -> str:
 def unknown_variables(
     environment: Mapping[str, str], options: Iterable[str]
 ) -> list[tuple[str, str]]:
-    """Find the variables with the prefix that set nothing.
+    """Find the variables that have the prefix and are not empty, but set nothing.
 
     :param options: the names of all options.
-    :return: the first of them, each with what is to be done about it. An empty one is none.
+    :return: the first :data:`MAX_UNKNOWN`, each with its remedy.
     """
     suggested = [variable(option).removeprefix(PREFIX) for option in options]
     known = {*OTHER_VARIABLES, *(PREFIX + name for name in suggested)}

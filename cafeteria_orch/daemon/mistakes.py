@@ -1,4 +1,4 @@
-"""What may have been meant by an option that there is not."""
+"""What to suggest for an option that does not exist."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from getopt import GetoptError
 from twisted.python import usage
 
 
-def what_was_meant(error: usage.UsageError, options: usage.Options) -> str:
+def suggestion_for(error: usage.UsageError, options: usage.Options) -> str:
     """The end of the line that refuses an unknown option.
 
     :param error: what the options have raised.
     :param options: those of the server.
-    :return: nothing, where nothing is like the option, or the mistake is another one.
+    :return: empty if there is nothing to suggest, or the mistake is a different one.
     """
     cause = error.__context__
     if not isinstance(cause, GetoptError) or cause.opt in options.synonyms:

@@ -21,7 +21,7 @@ from cafeteria_orch.store.location import absolute, has_password, shown_location
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 
 from .environment import unknown_variables, variable
-from .mistakes import what_was_meant
+from .mistakes import suggestion_for
 from .node import DEFAULT_NODE, node_name
 from .service import DEFAULT_DRAIN_TIMEOUT
 
@@ -271,7 +271,7 @@ class Options(usage.Options):
             given = self._read(options, "--{}".format)
             environment = self._read(_environment_arguments(self.environment), variable)
         except usage.UsageError as error:
-            raise refusal(f"{error}{what_was_meant(error, self)}") from error
+            raise refusal(f"{error}{suggestion_for(error, self)}") from error
         for options_of, label in ((given, "--{}".format), (environment, variable)):
             clash = sorted(options_of.keys() & _TCP_OPTIONS)
             if clash and "listen" in options_of:
@@ -291,7 +291,7 @@ class Options(usage.Options):
             )
         for name, remedy in unknown_variables(self.environment, (*_PARSERS, *_REPEATED, *_FLAGS)):
             _log.warn(
-                "action: start | result: warning | error: {variable} in the environment is no"
+                "action: start | result: warning | error: {variable} in the environment is not an"
                 " option of the server: {remedy}",
                 variable=name,
                 remedy=remedy,

@@ -149,6 +149,8 @@ class BindProbe:
         if not address:
             raise CannotListenError(None, address, OSError("the path is missing"))
         folder = Path(address).absolute().parent
+        if not folder.is_dir():
+            raise CannotListenError(None, address, OSError(f"make the folder {folder}"))
         if not os.access(folder, os.W_OK):
             raise CannotListenError(None, address, OSError(f"{folder} is not writable"))
         with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):

@@ -262,7 +262,9 @@ class Listening(TapTestCase):
 
     async def test_unix_sockets(self) -> None:
         """One in a folder that does not exist, and one that another server has, are refused."""
-        self.assertIn("missing/cafe.socket", self.refusal("--listen=unix:missing/cafe.socket"))
+        refusal = self.refusal("--listen=unix:missing/cafe.socket")
+        self.assertIn("missing/cafe.socket", refusal)
+        self.assertIn(f"make the folder {self.folder / 'missing'}", refusal)
         other = self.make("--listen=unix:cafe.socket", "--store=none")
         other.privilegedStartService()
         try:

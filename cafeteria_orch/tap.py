@@ -15,6 +15,7 @@ from twisted.application.service import IService
 
 from . import __version__
 from .common.clock import measure_monotonic_time, wall_time
+from .common.extras import how_to_install
 from .common.pem import PEMError
 from .daemon.descriptors import allow_connections
 from .daemon.endpoints import client_endpoints, metrics_endpoint
@@ -184,9 +185,7 @@ def _monitor(
             node=options["node"],
         )
     except ImportError as error:
-        raise refusal(
-            "--metrics needs prometheus-client: pip install 'cafeteria_orch[metrics]'"
-        ) from error
+        raise refusal(f"--metrics needs prometheus-client: {how_to_install('metrics')}") from error
 
 
 def _load_processors(name: str, factory: OrchestratorFactory) -> None:

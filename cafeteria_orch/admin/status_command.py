@@ -75,9 +75,8 @@ def _read_facts(location: str, connection: Connection, version: int) -> Facts:
     store = store_at(location)
     identity, created_at = Reader(connection).identity() or (None, None)
     if store.kind == "sqlite":
-        sizes = {
-            name: number or 0 for name, number in zip(("file", "wal"), store.sizes(), strict=True)
-        }
+        found = store.sizes()
+        sizes = {"file": found.file or 0, "wal": found.wal or 0}
     else:
         ((number,),) = connection.execute("SELECT pg_database_size(current_database())")
         sizes = {"database": int(number)}

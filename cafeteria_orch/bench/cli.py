@@ -14,16 +14,18 @@ from typing import Any, NamedTuple, NoReturn
 from twisted.internet.defer import CancelledError
 from twisted.internet.endpoints import clientFromString
 from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
+from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.task import deferLater
 
 from cafeteria_orch import __version__
 from cafeteria_orch.common.arguments import DEFAULT_CONNECT, endpoint, number
+from cafeteria_orch.common.command_line import CommandParser, DefaultsFormatter, ServerOptions
 from cafeteria_orch.common.commands import run
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 from cafeteria_orch.wire.tables import TABLES
 
 from .load import BatchPool, LoadRun, speaks
-from .local_server import StartError, cpu_seconds, local_server
+from .local_server import StartError, check_options, cpu_seconds, local_server
 from .measurements import Result
 from .synthetic import SyntheticBatch, make_batch
 
@@ -34,6 +36,13 @@ MIN_FRAME_BYTES = 1024
 """A batch of this length holds any row."""
 
 _DEFAULT_ROWS = 1000
+_DESCRIPTION = """
+Load an orchestrator with random batches of the five tables, and report how many it
+acknowledged, how soon, and how much processor time it used. Every answer is checked; the exit
+status is 0 if every batch was acknowledged with SUCCESS. A server that stores will store the
+batches, without an agency; the server of --self does so in a temporary folder (in TMPDIR),
+which is removed.
+"""
 _COLUMNS = (
     f"{'framing':13}{'batches/s':>10}{'rows/s':>10}{'MB/s':>8}"
     f"{'p50':>9}{'p90':>9}{'p99':>9}{'p99.9':>9}{'max ms':>9}{'CPU s/MB':>10}{'per client':>16}"
@@ -66,8 +75,6 @@ async def bench(reactor: Any, options: argparse.Namespace) -> int:
         # Start no process until the reactor runs, and handles the signals.
         await deferLater(reactor, 0)
         async with _target(reactor, options) as target:
-            if not options.json:
-                _print_heading(batches, options)
             results = await _measure(reactor, batches, target, options)
     except (BatchTooLong, StartError) as error:
         _say(str(error))
@@ -89,9 +96,24 @@ async def _measure(
     target: Target,
     options: argparse.Namespace,
 ) -> list[Result]:
-    results = []
+    results: list[Result] = []
     for framing in _framings(options):
-        result = await _run(reactor, batches, framing, target, options)
+        server = clientFromString(reactor, target.connect)
+        try:
+            is_spoken = await speaks(reactor, server, framing)
+        except (ConnectError, DNSLookupError) as why:
+            remedy = f"Start a server at {target.connect}, or say --self to have one started."
+            results.append(Result(framing.name, errors=[f"{why} {remedy}"]))
+            _say(f"{why} {remedy}")
+            break
+        if not (results or options.json):
+            _print_heading(batches, options)
+        if is_spoken:
+            result = await _load(
+                reactor, server, BatchPool(batches, framing, options.window), target, options
+            )
+        else:
+            result = Result(framing.name, is_spoken=False, errors=["the server does not speak it"])
         results.append(result)
         if not options.json:
             print(_line(result), flush=True)
@@ -102,28 +124,17 @@ async def _measure(
     return results
 
 
-async def _run(
+async def _load(
     reactor: Any,
-    batches: Sequence[SyntheticBatch],
-    framing: Framing,
+    server: IStreamClientEndpoint,
+    pool: BatchPool,
     target: Target,
     options: argparse.Namespace,
 ) -> Result:
-    server = clientFromString(reactor, target.connect)
-    try:
-        if not await speaks(reactor, server, framing):
-            return Result(framing.name, is_spoken=False, errors=["the server does not speak it"])
-    except (ConnectError, DNSLookupError) as error:
-        return Result(
-            framing.name,
-            errors=[
-                f"{error} Start a server at {target.connect}, or say --self to have one started."
-            ],
-        )
     load = LoadRun(
         reactor,
         server,
-        BatchPool(batches, framing, options.window),
+        pool,
         clients=options.clients,
         seconds=options.seconds,
         warmup=options.warmup,
@@ -137,7 +148,7 @@ async def _target(reactor: Any, options: argparse.Namespace) -> AsyncIterator[Ta
     if not options.starts_server:
         yield Target(options.connect, options.server_pid)
         return
-    async with local_server(reactor, options.server_options) as server:
+    async with local_server(reactor, options.server_options or ()) as server:
         yield Target(f"tcp:127.0.0.1:{server.port}", server.pid)
 
 
@@ -231,17 +242,15 @@ def _say(line: str) -> None:
     print(f"cafeorch-bench: {line}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cafeorch-bench",
-        usage="%(prog)s [options] [-- option of the server, with --self ...]",
-        description="Load an orchestrator with random batches of the five tables, and report how"
-        " many it acknowledged, how soon, and how much processor time it used. Every answer is"
-        " checked; the exit status is 0 if every batch was acknowledged with SUCCESS. A server"
-        " that stores will store the batches, without an agency; the server of --self does so in"
-        " a temporary folder (in TMPDIR), which is removed.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def add_arguments(parser: CommandParser) -> None:
+    """Add the options of the command to a parser.
+
+    Among the options that it parses is ``run``, which runs the command with them.
+    """
+    parser.usage = "%(prog)s [options] [-- option of the server, with --self ...]"
+    parser.description = _DESCRIPTION
+    parser.formatter_class = DefaultsFormatter
+    parser.server_options = ServerOptions.AFTER_DASHES
     add = parser.add_argument
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -254,7 +263,6 @@ def _parser() -> argparse.ArgumentParser:
         "--self",
         dest="starts_server",
         action="store_true",
-        default=argparse.SUPPRESS,
         help="start an orchestrator and measure it; after -- stand its options, those of"
         " twistd cafeorch: --self -- --store none --log-level warn",
     )
@@ -265,13 +273,11 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument(
         "--bytes",
         type=number(int, MIN_FRAME_BYTES, DEFAULT_MAX_FRAME_BYTES),
-        default=argparse.SUPPRESS,
         help="length of each batch's frame, which is filled with rows",
     )
     add(
         "--table",
         choices=[table.name for table in TABLES],
-        default=argparse.SUPPRESS,
         help="send batches of this table alone (default: of all in turn)",
     )
     add("--seed", type=number(int, 0, 2**63), default=0, help="the same seed gives the same rows")
@@ -299,39 +305,32 @@ def _parser() -> argparse.ArgumentParser:
         "--server-pid",
         metavar="PID",
         type=number(int, 1, 2**31 - 1),
-        default=argparse.SUPPRESS,
         help="process of a server on this machine, whose processor time is reported",
     )
     add(
         "--json",
         action="store_true",
-        default=argparse.SUPPRESS,
         help="print a JSON object instead of a table",
     )
-    add("--version", action="version", version=f"cafeteria_orch {__version__}")
-    return parser
+    parser.set_defaults(run=partial(_run_command, parser))
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line.
-
-    :raises SystemExit: if there is a mistake in it, which is printed.
-    """
-    parser = _parser()
-    own, server_options = list(arguments), None
-    if "--" in own:
-        place = own.index("--")
-        own, server_options = own[:place], own[place + 1 :]
-    absent = argparse.Namespace(
-        starts_server=False, bytes=None, table=None, server_pid=None, json=False
-    )
-    options = parser.parse_args(own, absent)
-    if server_options is not None and not options.starts_server:
+def _run_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> NoReturn:
+    if options.server_options is not None and not options.starts_server:
         parser.error("what stands after -- is for a server of its own: say --self too")
     if options.starts_server and options.server_pid:
         parser.error("--server-pid is for a server that is there already: leave out --self")
-    options.server_options = server_options or []
-    return options
+    if options.starts_server:
+        check_options(options.server_options or ())
+    run(bench, options)
+
+
+def parser() -> CommandParser:
+    """The command line of ``cafeorch-bench``."""
+    whole = CommandParser(prog="cafeorch-bench")
+    add_arguments(whole)
+    whole.add_argument("--version", action="version", version=f"cafeteria_orch {__version__}")
+    return whole
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -339,7 +338,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     :raises SystemExit: with its status.
     """
-    run(bench, parse_arguments(sys.argv[1:] if arguments is None else arguments))
+    options = parser().parse_args(arguments)
+    raise SystemExit(options.run(options))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from twisted.internet.protocol import Factory, ProcessProtocol, Protocol
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
+from cafeteria_orch.common.plugin import service_maker
+
 START_TIMEOUT = 30.0
 """How long, in seconds, a server may take until it listens."""
 
@@ -39,6 +41,7 @@ class LocalServer(ProcessProtocol):
 
     :param folder: its working directory, which holds its output too.
     :param arguments: options of ``twistd cafeorch``.
+    :ivar folder: its working directory.
     :ivar port: its port on the loopback.
     :ivar pid: its process identifier.
     """
@@ -46,14 +49,14 @@ class LocalServer(ProcessProtocol):
     transport: Any
 
     def __init__(self, reactor: Any, folder: Path, arguments: Sequence[str]) -> None:
-        self.port = _free_port()
+        self.folder = folder
+        self.port = free_port()
         self._reactor = reactor
         self._log = folder / "log"
         self._ended = False
         self._end: Deferred[None] | None = None
-        # The last option wins. The port is chosen here, since the log that names it may be off.
-        where = ("--interface", _LOOPBACK, "--port", str(self.port))
-        command = (*_TWISTD, "-n", "cafeorch", *arguments, *where)
+        # The port is chosen here, since the log that names it may be off.
+        command = (*_TWISTD, "-n", "cafeorch", *arguments, *_address(self.port))
         with self._log.open("wb") as log, Path(os.devnull).open("rb") as nothing:
             files = {0: nothing.fileno(), 1: log.fileno(), 2: log.fileno()}
             process = reactor.spawnProcess(
@@ -111,6 +114,17 @@ class LocalServer(ProcessProtocol):
         return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
+def check_options(arguments: Sequence[str]) -> None:
+    """Make sure that a server would take these options, before anything is started.
+
+    :raises SystemExit: with the server's own line.
+    """
+    options = service_maker().options()
+    # Nor does the server get any of these variables.
+    options.environment = {}
+    options.parseOptions([*arguments, *_address(0)])
+
+
 @asynccontextmanager
 async def local_server(reactor: Any, arguments: Sequence[str]) -> AsyncIterator[LocalServer]:
     """Run a server in a temporary folder; both are removed afterwards.
@@ -125,6 +139,11 @@ async def local_server(reactor: Any, arguments: Sequence[str]) -> AsyncIterator[
             yield server
         finally:
             await server.stop()
+
+
+def _address(port: int) -> tuple[str, ...]:
+    # The last option wins.
+    return ("--interface", _LOOPBACK, "--port", str(port))
 
 
 def cpu_seconds(pid: int | None) -> float | None:
@@ -150,7 +169,8 @@ def _environment() -> dict[str, str]:
     return inherited | {"PYTHONPATH": os.pathsep.join(path)}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Find a port of the loopback that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind((_LOOPBACK, 0))
         port: int = probe.getsockname()[1]

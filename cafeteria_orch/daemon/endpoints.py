@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterable
@@ -20,10 +21,16 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
 from twisted.internet.protocol import Factory
 from twisted.internet.tcp import makeBinding
+from twisted.logger import Logger
 
 from cafeteria_orch.common.listening import listen
 
 from .options import Options, one_line, refusal
+
+_TCP = "tcp:PORT or tcp:PORT:interface=ADDRESS, the port a number"
+_ALL_INTERFACES = {"", "0.0.0.0", "::"}  # noqa: S104 (it is warned of)
+
+_log = Logger()
 
 _TRIED = (TCP4ServerEndpoint, TCP6ServerEndpoint, SSL4ServerEndpoint, UNIXServerEndpoint)
 
@@ -53,7 +60,14 @@ def metrics_endpoint(reactor: Any, description: str) -> IStreamServerEndpoint:
 
     :raises SystemExit: if it cannot listen.
     """
-    check_endpoints([_endpoint(BindProbe(), "metrics", description)], "--metrics")
+    probe = BindProbe()
+    check_endpoints([_endpoint(probe, "metrics", description)], "--metrics")
+    if probe.interfaces & _ALL_INTERFACES:
+        _log.warn(
+            "action: start | result: warning | error: everybody who reaches the port of --metrics"
+            " can read the status page and the metrics: name an interface, as in"
+            " tcp:9100:interface=127.0.0.1"
+        )
     return _endpoint(reactor, "metrics", description)
 
 
@@ -69,9 +83,10 @@ def check_endpoints(endpoints: Iterable[IStreamServerEndpoint], options: str) ->
             try:
                 listen(endpoint, Factory())
             except Exception as error:
-                raise refusal(
-                    f"{error} Stop what listens there, or choose another {options}."
-                ) from error
+                cause = getattr(error, "socketError", error)
+                is_taken = getattr(cause, "errno", None) == errno.EADDRINUSE
+                remedy = "Stop what listens there, or choose" if is_taken else "Choose"
+                raise refusal(f"{error} {remedy} another {options}.") from error
 
 
 class SharedPorts:
@@ -98,13 +113,16 @@ class BindProbe:
     """Stands in for an endpoint's reactor: binds as the real one would, and lets go.
 
     :param is_shared: whether other servers may have the TCP port too, if they share it as well.
+    :ivar interfaces: what was bound of TCP ports.
     """
 
     def __init__(self, *, is_shared: bool = False) -> None:
+        self.interfaces: set[str] = set()
         self._is_shared = is_shared
 
     def listenTCP(self, port: int, factory: Factory, backlog: int, interface: str) -> None:
         """Bind a TCP port."""
+        self.interfaces.add(interface)
         family = socket.AF_INET6 if ":" in interface else socket.AF_INET
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -128,7 +146,11 @@ class BindProbe:
 
     def listenUNIX(self, address: str, factory: Factory, **_: object) -> None:
         """Look whether a local socket could be made, and whether another server has it."""
+        if not address:
+            raise CannotListenError(None, address, OSError("the path is missing"))
         folder = Path(address).absolute().parent
+        if not folder.is_dir():
+            raise CannotListenError(None, address, OSError(f"make the folder {folder}"))
         if not os.access(folder, os.W_OK):
             raise CannotListenError(None, address, OSError(f"{folder} is not writable"))
         with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
@@ -145,8 +167,15 @@ def _client_endpoints(reactor: Any, options: Options) -> list[IStreamServerEndpo
 
 
 def _endpoint(reactor: Any, option: str, description: str) -> IStreamServerEndpoint:
+    if description.isdecimal():
+        raise refusal(
+            f"--{option} {description}: give it as tcp:{description}:interface=127.0.0.1, or as"
+            f" tcp:{description} for all interfaces"
+        )
     try:
         endpoint: IStreamServerEndpoint = serverFromString(reactor, description)
     except Exception as error:
-        raise refusal(f"--{option} {description}: {one_line(error)}") from error
+        is_tcp = description.split(":", maxsplit=1)[0] == "tcp"
+        why = f"give it as {_TCP}" if is_tcp else one_line(error)
+        raise refusal(f"--{option} {description}: {why}") from error
     return endpoint

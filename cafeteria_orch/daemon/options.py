@@ -6,9 +6,9 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from twisted.logger import Logger, LogLevel
 from twisted.python import usage
@@ -19,13 +19,13 @@ from cafeteria_orch.edge.proxy import parse_networks
 from cafeteria_orch.observe.log_files import DEFAULT_LOG_BYTES, DEFAULT_LOG_FILES
 from cafeteria_orch.observe.logs import Render, as_json, as_text
 from cafeteria_orch.server.memory import DEFAULT_MAX_IN_FLIGHT_BYTES
-from cafeteria_orch.store.location import absolute, has_password
+from cafeteria_orch.store.location import absolute, has_password, shown_location
 from cafeteria_orch.wire.framing import DEFAULT_MAX_FRAME_BYTES, FRAMINGS, Framing
 
+from .environment import unknown_variables, variable
+from .mistakes import suggestion_for
 from .node import DEFAULT_NODE, node_name
 from .service import DEFAULT_DRAIN_TIMEOUT
-
-ENVIRONMENT_PREFIX = "CAFEORCH_"
 
 _log = Logger()
 
@@ -101,10 +101,25 @@ _FLAGS = ("proxy-protocol", "reuse-port")
 _NEEDED = {"tls-key": "tls-cert", "tls-client-ca": "tls-cert", "proxy-from": "proxy-protocol"}
 """Options, and the one that each of them needs."""
 _TCP_OPTIONS = {"port", "interface", "backlog"}
+_ALWAYS_SHOWN = ("port", "interface", "store", "metrics")
+
+
+class Setting(NamedTuple):
+    """An option as it holds.
+
+    :ivar source: where its value comes from.
+    """
+
+    option: str
+    value: str
+    source: str
 
 
 class Options(usage.Options):
-    """The options of ``twistd cafeorch``, from the command line and the environment."""
+    """The options of ``twistd cafeorch``, from the command line and the environment.
+
+    :ivar environment: its variables.
+    """
 
     synopsis = "[options]"
     longdesc = (
@@ -203,8 +218,19 @@ class Options(usage.Options):
 
     def __init__(self) -> None:
         super().__init__()
+        self.environment: Mapping[str, str] = os.environ
         self._collected: dict[str, Any] = {}
-        self._changed: dict[str, str] = {}
+        self._settings: dict[str, Setting] = {}
+        self._changed: list[str] = []
+
+    def settings(self) -> list[Setting]:
+        """The options that are set, and the most important of the others; without passwords."""
+        settings = self._settings.copy()
+        for name in _ALWAYS_SHOWN:
+            if not (name in _TCP_OPTIONS and self["listen"]):
+                settings.setdefault(name, Setting(f"--{name}", self.defaults[name], "default"))
+        settings["store"] = settings["store"]._replace(value=shown_location(self["store"]))
+        return [settings[name] for name in sorted(settings)]
 
     def opt_listen(self, description: str) -> None:
         """Twisted endpoint (unix:, systemd:) in place of -p, -i and -b; may be repeated"""
@@ -224,6 +250,8 @@ class Options(usage.Options):
         """Share the TCP port with other servers of this machine (SO_REUSEPORT)"""
         self._collected["reuse-port"] = True
 
+    opt_h = usage.Options.opt_help
+
     def opt_version(self) -> None:
         """Display the version and exit."""
         print(f"cafeteria_orch {__version__}")
@@ -241,24 +269,24 @@ class Options(usage.Options):
         """
         defaults = {name: parse(self.defaults[name]) for name, parse in _PARSERS.items()}
         defaults |= {name: [] for name in _REPEATED} | dict.fromkeys(_FLAGS, False)
+        self._settings = {}
         try:
-            given, texts = self._read(options, "--{}".format)
-            environment, others = self._read(_environment_arguments(), _environment_name)
+            given = self._read(options, "--{}".format)
+            environment = self._read(_environment_arguments(self.environment), variable)
         except usage.UsageError as error:
-            raise refusal(str(error)) from error
-        for options_of, label in ((given, "--{}".format), (environment, _environment_name)):
+            raise refusal(f"{error}{suggestion_for(error, self)}") from error
+        for options_of, label in ((given, "--{}".format), (environment, variable)):
             clash = sorted(options_of.keys() & _TCP_OPTIONS)
             if clash and "listen" in options_of:
                 what = f"{label('listen')} takes the place of {label(clash[0])}"
                 raise refusal(f"{what}: give one of them")
-        if given.keys() & _TCP_OPTIONS:
-            environment.pop("listen", None)
+        if given.keys() & _TCP_OPTIONS and environment.pop("listen", None):
+            del self._settings["listen"]
         self.update(defaults | environment | given)
-        texts = others | texts
-        self._changed = {
-            name: texts.get(name, "") for name in defaults if self[name] != defaults[name]
-        }
-        for options_of, label in ((given, "--{}".format), (environment, _environment_name)):
+        self._changed = [
+            name for name in defaults if self[name] != defaults[name] and name != "store"
+        ]
+        for options_of, label in ((given, "--{}".format), (environment, variable)):
             for name, needed in _NEEDED.items():
                 if options_of.get(name) and not self[needed]:
                     raise refusal(f"{label(name)} needs {label(needed)}: give both or neither")
@@ -267,35 +295,46 @@ class Options(usage.Options):
                 "action: start | result: warning | error: the process list shows the password of"
                 " --store: name the URL in CAFEORCH_STORE, or the password in a file (PGPASSFILE)"
             )
+        for name, remedy in unknown_variables(self.environment, (*_PARSERS, *_REPEATED, *_FLAGS)):
+            _log.warn(
+                "action: start | result: warning | error: {variable} in the environment is not an"
+                " option of the server: {remedy}",
+                variable=name,
+                remedy=remedy,
+            )
 
     def describe_changes(self) -> str:
         """The options that differ from their defaults, without the store and what is secret."""
         arguments = []
-        for name, text in self._changed.items():
+        for name in self._changed:
             if name in _FLAGS:
                 arguments.append(f"--{name}")
-            elif name != "store":
-                values = self[name] if name in _REPEATED else [text]
+            else:
+                values = self[name] if name in _REPEATED else [self._settings[name].value]
                 arguments += [
                     f"--{name}={shlex.quote(_without_password(each))}" for each in values
                 ]
         return " ".join(arguments) or "-"
 
-    def _read(
-        self, options: list[str] | None, label: Callable[[str], str]
-    ) -> tuple[dict[str, Any], dict[str, str]]:
-        """Read arguments; return the values that they give, and the texts of those."""
+    def _read(self, options: list[str] | None, label: Callable[[str], str]) -> dict[str, Any]:
         self.update(dict.fromkeys(_PARSERS))
         self._collected = {}
         super().parseOptions(options)
+        texts = {name: " ".join(self._collected.get(name, ())) for name in _REPEATED}
+        texts |= {name: self[name] for name in _PARSERS if self[name] is not None}
         given: dict[str, Any] = dict(self._collected)
-        texts = {name: self[name] for name in _PARSERS if self[name] is not None}
-        for name, text in texts.items():
-            try:
-                given[name] = _PARSERS[name](text)
-            except ValueError as error:
-                raise usage.UsageError(f"{label(name)}: {error}") from error
-        return given, texts
+        for name, parse in _PARSERS.items():
+            if name in texts:
+                try:
+                    given[name] = parse(texts[name])
+                except ValueError as error:
+                    raise usage.UsageError(f"{label(name)}: {error}") from error
+        for name in given:
+            option = f"--{name}"
+            source = "command line" if label(name) == option else label(name)
+            # The command line is read first, and wins.
+            self._settings.setdefault(name, Setting(option, texts.get(name, "yes"), source))
+        return given
 
 
 def refusal(message: str) -> SystemExit:
@@ -312,20 +351,16 @@ def _without_password(text: str) -> str:
     return re.sub(r"(://[^:@/\s]*):[^@\s]*@", r"\1:***@", text)
 
 
-def _environment_name(option: str) -> str:
-    return ENVIRONMENT_PREFIX + option.upper().replace("-", "_")
-
-
-def _environment_arguments() -> list[str]:
+def _environment_arguments(environment: Mapping[str, str]) -> list[str]:
     arguments = []
     for name in _FLAGS:
-        text = os.environ.get(_environment_name(name), "")
+        text = environment.get(variable(name), "")
         try:
             arguments += [f"--{name}"] if text and _flag(text) else []
         except ValueError as error:
-            raise usage.UsageError(f"{_environment_name(name)}: {error}") from error
+            raise usage.UsageError(f"{variable(name)}: {error}") from error
     for name in (*_PARSERS, *_REPEATED):
-        value = os.environ.get(_environment_name(name), "")
+        value = environment.get(variable(name), "")
         values = value.split() if name in _REPEATED else filter(None, [value])
         arguments += [f"--{name}={value}" for value in values]
     return arguments

@@ -15,6 +15,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from cafeteria_orch.common.clock import WallTime
+from cafeteria_orch.common.extras import how_to_install
 from cafeteria_orch.common.pem import PEMError, openssl_reason, read_identity, read_trust_root
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class ServerTLS:
             import OpenSSL  # noqa: F401, PLC0415
         except ImportError as error:
             raise PEMError(
-                "--tls-cert needs what comes with the extra tls: pip install 'cafeteria_orch[tls]'"
+                f"--tls-cert needs what comes with the extra tls: {how_to_install('tls')}"
             ) from error
         self._options = self._load()
 

@@ -15,6 +15,7 @@ from twisted.internet.interfaces import IOpenSSLClientConnectionCreator, IStream
 from twisted.internet.protocol import Factory
 from zope.interface import implementer
 
+from cafeteria_orch.common.extras import how_to_install
 from cafeteria_orch.common.pem import PEMError, openssl_reason, read_identity, read_trust_root
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class ClientTLS:
             import service_identity  # noqa: F401, PLC0415
         except ImportError as error:
             raise TLSError(
-                "--tls-ca needs what comes with the extra tls: pip install 'Twisted[tls]'"
+                f"--tls-ca needs what comes with the extra tls: {how_to_install('tls')}"
             ) from error
         from twisted.internet import ssl  # noqa: PLC0415
 

@@ -70,7 +70,9 @@ def explaining(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"the store {path} cannot be opened: {error.strerror}") from error
+        folder = Path(os.path.realpath(path)).parent
+        remedy = "" if folder.is_dir() else f": make the folder {folder}, or name another --store"
+        raise StoreError(f"the store {path} cannot be opened: {error.strerror}{remedy}") from error
 
 
 def check_lock(path: str) -> None:

@@ -6,6 +6,8 @@ import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from cafeteria_orch.common.extras import how_to_install
+
 from .database import StoreError
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def psycopg_module() -> Any:
         import psycopg  # noqa: PLC0415
     except ImportError as error:
         raise StoreError(
-            "--store postgresql:// needs psycopg: pip install 'cafeteria_orch[postgresql]'"
+            f"--store postgresql:// needs psycopg: {how_to_install('postgresql')}"
         ) from error
     return psycopg
 

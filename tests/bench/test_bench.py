@@ -49,7 +49,7 @@ class CommandTestCase(SynchronousTestCase):
         defaults = ["--seconds=0.1", "--warmup=0", "--clients=2", "--window=3"]
         if not any(argument.startswith(("--rows", "--bytes")) for argument in arguments):
             defaults.append("--rows=2")
-        options = bench.parse_arguments([*defaults, *arguments])
+        options = bench.parser().parse_args([*defaults, *arguments])
         out, err = StringIO(), StringIO()
         with (
             patch.object(bench, "clientFromString", self.describe),
@@ -204,11 +204,16 @@ class Statuses(CommandTestCase):
         self.assertEqual((status, run["errors"]), (1, ["the server does not speak it"]))
 
     def test_refused(self) -> None:
-        """Where nobody listens, it is said with the remedy."""
+        """Where nobody listens, it is said once, with the remedy, and there is no table."""
         self.server.is_away = True
-        status, _, err = self.run_bench("--framing=int32")
-        self.assertEqual(status, 1)
-        self.assertRegex(err, r"Connection was refused.*Start a server at tcp:.*--self.*\n\Z")
+        status, out, err = self.run_bench()
+        self.assertEqual((status, out), (1, ""))
+        self.assertRegex(err, r"\A.*Connection was refused.*Start a server at tcp:.*--self.*\n\Z")
+        self.setUp()
+        self.server.is_away = True
+        status, out, err = self.run_bench("--json")
+        (run,) = json.loads(out)["runs"]
+        self.assertEqual((status, len(run["errors"])), (1, 1))
 
     def test_interrupted(self) -> None:
         """Ctrl-C is one line and status 1, while it connects and while it measures."""
@@ -221,7 +226,7 @@ class Statuses(CommandTestCase):
         """A signal before that would leave the server's process behind."""
         started: list[object] = []
         self.patch(bench, "local_server", lambda *arguments: started.append(arguments))
-        options = bench.parse_arguments(["--self", "--rows=1"])
+        options = bench.parser().parse_args(["--self", "--rows=1"])
         running = Deferred.fromCoroutine(bench.bench(self.clock, options))
         self.assertEqual(started, [])
         with patch.object(sys, "stderr", StringIO()):
@@ -273,6 +278,26 @@ class Arguments(SynchronousTestCase):
             self.assertTrue(line.startswith("cafeorch-bench: error: "), line)
             self.assertIn(what, line)
 
+    def test_options_of_the_server(self) -> None:
+        """A mistake in them is refused with the server's own line before anything is started.
+
+        The environment is another server's, and is not looked at.
+        """
+        self.patch(os, "environ", {"PATH": os.environ.get("PATH", ""), "CAFEORCH_PORT": "x"})
+        runs: list[object] = []
+        self.patch(bench, "run", lambda *arguments: runs.append(arguments))
+        for options, line in (
+            (["--prot", "1"], "cafeorch: option --prot not recognized: did you mean --port?"),
+            (["-n"], "cafeorch: option -n not recognized: it is an option of twistd,"),
+            (["--backlog", "x"], "cafeorch: --backlog: 'x' is not a number"),
+        ):
+            exited = self.assertRaises(SystemExit, bench.main, ["--self", "--", *options])
+            self.assertIn(line, str(exited.code))
+            self.assertNotIn("\n", str(exited.code))
+            self.assertEqual(runs, [])
+        self.assertRaises(SystemExit, bench.main, ["--self", "--", "--backlog", "1"])
+        self.assertEqual(len(runs), 1)
+
     def test_help(self) -> None:
         """The help names the options and their defaults."""
         status, out, err = self.run_main("--help")
@@ -298,5 +323,5 @@ class Arguments(SynchronousTestCase):
 
     def test_server_options(self) -> None:
         """Everything after ``--`` is passed to the server unchanged."""
-        options = bench.parse_arguments(["--self", "--rows=1", "--", "--rows", "--", "x"])
+        options = bench.parser().parse_args(["--self", "--rows=1", "--", "--rows", "--", "x"])
         self.assertEqual((options.rows, options.server_options), (1, ["--rows", "--", "x"]))

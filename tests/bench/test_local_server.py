@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,14 +24,9 @@ from cafeteria_orch.bench.local_server import (
     StartError,
     cpu_seconds,
 )
+from tests.support.commands import CommandTestCase, servers_in
 from tests.support.disks import make_folder
-from tests.support.processes import (
-    PATIENCE,
-    ROOT,
-    ProcessTestCase,
-    default_signals,
-    wait_until,
-)
+from tests.support.processes import wait_until
 
 
 class Process:
@@ -165,47 +159,17 @@ class Lives(SynchronousTestCase):
         self.successResultOf(stopping)
 
 
-class Processes(ProcessTestCase):
+class Processes(CommandTestCase):
     """``--self``, with real processes."""
 
+    command = ("-m", "cafeteria_orch.bench.cli", "--self")
     BRIEF: ClassVar = ("--seconds=0.3", "--warmup=0.1", "--rows=5", "--clients=2")
-
-    def setUp(self) -> None:
-        super().setUp()
-        # Where the temporary folders are, to see whether they are gone.
-        self.temporary = make_folder(self)
 
     def begin(
         self, *arguments: str, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        """Start the command, with a short load."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("CAFEORCH_")}
-        own = {"PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary)}
-        command = [sys.executable, "-m", "cafeteria_orch.bench.cli", "--self", *self.BRIEF]
-        with default_signals():
-            process = subprocess.Popen(
-                [*command, *arguments],
-                cwd=self.folder,
-                env={**inherited, **own, **(environment or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-
-        def clean_up() -> None:
-            process.kill()
-            process.communicate()
-
-        self.addCleanup(clean_up)
-        return process
-
-    def end(self, process: subprocess.Popen[str]) -> tuple[int, str, str]:
-        """Wait for its end: status, output, errors. It leaves nothing behind."""
-        out, err = process.communicate(timeout=3 * PATIENCE)
-        self.assertEqual(list(self.temporary.iterdir()), [])
-        self.assertEqual(servers_in(self.temporary), [])
-        return process.returncode, out, err
+        """Start it with a short load."""
+        return super().begin(*self.BRIEF, *arguments, environment=environment)
 
     def test_load(self) -> None:
         """It starts a server, loads it with both framings, and removes it."""
@@ -265,16 +229,3 @@ class Processes(ProcessTestCase):
         process.send_signal(signal.SIGINT)
         status, out, err = self.end(process)
         self.assertEqual((status, out, err), (1, "", "cafeorch-bench: interrupted\n"))
-
-
-def servers_in(folder: Path) -> list[int]:
-    """The processes that work somewhere in a folder."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            where = (process / "cwd").readlink()
-        except OSError:
-            continue
-        if folder in where.parents:
-            found.append(int(process.name))
-    return found

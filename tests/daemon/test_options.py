@@ -9,7 +9,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from twisted.application.twist._options import TwistOptions
 from twisted.logger import LogLevel, capturedLogs
+from twisted.python import usage
+from twisted.scripts._twistd_unix import ServerOptions
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__
@@ -133,12 +136,15 @@ def variable(name: str) -> str:
 class OptionsTestCase(SynchronousTestCase):
     """Reads options, in an environment that has none of its own."""
 
+    parent: usage.Options | None = None
+
     def parse(self, *arguments: str, **environment: str) -> Options:
         """The options that these arguments and variables give."""
         self.patch(socket, "gethostname", lambda: "cafe.example")
         kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         self.patch(os, "environ", kept | environment)
         options = Options()
+        options.parent = self.parent
         options.parseOptions(list(arguments))
         return options
 
@@ -286,6 +292,16 @@ class Values(OptionsTestCase):
             self.parse("--store", "me:hidden@h")
         self.assertEqual(texts(events, LogLevel.warn), [])
 
+    def test_unknown_variables(self) -> None:
+        """A variable that sets nothing is warned of, with the right name, and not its value."""
+        with capturedLogs() as events:
+            self.parse(CAFEORCH_STROE="me:hidden", CAFEORCH_PORT="1", CAFEORCH_PURE="1")
+        (warning,) = texts(events, LogLevel.warn)
+        self.assertRegex(
+            warning,
+            "error: CAFEORCH_STROE in the environment .*: did you mean CAFEORCH_STORE[?]$",
+        )
+
 
 class Changes(OptionsTestCase):
     """What the log says of the options at the start."""
@@ -353,6 +369,25 @@ class Mistakes(OptionsTestCase):
             self.assertIn(argument.partition("=")[0], self.refusal(argument))
         self.assertIn("'9000'", self.refusal("--store", "none", "9000"))
 
+    def test_what_was_meant(self) -> None:
+        """An option like the one that there is not is named."""
+        self.assertIn("--prot not recognized: did you mean --port?", self.refusal("--prot=1"))
+        self.assertRegex(self.refusal("--colour"), "--colour not recognized$")
+        self.assertRegex(self.refusal("-x"), "-x not recognized$")
+
+    def test_options_of_the_program(self) -> None:
+        """Those of twistd and of twist come before the word cafeorch: the line says so."""
+        for parent, program, options in (
+            (None, "twistd", ("-n", "--nodaemon", "--logfile")),
+            (ServerOptions(), "twistd", ("-n", "--pidfile")),
+            (TwistOptions(), "twist", ("--reactor",)),
+        ):
+            self.parent = parent
+            for option in options:
+                command = f"stands before the word cafeorch: {program} {option} cafeorch"
+                self.assertIn(command, self.refusal(option))
+        self.assertNotIn("before", self.refusal("-n"))
+
     def test_listen_excludes_the_others(self) -> None:
         """``--listen`` stands with none of the three options that it replaces."""
         for name, text in (("port", "1"), ("interface", "::1"), ("backlog", "1")):
@@ -395,6 +430,7 @@ class Help(OptionsTestCase):
     def test_help(self) -> None:
         """``--help`` lists every option with its default, and names the variables."""
         text = self.printed("--help")
+        self.assertEqual(self.printed("-h"), text)
         shown = {"store": "cafeorch.sqlite3", "log-level": "info", "drain-timeout": "10"}
         shown |= {"log-format": "text", "framing": "auto", "max-connections-per-host": "none"}
         shown |= {"idle-timeout": "none", "frame-timeout": "30", "processing-timeout": "60"}

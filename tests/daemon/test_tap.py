@@ -241,9 +241,30 @@ class Listening(TapTestCase):
             refusal = self.refusal(f"--listen={description}", "--store=none")
             self.assertIn(f"--listen {description}: ", refusal)
 
+    def test_right_endpoints_are_shown(self) -> None:
+        """A mistake in a TCP endpoint, the usual one, is answered with its form."""
+        form = "give it as tcp:PORT or tcp:PORT:interface=ADDRESS"
+        for description in ("tcp", "tcp:", "tcp:abc", "tcp:1:interfce=::1", "tcp:1:backlog=x"):
+            refusal = self.refusal(f"--listen={description}", "--store=none")
+            self.assertIn(f"--listen {description}: {form}", refusal)
+        refusal = self.refusal("--metrics=9100", "--store=none")
+        self.assertIn("give it as tcp:9100:interface=127.0.0.1", refusal)
+        for description in ("tcp:65536", "tcp:-1"):
+            refusal = self.refusal(f"--listen={description}", "--store=none")
+            self.assertIn("port must be 0-65535. Choose another --port", refusal)
+        self.assertIn("the path is missing. Choose another", self.refusal("--listen=unix:"))
+
+    def test_only_what_listens_can_be_stopped(self) -> None:
+        """A port that is taken has a remedy that an address of another machine has not."""
+        with taken_port() as port:
+            self.assertIn("Stop what listens there", self.refusal("--port", str(port)))
+        self.assertNotIn("Stop", self.refusal("--interface=192.0.2.1"))
+
     async def test_unix_sockets(self) -> None:
         """One in a folder that does not exist, and one that another server has, are refused."""
-        self.assertIn("missing/cafe.socket", self.refusal("--listen=unix:missing/cafe.socket"))
+        refusal = self.refusal("--listen=unix:missing/cafe.socket")
+        self.assertIn("missing/cafe.socket", refusal)
+        self.assertIn(f"make the folder {self.folder / 'missing'}", refusal)
         other = self.make("--listen=unix:cafe.socket", "--store=none")
         other.privilegedStartService()
         try:
@@ -513,6 +534,20 @@ class Metrics(TapTestCase):
         """With the option there is an endpoint for operators."""
         service = self.make("--metrics", "tcp:0:interface=127.0.0.1")
         self.assertIsInstance(service._monitor, Monitor)
+
+    def test_who_can_read_it(self) -> None:
+        """All interfaces are warned of; one is not."""
+        for description, is_warned in (
+            ("tcp:0", True),
+            ("tcp:0:interface=0.0.0.0", True),
+            (r"tcp:0:interface=\:\:", True),
+            ("tcp:0:interface=127.0.0.1", False),
+            ("unix:page", False),
+        ):
+            with capturedLogs() as events:
+                self.make("--store=none", "--metrics", description)
+            found = [text for text in texts(events, LogLevel.warn) if "everybody" in text]
+            self.assertEqual(bool(found), is_warned, description)
 
     def test_bad_endpoint(self) -> None:
         """What is no endpoint is refused by the option's name."""

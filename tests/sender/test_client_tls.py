@@ -118,7 +118,7 @@ class Mistakes(FilesTestCase):
         """Each part of the extra is needed."""
         for module in ("service_identity", "OpenSSL"):
             with patch.dict(sys.modules, {module: None}):
-                self.assert_refused(r"^--tls-ca needs .*: pip install 'Twisted\[tls\]'$")
+                self.assert_refused(r"^--tls-ca needs .*: pip install 'cafeteria_orch\[tls\]'$")
 
     def test_host_of_an_endpoint(self) -> None:
         """Any form of a TCP endpoint has a host, and no other endpoint has."""

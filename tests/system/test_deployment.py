@@ -16,7 +16,8 @@ from unittest.mock import patch
 from twisted.scripts._twistd_unix import ServerOptions
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from cafeteria_orch.daemon.options import ENVIRONMENT_PREFIX, Options
+from cafeteria_orch.daemon.environment import PREFIX
+from cafeteria_orch.daemon.options import Options
 from cafeteria_orch.daemon.service import DEFAULT_DRAIN_TIMEOUT
 from tests.support.disks import make_folder
 
@@ -61,7 +62,7 @@ def options_of(command: Sequence[str], environment: dict[str, str]) -> Options:
 
 def settings(text: str) -> dict[str, str]:
     """Return the server's variables that a text sets."""
-    return dict(re.findall(rf"\b({ENVIRONMENT_PREFIX}[A-Z_]+)=(\S+)", text))
+    return dict(re.findall(rf"\b({PREFIX}[A-Z_]+)=(\S+)", text))
 
 
 class ExampleTestCase(SynchronousTestCase):
@@ -69,7 +70,7 @@ class ExampleTestCase(SynchronousTestCase):
 
     def assert_known(self, text: str) -> None:
         """Every variable of the server that the text names is an option."""
-        names = re.findall(rf"\b{ENVIRONMENT_PREFIX}([A-Z_]+)", text)
+        names = re.findall(rf"\b{PREFIX}([A-Z_]+)", text)
         self.assertNotEqual(names, [])
         known = {name.rstrip("=") for name in Options().longOpt}
         for name in names:

@@ -30,6 +30,26 @@ def templates() -> Iterator[str]:
                 yield from (text for text in texts if text.startswith("action: "))
 
 
+REASONS = {"StoreError", "TryAgainLater", "Outage", "OperationalError", "_refuse"}
+"""What is called with the reason of a store that cannot be used, or takes nothing."""
+
+
+def reasons() -> Iterator[str]:
+    """The longest literal part of each reason that the store gives."""
+    for name, (_, tree) in MODULES.items():
+        if not name.startswith("store."):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in REASONS:
+                texts = [
+                    part.value
+                    for argument in node.args
+                    for part in ast.walk(argument)
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str)
+                ]
+                yield max(texts, key=len, default="").strip(" ,:")
+
+
 class OperationsTests(SynchronousTestCase):
     """What stands on the page."""
 
@@ -51,6 +71,14 @@ class OperationsTests(SynchronousTestCase):
                 if head[0] in item and any(word in item for word in words)
             ]
             self.assertTrue(matching, template)
+
+    def test_every_reason_of_the_store(self) -> None:
+        """Why a store cannot be used, or takes nothing, stands there with what is to be done."""
+        found = [reason for reason in reasons() if len(reason) > 10]
+        self.assertGreater(len(found), 15)
+        page = " ".join(PAGE.split())
+        for reason in found:
+            self.assertTrue(reason[:40] in page, reason)
 
     def test_every_option(self) -> None:
         """Every option that has a value is explained."""

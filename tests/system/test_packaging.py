@@ -220,6 +220,7 @@ class Packaging(SynchronousTestCase):
         self.assertIn("--batch-rows", output("cafeorch-send", "--help"))
         self.assertIn("--warmup", output("cafeorch-bench", "--help"))
         self.assertIn("--json", output("cafeorch", "store", "copy", "--help"))
+        self.assertIn("The server can start.", output("cafeorch", "check", "--port=0"))
         return environment
 
     def test_install(self) -> None:

@@ -84,7 +84,11 @@ class FileTests(StartTestCase):
     def test_missing_folder(self) -> None:
         """There is no such folder, and none is made."""
         self.store = self.folder / "missing" / "store.sqlite3"
-        self.assert_refused("cannot be opened: No such file or directory")
+        folder = self.store.parent
+        self.assert_refused(
+            f"cannot be opened: No such file or directory: make the folder {folder}, or name"
+            " another --store"
+        )
 
     def test_not_allowed(self) -> None:
         """A file that belongs to somebody else."""
@@ -141,7 +145,9 @@ class SecondServerTests(StartTestCase):
         first = ServerProcess(self, self.store)
         client = first.connect(self)
         client.store(batch_number=1)
-        self.assert_refused("belongs to another server")
+        self.assert_refused(
+            "belongs to another server, which runs: stop that one, or name another --store"
+        )
         with socket.create_server(("127.0.0.1", 0)) as taken:
             self.run_server("-n", port=taken.getsockname()[1])
         client.store(batch_number=2)

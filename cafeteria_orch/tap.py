@@ -24,6 +24,7 @@ from .daemon.service import OrchestratorService
 from .daemon.signals import SignalHandlers
 from .daemon.systemd import SystemdNotifier
 from .edge.admission import Admission
+from .edge.agencies import Agencies, AgenciesError
 from .edge.tls import ServerTLS
 from .observe.log_files import LogFile, LogStream
 from .observe.logs import BufferedLogObserver, as_json
@@ -98,12 +99,9 @@ def makeService(options: Options) -> IService:
         sink.register(factory)
     for name in options["processors"]:
         _load_processors(name, factory)
-    tls = _server_tls(options)
-    if tls is not None:
-        signals.reload = tls.reload
-    admission = (
-        _admission(reactor, factory, tls, max_connections, options) if has_admission else None
-    )
+    admission = _admission(reactor, factory, max_connections, options) if has_admission else None
+    if admission is not None and admission.tls is not None:
+        signals.reload = admission.reload
     endpoints = client_endpoints(reactor, options)
     log_observer = _log_observer(options)
     _rotate_on_signal(reactor, log_observer)
@@ -137,10 +135,18 @@ def _server_tls(options: Options) -> ServerTLS | None:
         raise refusal(str(error)) from error
 
 
+def _agencies(options: Options) -> Agencies | None:
+    if options["agencies"] is None:
+        return None
+    try:
+        return Agencies(options["agencies"])
+    except AgenciesError as error:
+        raise refusal(str(error)) from error
+
+
 def _admission(
     reactor: Any,
     factory: OrchestratorFactory,
-    tls: ServerTLS | None,
     max_connections: int,
     options: Options,
 ) -> Admission:
@@ -150,8 +156,14 @@ def _admission(
                 f"--listen {description}: --tls-cert and --proxy-protocol hold for all that is"
                 " listened to: leave them out, or name a tcp: endpoint"
             )
-    trusted = options["proxy-from"] if options["proxy-protocol"] else None
-    return Admission(reactor, factory, max_pending=max_connections, trusted=trusted, tls=tls)
+    return Admission(
+        reactor,
+        factory,
+        max_pending=max_connections,
+        trusted=options["proxy-from"] if options["proxy-protocol"] else None,
+        tls=_server_tls(options),
+        agencies=_agencies(options),
+    )
 
 
 def _monitor(

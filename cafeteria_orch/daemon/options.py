@@ -80,6 +80,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "tls-cert": _or_none(_path),
     "tls-key": _or_none(_path),
     "tls-client-ca": _or_none(_path),
+    "agencies": _or_none(_path),
     "proxy-from": parse_networks,
     "max-frame-bytes": number(int, 1, 2**31 - 1),
     "framing": _framing,
@@ -98,7 +99,12 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
 }
 _REPEATED = ("listen", "processors")
 _FLAGS = ("proxy-protocol", "reuse-port")
-_NEEDED = {"tls-key": "tls-cert", "tls-client-ca": "tls-cert", "proxy-from": "proxy-protocol"}
+_NEEDED = {
+    "tls-key": "tls-cert",
+    "tls-client-ca": "tls-cert",
+    "agencies": "tls-client-ca",
+    "proxy-from": "proxy-protocol",
+}
 """Options, and the one that each of them needs."""
 _TCP_OPTIONS = {"port", "interface", "backlog"}
 _ALWAYS_SHOWN = ("port", "interface", "store", "metrics")
@@ -146,6 +152,12 @@ class Options(usage.Options):
             None,
             "none",
             "CAs, PEM: each client must have a certificate of one of them; or none",
+        ],
+        [
+            "agencies",
+            None,
+            "none",
+            "lines: common name = agency id; other certificates are refused; or none",
         ],
         [
             "proxy-from",

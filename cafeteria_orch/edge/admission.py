@@ -20,6 +20,7 @@ from cafeteria_orch.common.rate_limit import RateLimitedLog
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
 
+from .agencies import Agencies
 from .proxy import Network, ProxyError, is_within, parse_header
 from .tls import ServerTLS, common_name, handshake_problem
 
@@ -44,6 +45,8 @@ class Admission(ServerFactory):
     :param trusted: the networks of load balancers, which send PROXY headers; only these and
         local sockets may connect. ``None`` expects no header.
     :param tls: the server's side of TLS; ``None`` for plain text.
+    :param agencies: the agencies of clients by their certificates; others are not admitted.
+        ``None`` admits every certificate that TLS does.
     """
 
     noisy = False
@@ -56,12 +59,14 @@ class Admission(ServerFactory):
         max_pending: int,
         trusted: tuple[Network, ...] | None = None,
         tls: ServerTLS | None = None,
+        agencies: Agencies | None = None,
     ) -> None:
         self.reactor = reactor
         self.factory = factory
         self.max_pending = max_pending
         self.trusted = trusted
         self.tls = tls
+        self.agencies = agencies
         # In the order of their connections, each with its timeout.
         self.pending: dict[_Candidate, IDelayedCall] = {}
         self._log = RateLimitedLog(factory.rate_limits, _log)
@@ -76,6 +81,12 @@ class Admission(ServerFactory):
             oldest = next(iter(self.pending))
             oldest.refuse(f"{self.max_pending} others came before it finished its handshake")
         return _Candidate(self, addr)
+
+    def reload(self) -> None:
+        """Read the files of TLS and of the agencies again, for connections to come."""
+        for files in (self.tls, self.agencies):
+            if files is not None:
+                files.reload()
 
     def stopFactory(self) -> None:
         """Close the pending connections when the server stops listening."""
@@ -105,6 +116,17 @@ class Admission(ServerFactory):
             "action: handshake | result: fail | ip: {ip} | error: {error} | refused: {refused}",
             ip=getattr(address, "host", "unix"),
             error=problem,
+        )
+
+    def report_stranger(self, address: IAddress | None, common_name: str | None) -> None:
+        """Count and log a client whose certificate is of no agency."""
+        self.factory.counters.limit_hit("agencies")
+        self._log.warn(
+            "agencies",
+            "action: accept_connections | result: refused | ip: {ip} | common_name: {common_name}"
+            " | refused: {refused} | error: its common name is not in --agencies",
+            ip=getattr(address, "host", "unix"),
+            common_name="-" if common_name is None else common_name,
         )
 
     def _expire(self, candidate: _Candidate) -> None:
@@ -222,11 +244,24 @@ class _Candidate(Protocol):
             client.dataReceived(data)
 
     def _admit(self, name: str | None) -> OrchestratorProtocol | None:
-        client = self._admission.factory.buildProtocol(self._address)
+        client = self._build_client(name)
         if client is None:
             # Stays pending, and so has a timeout, until the connection is closed.
             self._stage = _Stage.CLOSING
             return None
         client.session.common_name = name
         self._admission.remove(self)
+        return client
+
+    def _build_client(self, name: str | None) -> OrchestratorProtocol | None:
+        agencies, factory = self._admission.agencies, self._admission.factory
+        if agencies is None:
+            return factory.buildProtocol(self._address)
+        agency_id = agencies.find(name)
+        if agency_id is None:
+            self._admission.report_stranger(self._address, name)
+            return None
+        client = factory.buildProtocol(self._address)
+        if client is not None:
+            client.session.certify(agency_id)
         return client

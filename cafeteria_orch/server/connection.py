@@ -10,15 +10,16 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress, ITCPTransport
 from twisted.python.failure import Failure
 
-from cafeteria_orch.wire.errors import FrameTooLong, ProtocolError
+from cafeteria_orch.wire.errors import FrameTooLong, OrchestratorError, ProtocolError, WrongAgency
 from cafeteria_orch.wire.messages import TableBatch, decode
 
 from .counters import UNKNOWN, Outcome, label_of, outcome_of
-from .lines import log_bug, log_malformed, log_received, log_timeout
+from .lines import log_bug, log_received, log_timeout
 from .memory import MemoryShare
 from .processing import ProcessingTimeout
 from .reading import BUSY, MEMORY, Awaited
 from .receiver import OPEN, FrameReceiver, State
+from .refusals import note_refusal
 from .responses import Exchange, Session, handle_processing_error, send_failure
 from .window import Window
 
@@ -106,7 +107,7 @@ class OrchestratorProtocol(FrameReceiver):
         try:
             message = decode(payload, factory.decoders)
             self.session.learn(message)
-        except ProtocolError as error:
+        except (ProtocolError, WrongAgency) as error:
             self._refuse(error, exchange)
         except Exception:
             factory.counters.refused(exchange.opcode, Outcome.REJECTED)
@@ -210,10 +211,8 @@ class OrchestratorProtocol(FrameReceiver):
             if not self._delivering:
                 self.output.settle()
 
-    def _refuse(self, error: ProtocolError, exchange: Exchange) -> None:
-        log_malformed(self, exchange, error)
-        opcode = exchange.opcode if exchange.opcode in self.factory.decoders else UNKNOWN
-        self.factory.counters.refused(opcode, Outcome.MALFORMED)
+    def _refuse(self, error: OrchestratorError, exchange: Exchange) -> None:
+        note_refusal(self, error, exchange)
         self._window.add(exchange)
         send_failure(exchange, error.reason)
         self.end()

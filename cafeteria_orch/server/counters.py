@@ -23,6 +23,7 @@ LIMITS = (
     "max_connections_per_host",
     "max_frame_bytes",
     "max_in_flight_bytes",
+    "agencies",
     "idle_timeout",
     "frame_timeout",
     "processing_timeout",

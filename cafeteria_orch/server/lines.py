@@ -8,7 +8,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from cafeteria_orch.common.quick_log import InfoLine
-from cafeteria_orch.wire.errors import ProtocolError
+from cafeteria_orch.wire.errors import OrchestratorError, WrongAgency
 from cafeteria_orch.wire.opcodes import RESPONSES, Opcode
 
 from .reading import Awaited
@@ -56,7 +56,7 @@ def log_received(connection: OrchestratorProtocol, opcode: int) -> None:
 
 
 def log_malformed(
-    connection: OrchestratorProtocol, exchange: Exchange, error: ProtocolError
+    connection: OrchestratorProtocol, exchange: Exchange, error: OrchestratorError
 ) -> None:
     """A message was refused."""
     connection.factory.limited_log.error(
@@ -64,6 +64,21 @@ def log_malformed(
         "action: receive_message | result: fail | ip: {ip} | opcode: {opcode} | error: {error}",
         **connection.session.log_fields,
         opcode=exchange.opcode,
+        error=str(error),
+    )
+
+
+def log_wrong_agency(connection: OrchestratorProtocol, error: WrongAgency) -> None:
+    """A FINISHED was refused."""
+    session = connection.session
+    connection.factory.limited_log.warn(
+        "agency",
+        "action: finished | result: fail | ip: {ip} | common_name: {common_name}"
+        " | certified_id: {certified_id} | agency_id: {agency_id} | error: {error}",
+        **session.log_fields,
+        common_name=session.common_name,
+        certified_id=session.agency_id,
+        agency_id=error.agency_id,
         error=str(error),
     )
 

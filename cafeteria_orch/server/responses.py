@@ -12,7 +12,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from cafeteria_orch.common.rate_limit import LOST_BATCHES, RateLimitedLog
-from cafeteria_orch.wire.errors import OrchestratorError, ProtocolError
+from cafeteria_orch.wire.errors import OrchestratorError, ProtocolError, WrongAgency
 from cafeteria_orch.wire.framing import SUCCESS
 from cafeteria_orch.wire.messages import ClientHello, Finished, StoreIdentityRequest
 from cafeteria_orch.wire.opcodes import FailReason, Opcode
@@ -30,11 +30,12 @@ class Session:
     :ivar ip: its address, or ``unix`` for a local socket.
     :ivar connected_at: when it connected, in seconds since the epoch.
     :ivar client_id: the UUID in its CLIENT_HELLO.
-    :ivar agency_id: the number in its FINISHED.
+    :ivar agency_id: the number in its FINISHED, or of its certificate.
     :ivar common_name: the name in its certificate, with unprintable characters escaped; ``None``
         without a certificate.
     :ivar connection: the number of the connection, counted from the start of the process.
     :ivar stored_id: the id of its row in the store; ``None`` until something of it is committed.
+    :ivar is_certified: whether the agency is that of its certificate, and no FINISHED's.
     """
 
     __slots__ = (
@@ -46,6 +47,7 @@ class Session:
         "connected_at",
         "connection",
         "ip",
+        "is_certified",
         "stored_id",
     )
 
@@ -64,6 +66,7 @@ class Session:
         self.common_name = common_name
         self.connection = connection
         self.stored_id: int | None = None
+        self.is_certified = False
         self._has_spoken = False
 
     @property
@@ -71,18 +74,27 @@ class Session:
         """What each line of the log that the connection causes says of it."""
         return {"ip": self.ip, "connection": self.connection, "session": self.stored_id}
 
+    def certify(self, agency_id: int) -> None:
+        """Take the agency from the client's certificate: no FINISHED changes it."""
+        self.agency_id = agency_id
+        self.is_certified = True
+
     def learn(self, message: object) -> None:
         """Take from a message what it says of its sender.
 
         :raises ProtocolError: for a CLIENT_HELLO that is not the first message, and for a
             question about this client's batches from one that has not said who it is.
+        :raises WrongAgency: for a FINISHED that names another agency than the certificate.
         """
         if isinstance(message, ClientHello):
             if self._has_spoken:
                 raise ProtocolError("a CLIENT_HELLO that is not the first message")
             self.client_id = message.client_id
         elif isinstance(message, Finished):
-            self.agency_id = message.agency_id
+            if not self.is_certified:
+                self.agency_id = message.agency_id
+            elif message.agency_id is not None and message.agency_id != self.agency_id:
+                raise WrongAgency(message.agency_id)
         elif isinstance(message, StoreIdentityRequest) and self.client_id is None:
             raise ProtocolError("a STORE_IDENTITY without a CLIENT_HELLO before it")
         self._has_spoken = True
@@ -141,7 +153,7 @@ class Exchange:
 
     @property
     def agency_id(self) -> int | None:
-        """The agency's number, if its FINISHED gave one."""
+        """The agency's number, if its certificate or its FINISHED gave one."""
         return self._connection.session.agency_id
 
     @property

@@ -344,12 +344,13 @@ class Database:
         session_id = self._session_ids.get(session)
         if session_id is None:
             ((session_id,),) = self._connection.execute(
-                "INSERT INTO session (client_id, ip, connected_at, common_name, node)"
-                " VALUES (%s, %s, %s, %s, %s) RETURNING id",
+                "INSERT INTO session (client_id, ip, connected_at, agency_id, common_name, node)"
+                " VALUES (%s, %s, %s, %s, %s, %s) RETURNING id",
                 (
                     client_id_text(session),
                     session.ip,
                     timestamp(session.connected_at),
+                    session.agency_id,
                     session.common_name,
                     self._node,
                 ),

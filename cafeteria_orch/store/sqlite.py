@@ -276,12 +276,13 @@ class Database:
         session_id = self._session_ids.get(session)
         if session_id is None:
             inserted = self._connection.execute(
-                "INSERT INTO session (client_id, ip, connected_at, common_name, node)"
-                " VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO session (client_id, ip, connected_at, agency_id, common_name, node)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
                 (
                     client_id_text(session),
                     session.ip,
                     timestamp(session.connected_at),
+                    session.agency_id,
                     session.common_name,
                     self._node,
                 ),

@@ -28,6 +28,17 @@ class TryAgainLater(OrchestratorError):
     reason = FailReason.TRY_AGAIN
 
 
+class WrongAgency(OrchestratorError):
+    """A FINISHED that names another agency than the client's certificate does.
+
+    :param agency_id: the one that FINISHED names.
+    """
+
+    def __init__(self, agency_id: int) -> None:
+        super().__init__("its certificate is of another agency")
+        self.agency_id = agency_id
+
+
 class ProtocolError(OrchestratorError, ValueError):
     """Bytes that are no message. The connection that they came from is closed."""
 

@@ -34,6 +34,7 @@ DEFAULTS = {
     "tls-cert": None,
     "tls-key": None,
     "tls-client-ca": None,
+    "agencies": None,
     "proxy-protocol": False,
     "proxy-from": parse_networks("127.0.0.0/8,::1"),
     "store-patience": 30.0,
@@ -101,7 +102,7 @@ REPEATED = ("listen", "processors")
 FLAGS = ("proxy-protocol", "reuse-port")
 """They take no value on the command line."""
 
-PATHS = ("tls-cert", "tls-key", "tls-client-ca")
+PATHS = ("tls-cert", "tls-key", "tls-client-ca", "agencies")
 
 SHORT = {"port": "p", "interface": "i", "backlog": "b", "store": "s", "listen": "l"}
 
@@ -399,10 +400,11 @@ class Mistakes(OptionsTestCase):
             self.assertIn(variable(name), refusal)
 
     def test_an_option_that_needs_another(self) -> None:
-        """Three options need another one, which is named."""
+        """Four options need another one, which is named."""
         for name, text, needed in (
             ("tls-key", "key.pem", "tls-cert"),
             ("tls-client-ca", "ca.pem", "tls-cert"),
+            ("agencies", "agencies", "tls-client-ca"),
             ("proxy-from", "10.0.0.0/8", "proxy-protocol"),
             ("proxy-from", "127.0.0.0/8,::1", "proxy-protocol"),
         ):

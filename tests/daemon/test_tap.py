@@ -297,7 +297,8 @@ class Before(TapTestCase):
         admission: Any = service._listener
         self.assertIsInstance(admission.tls, ServerTLS)
         self.assertEqual((admission.trusted, admission.max_pending), (None, 6))
-        self.assertEqual(service._signals.reload, admission.tls.reload)
+        self.assertIsNone(admission.agencies)
+        self.assertEqual(service._signals.reload, admission.reload)
 
     def test_proxy(self) -> None:
         """With the PROXY protocol the balancers are known, and nothing is to be reloaded."""
@@ -311,6 +312,17 @@ class Before(TapTestCase):
         for name in ("--tls-key", "--tls-client-ca"):
             refusal = self.refusal("--tls-cert", files.cert, name, "missing.pem")
             self.assertIn(f"{name} {self.folder}/missing.pem: ", refusal)
+
+    def test_agencies(self) -> None:
+        """The file of the agencies is read at the start, and a bad one is refused."""
+        files = Files(self.folder)
+        tls = ("--tls-cert", files.cert, "--tls-client-ca", files.client_ca)
+        path = files.write("agencies", b"agency-7 = 7")
+        admission: Any = self.make("--store=none", *tls, "--agencies", path)._listener
+        self.assertEqual(admission.agencies.find("agency-7"), 7)
+        files.write("agencies", b"agency-7")
+        refusal = self.refusal(*tls, "--agencies", path)
+        self.assertIn(f"--agencies {path}: line 1 is not: common name = agency id", refusal)
 
     def test_endpoints_with_layers_of_their_own(self) -> None:
         """An endpoint that has TLS, or the PROXY protocol, of its own is refused."""

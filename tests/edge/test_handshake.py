@@ -16,11 +16,13 @@ from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 
 from cafeteria_orch.edge.admission import ADMISSION_TIMEOUT
+from cafeteria_orch.edge.agencies import Agencies
 from cafeteria_orch.edge.tls import ServerTLS, _note_distrust, handshake_problem
 from cafeteria_orch.server.factory import OrchestratorFactory
 from tests.support.admission import BALANCERS, CLIENT, V1, V2, AdmissionTestCase, Wire
 from tests.support.builders import SUCCESS, Pending, batch_frame, numbered, texts
 from tests.support.certificates import (
+    AGENCY,
     SERVER,
     Files,
     MemoryClient,
@@ -324,3 +326,91 @@ class RefusedTests(HandshakeTestCase):
             wire.lose()
         self.assertIn("the limit of --max-connections", self.one_warning(list(events)))
         self.assertEqual((admission.pending, self.clock.getDelayedCalls()), ({}, []))
+
+
+class AgencyTests(HandshakeTestCase):
+    """With ``--agencies``, a client's certificate says of which agency it is."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = self.files.write("agencies", f"{AGENCY} = 7\n".encode())
+        self.agencies = Agencies(self.path)
+
+    def arrive(self, name: str = AGENCY, **options: Any) -> tuple[Wire, MemoryClient]:
+        """Do the handshake of a client with a certificate."""
+        wire, client = self.secure(
+            client_context(issue(name)), tls=self.mutual, agencies=self.agencies, **options
+        )
+        client.handshake(with_end=HELLO)
+        return wire, client
+
+    def test_a_listed_client_has_its_agency_from_the_start(self) -> None:
+        """It is known before the client has said anything, and is certified."""
+        self.arrive()
+        session = self.client().session
+        self.assertEqual((session.common_name, session.agency_id), (AGENCY, 7))
+        self.assertTrue(session.is_certified)
+
+    def test_a_client_that_is_not_listed_is_refused(self) -> None:
+        """It is closed in order, without an answer to what it sent, logged and counted."""
+        nameless = authority("ours").issue_cert(SERVER)
+        for certificate, shown in ((issue("cafe|9"), r"cafe\x7c9"), (nameless, "-")):
+            self.factory = OrchestratorFactory(self.clock)
+            admission = self.admission(tls=self.mutual, agencies=self.agencies)
+            wire = self.connect(admission)
+            client = MemoryClient(wire, client_context(certificate))
+            with capturedLogs() as events:
+                client.handshake(with_end=HELLO)
+                self.assertTrue(wire.disconnecting)
+                self.assertEqual(client.read(), b"")
+                wire.lose()
+            self.assertEqual(
+                self.one_warning(list(events)),
+                "action: accept_connections | result: refused | ip: 10.0.0.1"
+                f" | common_name: {shown} | refused: 1"
+                " | error: its common name is not in --agencies",
+            )
+            self.assertEqual(admission.pending, {})
+            counters = self.factory.counters
+            self.assertEqual(counters.limit_hits["agencies"], 1)
+            self.assertEqual(counters.accepted_connections, 0)
+
+    def test_refusals_are_logged_once_a_minute(self) -> None:
+        """A client that tries again and again does not fill the log."""
+        admission = self.admission(tls=self.mutual, agencies=self.agencies)
+        with capturedLogs() as events:
+            for _ in range(3):
+                wire = self.connect(admission)
+                MemoryClient(wire, client_context(issue("stranger"))).handshake()
+                wire.lose()
+        self.assertIn("refused: 1", self.one_warning(list(events)))
+        self.assertEqual(self.factory.counters.limit_hits["agencies"], 3)
+
+    def test_a_refused_client_that_stays_is_closed(self) -> None:
+        """The timeout of pending connections ends one that does not close."""
+        wire, _ = self.arrive("stranger")
+        self.assertFalse(wire.aborted)
+        self.clock.pump([ADMISSION_TIMEOUT, 0])
+        self.assertTrue(wire.aborted)
+
+    def test_the_limit_of_connections_comes_after(self) -> None:
+        """A listed client beyond the limit of connections is refused for that."""
+        self.factory = OrchestratorFactory(self.clock, max_connections=0)
+        with capturedLogs() as events:
+            self.arrive()
+        self.assertIn("the limit of --max-connections", self.one_warning(list(events)))
+
+    def test_a_reload_reads_all_files(self) -> None:
+        """The certificates and the agencies are read again together, for clients to come."""
+        admission = self.admission(tls=self.mutual, agencies=self.agencies)
+        wire, _ = self.arrive()
+        first = self.client().session
+        self.files.write("agencies", b"agency-8 = 8\n")
+        with capturedLogs() as events:
+            admission.reload()
+        lines = texts(list(events), LogLevel.info)
+        self.assertEqual(["tls_cert" in line for line in lines], [True, False])
+        self.assertEqual((first.agency_id, first.is_certified), (7, True))
+        wire.lose()
+        self.arrive("agency-8")
+        self.assertEqual(self.client().session.agency_id, 8)

@@ -217,6 +217,15 @@ class Sessions(DatabaseTestCase):
         self.store()
         self.assertEqual(self.query("SELECT common_name FROM session"), [("agency-ñ",)])
 
+    def test_certified_agency(self) -> None:
+        """A session whose certificate says its agency has it from its first row on."""
+        self.session.certify(7)
+        self.store()
+        self.assertEqual(self.query("SELECT agency_id, finished_at FROM session"), [(7, None)])
+        with self.database.transaction():
+            self.database.finish_session(self.session, NOW)
+        self.assertEqual(self.query("SELECT agency_id, finished_at FROM session"), [(7, NOW_TEXT)])
+
     def test_node(self) -> None:
         """A session has the name of the server that stored it; an unnamed server's has none."""
         self.store()

@@ -192,6 +192,32 @@ class CertificateTests(TLSServerTestCase):
         path = str(self.folder / "tables.db")
         self.assertEqual(query(path, "SELECT common_name FROM session"), [(AGENCY,)])
 
+    def test_certificates_say_the_agency(self) -> None:
+        """Clients that are not listed are refused, and nobody finishes as another agency."""
+        listed = self.files.write("agencies", f"{AGENCY} = 7  # north\n".encode())
+        server = self.secure(
+            *("--tls-client-ca", self.files.client_ca, "--store", "tables.db"),
+            *("--agencies", listed),
+        )
+        path = str(self.folder / "tables.db")
+        client = self.talk(server, client_context(issue()))
+        self.assert_served(client)
+        self.assertEqual(query(path, "SELECT agency_id FROM session"), [(7,)])
+        client.send(frame(b"\x03\x08\x00\x00\x00"))
+        self.assertEqual(client.read(100), FAIL + b"\x02")
+        self.assertEqual(query(path, "SELECT agency_id, finished_at FROM session"), [(7, None)])
+        other = client_context(issue("agency-8"))
+        with contextlib.suppress(ssl.SSLError, ConnectionError):
+            self.assertEqual(self.talk(server, other).read(1), b"")
+        server.wait_until_logged("common_name: agency-8 | refused: 1 | error: its common name")
+        self.files.write("agencies", b"agency-8\n")
+        server.signal(signal.SIGHUP)
+        server.wait_until_logged(f"reload | result: fail | error: --agencies {listed}: line 1 ")
+        self.files.write("agencies", b"agency-8 = 8\n")
+        server.signal(signal.SIGHUP)
+        server.wait_until_logged(f"reload | result: success | agencies: {listed} | clients: 1")
+        self.assert_served(self.talk(server, other))
+
     def test_sighup_reads_the_certificates_again(self) -> None:
         """New connections get the new certificate, and open ones go on."""
         server = self.secure()

@@ -65,7 +65,7 @@ class Monitor:
     :param endpoint: where to listen.
     :param version: the version of this package.
     :param sink: the store, if there is one.
-    :param completeness: asks the store which tables are complete.
+    :param completeness: asks the store what it has of each table and agency.
     :param server: asks the database's server what it is, if it has one.
     :param node: the name of this server among several.
     :raises ImportError: if ``prometheus-client`` is not installed.

@@ -10,14 +10,20 @@ import platform
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import attrgetter
 from typing import Any
 
 from cafeteria_orch.server.counters import Histogram, Outcome
 from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.store.totals import AgencyTotals, StoreTotals
 from cafeteria_orch.wire.messages import CODEC
 from twisted import __version__ as twisted_version
 
 from .status import Status
+
+MAX_AGENCIES = 100
+"""The number of agencies with a label of their own, those with the most rows."""
 
 _PREFIX = "cafeorch_"
 
@@ -155,6 +161,7 @@ class Collector:
         if sizes.free is not None:
             yield _gauge("store_free_bytes", "What is left on its disk.", sizes.free)
         yield from self._standbys()
+        yield from self._agencies()
         yield _histogram(
             "commit_duration_seconds",
             "The store's transactions, each of all batches that waited.",
@@ -188,6 +195,44 @@ class Collector:
         for sync_state, lag_bytes in lags.items():
             lag.add_metric([sync_state], lag_bytes)
         yield from (standbys, lag)
+
+    def _agencies(self) -> Iterator[Any]:
+        answer = self._status.totals
+        if answer is None or answer.content is None:
+            return
+        rows = _gauge(
+            "agency_rows", "Rows that the store has of an agency.", labels=["agency", "table"]
+        )
+        complete = _gauge(
+            "agency_complete",
+            "1 where an agency has ended a table, and sent nothing of it since.",
+            labels=["agency", "table"],
+        )
+        last_seen = _gauge(
+            "agency_last_seen_seconds", "When an agency was last seen.", labels=["agency"]
+        )
+        failures = _gauge(
+            "agency_failures",
+            "Batches of an agency that were rejected or malformed.",
+            labels=["agency"],
+        )
+        for label, agency in _labelled(answer.content):
+            last_seen.add_metric([label], agency.last_seen)
+            failures.add_metric([label], agency.failed)
+            for name, table in agency.tables.items():
+                rows.add_metric([label, name], table.rows)
+                complete.add_metric([label, name], table.is_complete)
+        yield from (rows, complete, last_seen, failures)
+
+
+def _labelled(totals: StoreTotals) -> Iterator[tuple[str, AgencyTotals]]:
+    """Agencies by their labels. Which of them have the most rows changes least."""
+    agencies = sorted(totals.agencies, key=attrgetter("rows"), reverse=True)
+    for agency in agencies[:MAX_AGENCIES]:
+        yield "none" if agency.agency_id is None else str(agency.agency_id), agency
+    others = agencies[MAX_AGENCIES:] + ([totals.others] if totals.others else [])
+    if others:
+        yield "other", reduce(AgencyTotals.plus, others)
 
 
 def _counter(

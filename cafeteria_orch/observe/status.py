@@ -13,10 +13,10 @@ from twisted.internet.task import LoopingCall
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.counters import Outcome, Tally
 from cafeteria_orch.server.factory import OrchestratorFactory
-from cafeteria_orch.store.asking import Asker
+from cafeteria_orch.store.asking import Answer, Asker
 from cafeteria_orch.store.database import DatabaseServer
 from cafeteria_orch.store.sink import Sink
-from cafeteria_orch.store.totals import Completeness
+from cafeteria_orch.store.totals import AgencyTotals, Completeness, StoreTotals
 
 from .problems import RecentProblems
 
@@ -47,7 +47,7 @@ class Status:
     :param version: the version of this package.
     :param sink: the store, if there is one.
     :param problems: the last warnings and errors.
-    :param completeness: asks the store which tables are complete.
+    :param completeness: asks the store what it has of each table and agency.
     :param server: asks the database's server what it is, if it has one.
     :param node: the name of this server among several.
     :ivar node: the same.
@@ -117,6 +117,15 @@ class Status:
             return None
         return self._server.latest.content
 
+    @property
+    def totals(self) -> Answer[StoreTotals] | None:
+        """What the store said last of what it has; it is asked again if that is old."""
+        if self._completeness is None:
+            return None
+        if self.state != "draining":
+            self._completeness.refresh()
+        return self._completeness.latest
+
     def render(self) -> bytes:
         """What the page shows, as JSON."""
         return json.dumps(self._gather(), separators=(",", ":"), allow_nan=False).encode()
@@ -137,8 +146,7 @@ class Status:
 
     def _gather(self) -> dict[str, Any]:
         factory, sink = self._factory, self.sink
-        if self._completeness is not None and self.state != "draining":
-            self._completeness.refresh()
+        totals = self.totals
         connections = factory.connections
         shown = nlargest(MAX_CONNECTIONS, connections, key=lambda each: each.received_bytes)
         return {
@@ -159,7 +167,8 @@ class Status:
                 "shown": [self._connection(connection) for connection in shown],
             },
             "tables": [self._table(label, tally) for label, tally in factory.counters.batches()],
-            "completeness": self._complete_tables(),
+            "completeness": totals and _complete_tables(totals),
+            "agencies": totals and _agencies(totals),
             "limits": {limit: hits for limit, hits in factory.counters.limit_hits.items() if hits},
             "problems": self._problems.latest(),
         }
@@ -219,12 +228,33 @@ class Status:
             },
         }
 
-    def _complete_tables(self) -> dict[str, Any] | None:
-        if self._completeness is None or self._completeness.latest is None:
-            return None
-        answer = self._completeness.latest
-        tables = answer.content
-        return {
-            "asked_at": answer.asked_at,
-            "tables": tables and {name: totals._asdict() for name, totals in tables.items()},
-        }
+
+def _complete_tables(answer: Answer[StoreTotals]) -> dict[str, Any]:
+    content = answer.content
+    return {
+        "asked_at": answer.asked_at,
+        "tables": content and {name: table._asdict() for name, table in content.tables.items()},
+    }
+
+
+def _agencies(answer: Answer[StoreTotals]) -> dict[str, Any]:
+    content = answer.content
+    return {
+        "asked_at": answer.asked_at,
+        "count": content and content.agency_count,
+        "shown": content and [_agency(agency) for agency in content.agencies],
+    }
+
+
+def _agency(agency: AgencyTotals) -> dict[str, Any]:
+    return {
+        "agency": agency.agency_id,
+        "last_seen": agency.last_seen,
+        "connections": agency.connections,
+        "failed": agency.failed,
+        "complete": agency.is_complete,
+        "tables": {
+            name: {"rows": table.rows, "batches": table.batches, "complete": table.is_complete}
+            for name, table in agency.tables.items()
+        },
+    }

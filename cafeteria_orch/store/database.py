@@ -16,7 +16,7 @@ from cafeteria_orch.server.responses import Session
 from cafeteria_orch.wire.messages import StoreIdentity, TableBatch
 
 from .asking import Read
-from .totals import TableTotals
+from .totals import StoreTotals
 
 
 class StoreError(Exception):
@@ -198,8 +198,8 @@ class Store(Protocol):
     def sizes(self) -> StoreSizes:
         """The sizes of the store's files, and the room beside them, at this moment."""
 
-    def totals(self, is_too_late: Callable[[], bool]) -> dict[str, TableTotals] | None:
-        """Read what the store has of each table, in any thread.
+    def totals(self, is_too_late: Callable[[], bool]) -> StoreTotals | None:
+        """Read what the store has of each table and agency, in any thread.
 
         :param is_too_late: is asked now and then, and ends the reading.
         :return: ``None`` if it was ended, or the store cannot be read.

@@ -16,7 +16,7 @@ from .files import StoreLock, clear_blank, explaining, file_size, free_bytes
 from .insertion import store_codec
 from .postgresql_connection import secrets_of, shown
 from .sqlite import Database, check_store
-from .totals import TableTotals, read_totals
+from .totals import StoreTotals, read_totals
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _POSTGRESQL = ("postgresql://", "postgres://")
@@ -128,8 +128,8 @@ class SQLiteStore:
             file_size(Path(path)), file_size(Path(f"{path}-wal")), free_bytes(Path(path).parent)
         )
 
-    def totals(self, is_too_late: Callable[[], bool]) -> dict[str, TableTotals] | None:
-        """Read what the file has of each table; see :func:`read_totals`."""
+    def totals(self, is_too_late: Callable[[], bool]) -> StoreTotals | None:
+        """Read what the file has; see :func:`read_totals`."""
         return read_totals(self._path, is_too_late)
 
 
@@ -166,7 +166,7 @@ class PostgreSQLStore:
         """The files are the server's own business."""
         return StoreSizes(None, None, None)
 
-    def totals(self, _: Callable[[], bool]) -> dict[str, TableTotals] | None:
+    def totals(self, _: Callable[[], bool]) -> StoreTotals | None:
         """See :func:`postgresql_state.read_totals`."""
         return postgresql_state.read_totals(self._url)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .asking import PATIENCE
 from .database import DatabaseServer, Standby
 from .postgresql_connection import connect, psycopg_module
-from .totals import TableTotals, totals_by_table, totals_query
+from .totals import StoreTotals, store_totals, totals_query
 
 if TYPE_CHECKING:
     import psycopg
@@ -26,14 +26,14 @@ ORDER BY application_name, pid
 """
 
 
-def read_totals(url: str) -> dict[str, TableTotals] | None:
-    """Read what a database has of each table.
+def read_totals(url: str) -> StoreTotals | None:
+    """Read what a database has.
 
     :return: ``None`` if that took too long, or it cannot be read.
     """
     try:
         with _asking(url) as connection:
-            return totals_by_table(connection.execute(totals_query()))
+            return store_totals(connection.execute(totals_query()))
     except psycopg_module().Error:
         return None
 

@@ -19,7 +19,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__
 from cafeteria_orch.observe.problems import RecentProblems
-from cafeteria_orch.observe.prometheus import Collector, Exposition
+from cafeteria_orch.observe.prometheus import MAX_AGENCIES, Collector, Exposition
 from cafeteria_orch.observe.status import Status
 from cafeteria_orch.server.counters import Outcome
 from cafeteria_orch.server.factory import OrchestratorFactory
@@ -27,6 +27,7 @@ from cafeteria_orch.store.asking import Answer, Asker
 from cafeteria_orch.store.database import DatabaseServer, Standby
 from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.sqlite import Database
+from cafeteria_orch.store.totals import AgencyTotals, Completeness, StoreTotals, TableTotals
 from cafeteria_orch.store.writer import RETRY_INTERVAL
 from cafeteria_orch.wire.errors import BatchRejected
 from cafeteria_orch.wire.messages import ClientHello, encode
@@ -66,15 +67,29 @@ def value(samples: Scrape, name: str, **labels: str) -> float:
 
 
 def make_status(factory: OrchestratorFactory, sink: Sink | None = None) -> Status:
+    """The state of a server; with a store, it has said what it has of two agencies."""
+    completeness = Completeness(factory.reactor, lambda _: None)
+    completeness.latest = Answer(0.0, totals_of([agency(7, rows=12), agency(None, complete=0)]))
     return Status(
         factory.reactor,
         factory,
         __version__,
         sink=sink,
         problems=RecentProblems(),
+        completeness=None if sink is None else completeness,
         server=server_asker(factory.reactor),
         node="cafe-2",
     )
+
+
+def agency(agency_id: int | None, rows: int = 1, complete: int = 2) -> AgencyTotals:
+    """An agency with two clients that have sent users."""
+    users = TableTotals(2, rows, 2, complete)
+    return AgencyTotals(agency_id, 1.7e9 + rows, 2, 3, {"users": users})
+
+
+def totals_of(agencies: list[AgencyTotals], others: AgencyTotals | None = None) -> StoreTotals:
+    return StoreTotals({}, agencies, others, len(agencies))
 
 
 def server_asker(reactor: Any) -> Asker[DatabaseServer]:
@@ -175,6 +190,43 @@ class Values(MetricsTestCase):
         exposition = Exposition(self.factory, make_status(self.factory), __version__)
         names = {name for name, _ in scrape(exposition)}
         self.assertFalse([name for name in names if "store" in name or "commit" in name])
+
+    def test_each_agency_has_its_figures(self) -> None:
+        """Those that have not said their agency are ``none``."""
+        for label, rows, complete in (("7", 12, 1), ("none", 1, 0)):
+            table = {"agency": label, "table": "users"}
+            self.assertEqual(self.value("agency_rows", **table), rows)
+            self.assertEqual(self.value("agency_complete", **table), complete)
+            self.assertEqual(self.value("agency_failures", agency=label), 3)
+            self.assertEqual(self.value("agency_last_seen_seconds", agency=label), 1.7e9 + rows)
+
+    def test_only_so_many_agencies_have_a_label(self) -> None:
+        """Those with the most rows; the others, and those that the store sums up, are one."""
+        shown = [agency(number, rows=number) for number in range(1, MAX_AGENCIES + 3)]
+        shown[1].tables["stores"] = TableTotals(1, 0, 2, 1)
+        self.tell(totals_of(shown, others=agency(None, rows=10)))
+        samples = scrape(self.exposition)
+        labels = {dict(pairs)["agency"] for name, pairs in samples if "agency" in name}
+        self.assertEqual(labels, {*map(str, range(3, MAX_AGENCIES + 3)), "other"})
+        other = {"agency": "other"}
+        self.assertEqual(value(samples, "agency_rows", table="users", **other), 1 + 2 + 10)
+        self.assertEqual(value(samples, "agency_complete", table="users", **other), 1)
+        self.assertEqual(value(samples, "agency_complete", table="stores", **other), 0)
+        self.assertEqual(value(samples, "agency_failures", **other), 9)
+        self.assertEqual(value(samples, "agency_last_seen_seconds", **other), 1.7e9 + 10)
+
+    def test_an_old_answer_has_no_agencies(self) -> None:
+        """Without a store, or where it did not answer in time, there are no such metrics."""
+        self.tell(None)
+        storeless = Exposition(self.factory, make_status(self.factory), __version__)
+        for exposition in (self.exposition, storeless):
+            self.assertFalse([name for name, _ in scrape(exposition) if "agency" in name])
+
+    def tell(self, totals: StoreTotals | None) -> None:
+        """Have the store say what it has."""
+        asker = self.status._completeness
+        assert asker is not None
+        asker.latest = Answer(0.0, totals)
 
     def test_standbys_are_counted_by_their_states(self) -> None:
         """The lag is that of the last one of its kind; what is not known is no number."""

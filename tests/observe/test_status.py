@@ -181,6 +181,19 @@ class Figures(StatusTestCase):
         reactor.pump([SAMPLE_INTERVAL] * 2)
         reactor.pump_until(lambda: self.status.server is None)
 
+    def test_agencies_that_could_not_be_read(self) -> None:
+        """There are none without a store, and none while it has not answered in time."""
+        self.assertIsNone(self.shown()["agencies"])
+        reactor = PumpedReactor()
+        asker = Completeness(reactor, lambda _: None, lambda: 1.7e9)
+        self.status = Status(
+            reactor, self.factory, __version__, problems=self.problems, completeness=asker
+        )
+        self.assertIsNone(self.shown()["agencies"])
+        reactor.pump_until(lambda: asker.latest)
+        unknown = {"asked_at": 1.7e9, "count": None, "shown": None}
+        self.assertEqual(self.shown()["agencies"], unknown)
+
     def test_limits_that_were_hit_are_shown(self) -> None:
         """The others are not."""
         self.assertEqual(self.shown()["limits"], {})
@@ -293,6 +306,17 @@ class Problems(SynchronousTestCase):
         self.assertEqual(self.texts(), [str(59 - number) for number in range(MAX_PROBLEMS)])
 
 
+AGENCY = {
+    "agency": None,
+    "last_seen": 0.0,
+    "connections": 1,
+    "failed": 0,
+    "complete": False,
+    "tables": {"users": {"rows": 1, "batches": 1, "complete": False}},
+}
+"""A client that has sent a batch at time 0, and not said its agency."""
+
+
 def in_time() -> bool:
     return False
 
@@ -313,7 +337,9 @@ class Complete(SinkTestCase):
         self.reactor.pump_until(lambda: len(transport.value()) == 5 * answers)
 
     def totals(self) -> Any:
-        return read_totals(self.path, in_time)
+        totals = read_totals(self.path, in_time)
+        assert totals is not None
+        return totals.tables
 
     def test_senders(self) -> None:
         """A sender is complete when it has said so, and has sent nothing since."""
@@ -351,7 +377,8 @@ class Complete(SinkTestCase):
         asker.refresh()
         self.reactor.pump_until(lambda: asker.latest)
         first = asker.latest
-        self.assertEqual(first, Answer(0.0, {"users": TableTotals(1, 1, 1, 0)}))
+        expected = read_totals(self.path, in_time)
+        self.assertEqual(first, Answer(0.0, expected))
         self.reactor.advance(INTERVAL - 1)
         asker.refresh()
         self.reactor.pump_for(0.01)
@@ -375,8 +402,9 @@ class Complete(SinkTestCase):
         status.render()
         self.reactor.pump_until(lambda: asker.latest)
         users = {"batches": 1, "rows": 1, "senders": 1, "complete": 0}
-        shown = json.loads(status.render())["completeness"]
-        self.assertEqual(shown, {"asked_at": 0.0, "tables": {"users": users}})
+        shown = json.loads(status.render())
+        self.assertEqual(shown["completeness"], {"asked_at": 0.0, "tables": {"users": users}})
+        self.assertEqual(shown["agencies"], {"asked_at": 0.0, "count": 1, "shown": [AGENCY]})
         status.drain()
         self.reactor.advance(INTERVAL)
         status.render()

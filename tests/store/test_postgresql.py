@@ -418,6 +418,8 @@ class Starting(SynchronousTestCase):
         with database.transaction():
             database.store([Arrival(received(), Session(PEER, NOW), NOW)])
         database.close()
-        self.assertEqual(store.totals(bool), {"users": (1, 1, 1, 0)})
+        totals = store.totals(bool)
+        assert totals is not None
+        self.assertEqual(totals.tables, {"users": (1, 1, 1, 0)})
         self.assertEqual(store.sizes(), (None, None, None))
         self.assertIsNone(PostgreSQLStore("postgresql://127.0.0.1:1/x").totals(bool))

@@ -11,15 +11,15 @@ from twisted.internet.interfaces import IAddress, ITCPTransport
 from twisted.python.failure import Failure
 
 from cafeteria_orch.wire.errors import FrameTooLong, OrchestratorError, ProtocolError, WrongAgency
-from cafeteria_orch.wire.messages import TableBatch, decode
+from cafeteria_orch.wire.messages import TableBatch, batch_number_of, decode
 
-from .counters import UNKNOWN, Outcome, label_of, outcome_of
+from .counters import FAILED, UNKNOWN, Outcome, label_of, outcome_of
 from .lines import log_bug, log_received, log_timeout
 from .memory import MemoryShare
 from .processing import ProcessingTimeout
 from .reading import BUSY, MEMORY, Awaited
 from .receiver import OPEN, FrameReceiver, State
-from .refusals import note_refusal
+from .refusals import note_failure, refuse
 from .responses import Exchange, Session, handle_processing_error, send_failure
 from .window import Window
 
@@ -100,7 +100,7 @@ class OrchestratorProtocol(FrameReceiver):
     def lengthLimitExceeded(self, length: int) -> None:
         """A frame declares more than the limit: refuse it before it is read."""
         self.factory.counters.limit_hit("max_frame_bytes")
-        self._refuse(FrameTooLong(length, self.MAX_LENGTH), Exchange(self, UNKNOWN))
+        self._refuse(FrameTooLong(length, self.MAX_LENGTH), b"", Exchange(self, UNKNOWN))
 
     def _receive(self, payload: bytes, exchange: Exchange) -> None:
         factory = self.factory
@@ -108,9 +108,10 @@ class OrchestratorProtocol(FrameReceiver):
             message = decode(payload, factory.decoders)
             self.session.learn(message)
         except (ProtocolError, WrongAgency) as error:
-            self._refuse(error, exchange)
+            self._refuse(error, payload, exchange)
         except Exception:
             factory.counters.refused(exchange.opcode, Outcome.REJECTED)
+            note_failure(factory, Outcome.REJECTED, batch_number_of(payload), exchange)
             self._window.add(exchange)
             self._crash(Failure(), exchange)
         else:
@@ -175,7 +176,14 @@ class OrchestratorProtocol(FrameReceiver):
             return
         tally = self.factory.counters.tallies[exchange.opcode]
         rows = message.amount if type(message) is TableBatch else 0
-        tally.finish(keep if type(keep) is Outcome else outcome_of(exchange.payload), rows)
+        if type(keep) is Outcome:
+            outcome = keep
+        else:
+            outcome = outcome_of(exchange.payload)
+            if outcome in FAILED:
+                number = message.batch_number if type(message) is TableBatch else None
+                note_failure(self.factory, outcome, number, exchange)
+        tally.finish(outcome, rows)
         if tally.is_batch:
             self.batches += 1
             self.rows += rows
@@ -211,8 +219,8 @@ class OrchestratorProtocol(FrameReceiver):
             if not self._delivering:
                 self.output.settle()
 
-    def _refuse(self, error: OrchestratorError, exchange: Exchange) -> None:
-        note_refusal(self, error, exchange)
+    def _refuse(self, error: OrchestratorError, payload: bytes, exchange: Exchange) -> None:
+        refuse(self, error, payload, exchange)
         self._window.add(exchange)
         send_failure(exchange, error.reason)
         self.end()

@@ -29,7 +29,7 @@ from .limits import ConnectionLimits
 from .memory import DEFAULT_MAX_IN_FLIGHT_BYTES, MemoryBudget
 from .outbox import Outbox
 from .reading import Pause
-from .registration import Processor, Registration, name_of
+from .registration import OnRejection, Processor, Registration, name_of
 from .responses import Exchange
 from .threads import ProcessorThreads
 from .timeouts import DEFAULT_TIMEOUTS, Timeouts
@@ -73,6 +73,7 @@ class OrchestratorFactory(ServerFactory):
     :param log_level: less important events are not even created.
     :ivar thread: the identifier of the reactor's thread, from the first connection on.
     :ivar counters: the messages that came, and their outcomes.
+    :ivar on_rejection: is told of each message that was rejected or malformed.
     :ivar rate_limits: of the lines that clients can cause again and again.
     :ivar limited_log: writes most of those of this room.
     :ivar connection_log: writes those that name the module of the connection.
@@ -110,6 +111,7 @@ class OrchestratorFactory(ServerFactory):
         self.turns = Turns(reactor)
         self.outbox = Outbox(reactor)
         self.counters = Counters()
+        self.on_rejection: OnRejection = lambda *_: None
         self.rate_limits = RateLimits(reactor)
         self.limited_log = RateLimitedLog(self.rate_limits, _log)
         self.connection_log = RateLimitedLog(self.rate_limits, lines.log)

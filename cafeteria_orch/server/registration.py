@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 from twisted.python.reflect import fullyQualifiedName
+
+from cafeteria_orch.wire.opcodes import FailReason
 
 from .responses import Exchange
 
@@ -14,6 +16,11 @@ Processor = Callable[[Any, Exchange], Any]
 returns ``True`` or ``None`` to keep the connection, ``False`` to have it closed once all that
 is owed is sent; or a Deferred or a coroutine of that. A store returns an
 :class:`~cafeteria_orch.server.counters.Outcome`, which says more than its answer."""
+
+
+OnRejection = Callable[[Exchange, FailReason, Optional[int]], object]
+"""``on_rejection(client, reason, batch_number)``: a message was rejected or malformed. The number
+is ``None`` if it has none, or none that can be read."""
 
 
 class Registration(NamedTuple):

@@ -35,6 +35,7 @@ class Session:
         without a certificate.
     :ivar connection: the number of the connection, counted from the start of the process.
     :ivar stored_id: the id of its row in the store; ``None`` until something of it is committed.
+    :ivar is_submitted: whether the store was given something of it, committed or not yet.
     :ivar is_certified: whether the agency is that of its certificate, and no FINISHED's.
     """
 
@@ -48,6 +49,7 @@ class Session:
         "connection",
         "ip",
         "is_certified",
+        "is_submitted",
         "stored_id",
     )
 
@@ -67,6 +69,7 @@ class Session:
         self.connection = connection
         self.stored_id: int | None = None
         self.is_certified = False
+        self.is_submitted = False
         self._has_spoken = False
 
     @property

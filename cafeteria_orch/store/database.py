@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.wire.messages import StoreIdentity, TableBatch
+from cafeteria_orch.wire.opcodes import FailReason
 
 from .asking import Read
 from .totals import StoreTotals
@@ -50,6 +51,33 @@ class Arrival(NamedTuple):
     batch: TableBatch
     session: Session
     received_at: float
+
+
+class Rejection(NamedTuple):
+    """Messages of a session that were rejected or malformed, for the same reason.
+
+    :ivar batches: how many, most of them batches.
+    :ivar last_batch_number: of the last; ``None`` if that has none.
+    :ivar last_at: when that came, in seconds since the epoch.
+    """
+
+    session: Session
+    opcode: int
+    reason: FailReason
+    batches: int
+    last_batch_number: int | None
+    last_at: float
+
+    @property
+    def columns(self) -> tuple[object, ...]:
+        """What is stored of it, beside the session."""
+        return (
+            self.opcode,
+            self.reason.name.lower(),
+            self.batches,
+            self.last_batch_number,
+            timestamp(self.last_at),
+        )
 
 
 class StoreSizes(NamedTuple):
@@ -130,6 +158,13 @@ class Database(Protocol):
 
     def finish_session(self, session: Session, finished_at: float) -> None:
         """Note that a client has sent all it had, inside a transaction."""
+
+    def note_rejections(self, rejections: Iterable[Rejection]) -> None:
+        """Add to what is noted of rejected batches, inside a transaction.
+
+        Of a session without a row, only what is certified is noted: others, which nobody knows,
+        do not make the store grow.
+        """
 
     def identify(self, session: Session) -> StoreIdentity:
         """Tell which store it is, and how many batches of a session's client it has.
@@ -243,6 +278,15 @@ class SessionIds:
 
 IDENTITY_QUERY = "SELECT id, (SELECT count(*) FROM batch WHERE client_id = ?) FROM identity"
 """Which store it is, and how many batches of a client it has: the unique key begins with it."""
+
+
+NOTE_REJECTION = (
+    "INSERT INTO rejection (session_id, opcode, reason, batches, last_batch_number, last_at)"
+    " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (session_id, opcode, reason) DO UPDATE SET"
+    " batches = rejection.batches + excluded.batches,"
+    " last_batch_number = excluded.last_batch_number, last_at = excluded.last_at"
+)
+"""Adds to what is noted of rejected batches."""
 
 
 def client_id_text(session: Session) -> str | None:

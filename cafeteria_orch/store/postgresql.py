@@ -20,9 +20,11 @@ from cafeteria_orch.wire.tables import Table
 
 from .database import (
     IDENTITY_QUERY,
+    NOTE_REJECTION,
     Arrival,
     Blame,
     Rehearsed,
+    Rejection,
     SessionIds,
     StoreError,
     client_id_text,
@@ -330,6 +332,16 @@ class Database:
             "UPDATE session SET finished_at = %s, agency_id = %s WHERE id = %s",
             (timestamp(finished_at), session.agency_id, self._session_id(session)),
         )
+
+    def note_rejections(self, rejections: Iterable[Rejection]) -> None:
+        """Add to what is noted of rejected batches, inside a transaction."""
+        rows = [
+            (self._session_id(rejection.session), *rejection.columns)
+            for rejection in rejections
+            if rejection.session.is_certified or self._session_ids.get(rejection.session)
+        ]
+        with self._connection.cursor() as cursor:
+            cursor.executemany(NOTE_REJECTION.replace("?", "%s"), rows)
 
     def identify(self, session: Session) -> StoreIdentity:
         """Tell which store it is, and how many batches of a session's client it has."""

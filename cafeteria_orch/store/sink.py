@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from cafeteria_orch.server import responses
 from cafeteria_orch.server.counters import Outcome
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
-from cafeteria_orch.wire.errors import TryAgainLater
+from cafeteria_orch.wire.errors import OrchestratorError, TryAgainLater
 from cafeteria_orch.wire.messages import (
     Finished,
     StoreIdentity,
@@ -31,8 +31,9 @@ from cafeteria_orch.wire.messages import (
 from cafeteria_orch.wire.opcodes import FailReason, Opcode
 from cafeteria_orch.wire.tables import TABLES
 
-from .database import Arrival, Database, Store, StoreSizes
+from .database import Arrival, Database, Rejection, Store, StoreSizes
 from .outage import MAX_COMMIT_SECONDS, Outage, ProgressWatch
+from .rejections import Rejections
 from .writer import Job, Report, Writer
 
 MAX_WAITING_BATCHES = 1024
@@ -70,6 +71,7 @@ class Sink:
         self._outage: Outage | None = None
         self._hang: Outage | None = None
         self._watch = ProgressWatch(reactor, self._stalled)
+        self._rejections = Rejections(reactor, self._write_rejections)
         self._thread: threading.Thread | None = None
         self._stopped: Deferred[None]
         self._database: Database
@@ -80,6 +82,7 @@ class Sink:
         """Store the batches of all tables, and where each table and each client ends."""
         self._factory = factory
         self._limited_log = RateLimitedLog(factory.rate_limits, _log)
+        factory.on_rejection = self._note_rejection
         # They do not time out: while the store has not decided, no FAIL is true.
         for table in TABLES:
             factory.register_processor(
@@ -120,6 +123,7 @@ class Sink:
         """Commit what waits and close the database; fires when that is done."""
         if self._thread is None:
             return succeed(None)
+        self._rejections.flush()
         self._thread = None
         self._watch.stop()
         self._jobs.put(None)
@@ -147,7 +151,9 @@ class Sink:
 
     def _store_batch(self, batch: TableBatch, client: Exchange) -> Deferred[Outcome | bool]:
         self._factory.log_data_message(batch, client)
-        arrival = Arrival(batch, client.session, self._factory.wall_time())
+        session = client.session
+        session.is_submitted = True
+        arrival = Arrival(batch, session, self._factory.wall_time())
         return self._answer(self._submit(arrival, len(batch.body)), client)
 
     def _end_table(self, end: TableBatch, client: Exchange) -> Deferred[Outcome | bool]:
@@ -157,6 +163,7 @@ class Sink:
         if table_name not in _TABLE_NAMES:
             self._reject_end(client)
             return succeed(True)
+        client.session.is_submitted = True
 
         def write(database: Database) -> bool:
             database.end_table(table_name, client.session, now)
@@ -190,6 +197,25 @@ class Sink:
             )
 
         return self._submit(write).addErrback(lost).addCallback(lambda _: False)
+
+    def _note_rejection(
+        self, client: Exchange, reason: FailReason, batch_number: int | None
+    ) -> None:
+        session = client.session
+        # Strangers that store nothing do not make the store grow.
+        if session.is_submitted or session.is_certified:
+            now = self._factory.wall_time()
+            self._rejections.add(session, client.opcode, reason, batch_number, now)
+
+    def _write_rejections(self, rejections: Sequence[Rejection]) -> None:
+        def write(database: Database) -> None:
+            database.note_rejections(rejections)
+
+        def lost(failure: Failure) -> None:
+            failure.trap(OrchestratorError)
+
+        if self._thread is not None:
+            self._submit(write).addErrback(lost)
 
     def _identify(self, _: StoreIdentityRequest, client: Exchange) -> Deferred[bool]:
         """Tell a client which store this is. The writer's turn has it count what came before."""

@@ -21,9 +21,11 @@ from cafeteria_orch.wire.tables import Table
 
 from .database import (
     IDENTITY_QUERY,
+    NOTE_REJECTION,
     Arrival,
     Blame,
     Rehearsed,
+    Rejection,
     SessionIds,
     StoreError,
     client_id_text,
@@ -264,6 +266,15 @@ class Database:
             "UPDATE session SET finished_at = ?, agency_id = ? WHERE id = ?",
             (timestamp(finished_at), session.agency_id, self._session_id(session)),
         )
+
+    def note_rejections(self, rejections: Iterable[Rejection]) -> None:
+        """Add to what is noted of rejected batches, inside a transaction."""
+        rows = [
+            (self._session_id(rejection.session), *rejection.columns)
+            for rejection in rejections
+            if rejection.session.is_certified or self._session_ids.get(rejection.session)
+        ]
+        self._connection.executemany(NOTE_REJECTION, rows)
 
     def identify(self, session: Session) -> StoreIdentity:
         """Tell which store it is, and how many batches of a session's client it has."""

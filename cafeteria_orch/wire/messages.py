@@ -46,6 +46,7 @@ __all__ = [
     "StoreIdentity",
     "StoreIdentityRequest",
     "TableBatch",
+    "batch_number_of",
     "check_rows",
     "copy_text",
     "decode",
@@ -345,6 +346,9 @@ ANSWER_DECODERS: Mapping[int, Decoder] = {
 """The answers that the wire itself defines, by opcode."""
 
 
+_BATCH_OPCODES = frozenset(bytes([table.opcode]) for table in (*TABLES, END_OF_TABLE))
+
+
 def decode(payload: bytes, decoders: Mapping[int, Decoder] = DECODERS) -> Any:
     """Decode what a frame holds.
 
@@ -366,6 +370,17 @@ def decode(payload: bytes, decoders: Mapping[int, Decoder] = DECODERS) -> Any:
     except ValueError as error:
         kind = type(error).__name__
         raise ProtocolError(f"the decoder of opcode {opcode} raised {kind}") from error
+
+
+def batch_number_of(payload: bytes) -> int | None:
+    """The batch number in a payload, whether or not the rest of it is in order.
+
+    :return: ``None`` if it is no table batch, or too short for a number.
+    """
+    if payload[:1] not in _BATCH_OPCODES or len(payload) <= BATCH_HEADER.size:
+        return None
+    _, batch_number, _ = BATCH_HEADER.unpack_from(payload, 1)
+    return int(batch_number)
 
 
 def encode(message: Message) -> bytes:

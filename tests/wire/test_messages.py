@@ -18,6 +18,7 @@ from hypothesis.strategies import DataObject
 from cafeteria_orch.wire.errors import FrameTooLong, ProtocolError, UnknownOpcode
 from cafeteria_orch.wire.messages import (
     ANSWER_DECODERS,
+    BATCH_HEADER,
     DECODERS,
     BatchRecvFail,
     BatchRecvSuccess,
@@ -29,6 +30,7 @@ from cafeteria_orch.wire.messages import (
     StoreIdentity,
     StoreIdentityRequest,
     TableBatch,
+    batch_number_of,
     decode,
     encode,
     end_of_table,
@@ -509,6 +511,20 @@ class TableBatchTests(TestCase):
         for number in (-(2**63), -1, 0, 1, 258, 2**63 - 1):
             message = decode(struct.pack("<BiqB", 8, 0, number, 0))
             self.assertEqual(message.batch_number, number)
+
+    @given(table_batches(), st.binary(max_size=5))
+    def test_the_number_of_a_malformed_batch(self, message: TableBatch, rest: bytes) -> None:
+        """It can be read as soon as the header is there, whatever follows it."""
+        payload = encode(message)
+        header = payload[: 1 + BATCH_HEADER.size]
+        self.assertEqual(batch_number_of(header + rest), message.batch_number)
+        self.assertIsNone(batch_number_of(header[:-1]))
+
+    def test_other_messages_have_no_number(self) -> None:
+        """Nor has an empty frame; the end of a table has one."""
+        for payload in (b"", b"\x03" + bytes(20), b"\x28" + bytes(20), b"\xff" * 20):
+            self.assertIsNone(batch_number_of(payload))
+        self.assertEqual(batch_number_of(encode(end_of_table("users"))), 0)
 
     def test_body_keeps_the_senders_order(self) -> None:
         """The body is what came, not what this side would write."""

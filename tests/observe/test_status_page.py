@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from cafeteria_orch.wire.messages import encode, end_of_table
-from cafeteria_orch.wire.tables import STORES
+from cafeteria_orch.wire.tables import STORES, TABLES
 from tests.support.builders import USER_ROW, batch_frame, frame
 from tests.support.http import get, metrics_address
 from tests.support.processes import HELLO, ProcessTestCase, wait_until
@@ -94,6 +94,8 @@ class RealPage(ProcessTestCase):
         self.assertIn("menu_items 1 0 0 0 0 0 1 0 0", tables)
         complete = table_of(document, "complete")
         self.assertEqual(complete, ["stores 0 of 1 1 1 0", "users all 1 2 4"])
+        (agency,) = table_of(document, "agencies")
+        self.assertRegex(agency, r"^unknown \d\d:\d\d:\d\d not stores 0 1 0 0 0 0 4$")
         (problem,) = table_of(document, "problems")
         self.assertRegex(problem, r"^\d\d:\d\d:\d\d error action: receive_message .* opcode: 4 ")
         self.assertNotIn(USER_ROW[2], document)
@@ -115,6 +117,24 @@ def connection(number: int) -> dict[str, Any]:
         "in_progress": 8,
         "connected_at": 1.7e9,
     }
+
+
+def agency(agency_id: int | None, **complete: bool) -> dict[str, Any]:
+    """What the store has of an agency; the tables that it has sent, and whether each is complete."""
+    return {
+        "agency": agency_id,
+        "last_seen": 1.7e9,
+        "connections": 10**6,
+        "failed": 10**7,
+        "complete": bool(complete) and all(complete.values()),
+        "tables": {
+            name: {"rows": 10**11, "batches": 10**8, "complete": is_complete}
+            for name, is_complete in complete.items()
+        },
+    }
+
+
+TABLE_NAMES = [table.name for table in TABLES]
 
 
 def table(name: str) -> dict[str, Any]:
@@ -162,6 +182,16 @@ STATUS: Mapping[str, Any] = {
             }
         },
     },
+    "agencies": {
+        "asked_at": 1.7e9,
+        "count": 10**6,
+        "shown": [
+            agency(-(2**31), **dict.fromkeys(TABLE_NAMES, False)),
+            agency(7, users=True, stores=True),
+            agency(8, users=False, stores=True),
+            agency(None),
+        ],
+    },
     "limits": {"max_connections_per_host": 10**6, HOSTILE: 1},
     "problems": [{"time": 1.7e9, "level": "error", "text": HOSTILE + "x" * 200}] * 50,
 }
@@ -176,6 +206,7 @@ NOTHING: Mapping[str, Any] = {
     "connections": {"open": 0, "accepted": 0, "shown": []},
     "tables": [],
     "completeness": None,
+    "agencies": None,
     "limits": {},
     "problems": [],
 }
@@ -223,7 +254,11 @@ ANSWERS: Mapping[str, Mapping[str, Any]] = {
             "database"
         ],
     },
-    "slow": {**STATUS, "completeness": {"asked_at": 1.7e9, "tables": None}},
+    "slow": {
+        **STATUS,
+        "completeness": {"asked_at": 1.7e9, "tables": None},
+        "agencies": {"asked_at": 1.7e9, "count": None, "shown": None},
+    },
     "gone": STATUS,
     "standbys": with_server(1.7e9, SERVER),
     "waiting": with_server(1.7e9, {**SERVER, "standbys": [standby("far", sync_state="async")]}),
@@ -354,6 +389,7 @@ class AnyPage(SynchronousTestCase):
         self.assertIn("No connections.", text)
         self.assertIn("None since the start.", text)
         self.assertNotIn("Completeness", text)
+        self.assertNotIn("Agencies", text)
 
     def test_the_banner_says_why_the_server_is_not_ready(self) -> None:
         """It says when the server stops, when its store refuses, and why."""
@@ -364,6 +400,25 @@ class AnyPage(SynchronousTestCase):
     def test_a_store_that_does_not_answer_in_time(self) -> None:
         """It says when the store could not be asked which tables are complete."""
         self.assertIn("query its view ingest_status", self.seen["slow"]["text"])
+        self.assertIn("ask it by cafeorch store status", self.seen["slow"]["text"])
+
+    def test_the_agencies(self) -> None:
+        """Each with what it has not ended, its failures, its connections, and its rows by table."""
+        self.assertIn("The 4 of 1,000,000 that were last seen", self.seen["desktop"]["text"])
+        rows = [
+            re.sub(r"\S+ \d\d:\d\d:\d\d ", "", row)
+            for row in table_of(self.seen["desktop"]["markup"], "agencies")
+        ]
+        much, failed = "100,000,000,000", "10,000,000 1,000,000"
+        self.assertEqual(
+            rows,
+            [
+                f"-2147483648 not {', '.join(TABLE_NAMES)} {failed} {' '.join([much] * 5)}",
+                f"7 all {failed} 0 {much} 0 0 {much}",
+                f"8 not users {failed} 0 {much} 0 0 {much}",
+                f"unknown nothing sent {failed} 0 0 0 0 0",
+            ],
+        )
 
     def test_the_node_is_named(self) -> None:
         """Whoever has the pages of several nodes open can tell them apart."""

@@ -90,5 +90,6 @@ def read_wait(url: str, backend: int) -> str | None:
 @contextmanager
 def _asking(url: str) -> Iterator[psycopg.Connection[Any]]:
     with connect(url) as connection:
-        connection.execute(f"SET statement_timeout = {PATIENCE * 1000:.0f}")
+        # To compile a query takes longer than these do.
+        connection.execute(f"SET statement_timeout = {PATIENCE * 1000:.0f}; SET jit = off")
         yield connection

@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.store.database import Standby
 from cafeteria_orch.store.location import store_at
 from cafeteria_orch.store.postgresql import Database
-from cafeteria_orch.store.postgresql_state import read_server, read_totals, read_wait
+from cafeteria_orch.store.postgresql_state import _asking, read_server, read_totals, read_wait
 from tests.support.postgresql import cluster, query
 from tests.support.processes import free_port, wait_until
 from tests.support.standbys import add_standby, require_standby
@@ -89,6 +89,12 @@ class ServerTests(StateTestCase):
         self.assertIsNone(read_server(url))
         self.assertIsNone(read_totals(url))
         self.assertIsNone(read_wait(url, 1))
+
+    def test_questions_are_not_compiled(self) -> None:
+        """The server compiles what looks expensive to it, and that takes longer than the answer."""
+        with _asking(self.url) as connection:
+            self.assertEqual(connection.execute("SHOW jit").fetchall(), [("off",)])
+            self.assertEqual(connection.execute("SHOW statement_timeout").fetchall(), [("2s",)])
 
     def test_stores(self) -> None:
         """A file has no server to be asked."""

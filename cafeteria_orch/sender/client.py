@@ -29,12 +29,14 @@ from cafeteria_orch.wire.messages import (
     encode,
     end_of_table,
 )
-from cafeteria_orch.wire.opcodes import BatchStatus
+from cafeteria_orch.wire.opcodes import BatchStatus, Opcode
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import Table
 
 Answer = Union[BatchRecvSuccess, BatchRecvFail, StoreIdentity, RawMessage]
 """An answer of a server; a :class:`RawMessage` is a response that a processor made itself."""
+
+_FAIL = bytes([Opcode.BATCH_RECV_FAIL])
 
 
 class OrchestratorClient(Protocol):
@@ -120,7 +122,8 @@ class OrchestratorClient(Protocol):
 
         :param agency_id: the number of the agency; ``None`` leaves it out.
         :return: fires when the server has answered everything and closed the connection;
-            fails if it closes before it has answered, or the connection is lost.
+            fails if it closes before it has answered, or the connection is lost; and if it
+            refuses the agency, because the client's certificate is of another.
         :raises RuntimeError: if it was called before.
         """
         if self._lost is not None:
@@ -168,6 +171,8 @@ class OrchestratorClient(Protocol):
             self.transport.abortConnection()
 
     def _decode_answer(self, payload: bytes) -> Answer:
+        if not self._waiting and self._finished is not None and payload[:1] == _FAIL:
+            raise ProtocolError("FINISHED was refused: the certificate is of another agency")
         if not self._waiting:
             raise ProtocolError("an answer to no message")
         if payload and payload[0] not in ANSWER_DECODERS:

@@ -217,6 +217,18 @@ class NoAnswers(ClientCase):
         """An answer for which there is no message."""
         self.assert_refused(SUCCESS, messages=0)
 
+    def test_a_refused_finished_is_named(self) -> None:
+        """A FAIL behind all other answers is that of FINISHED: the agency is not the client's."""
+        client, transport = OrchestratorClient(), TCPTransport()
+        client.makeConnection(transport)
+        answer, finished = client.send_eof(USERS), client.finish(8)
+        client.dataReceived(SUCCESS + frame(b"\x02\x02"))
+        self.successResultOf(answer)
+        self.assertTrue(transport.aborted)
+        client.connectionLost(Failure(ConnectionLost()))
+        error = self.failureResultOf(finished, ProtocolError)
+        self.assertIn("of another agency", error.getErrorMessage())
+
     def test_malformed(self) -> None:
         """An empty frame, or an answer with a body that it cannot have."""
         for payload in (b"", b"\x01\x00", b"\x02\x01\x01"):

@@ -370,7 +370,7 @@ class AgencyTests(HandshakeTestCase):
                 f" | common_name: {shown} | refused: 1"
                 " | error: its common name is not in --agencies",
             )
-            self.assertEqual(admission.pending, {})
+            self.assertEqual((admission.pending, self.clock.getDelayedCalls()), ({}, []))
             counters = self.factory.counters
             self.assertEqual(counters.limit_hits["agencies"], 1)
             self.assertEqual(counters.accepted_connections, 0)

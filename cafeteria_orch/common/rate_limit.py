@@ -14,6 +14,9 @@ REPORT_INTERVAL = 60.0
 MAX_KINDS = 64
 """The limit of kinds that have a line of their own; all further ones share one."""
 
+REPEATED = " | repeated: {refused}"
+"""Is added to the format of a line that speaks for several events, and does not say so itself."""
+
 _OTHERS = "others"
 
 
@@ -53,7 +56,7 @@ class RateLimitedLog:
             self._reactor.seconds(), self._max_lines
         )
         if refused > 1 and "{refused}" not in message:
-            message += " | repeated: {refused}"
+            message += REPEATED
         if refused:
             self._log.emit(level, message, refused=refused, **fields)
 

@@ -53,10 +53,16 @@ class Arrival(NamedTuple):
 
 
 class StoreSizes(NamedTuple):
-    """Bytes: of a store's file, and of what is written ahead of it; ``None`` without a file."""
+    """Bytes, all ``None`` without a file.
+
+    :ivar file: of the store's file.
+    :ivar wal: of what is written ahead of it.
+    :ivar free: that are left on the disk of its folder.
+    """
 
     file: int | None
     wal: int | None
+    free: int | None
 
 
 class Standby(NamedTuple):
@@ -184,7 +190,7 @@ class Store(Protocol):
         """
 
     def sizes(self) -> StoreSizes:
-        """The sizes of the store's files at this moment."""
+        """The sizes of the store's files, and the room beside them, at this moment."""
 
     def totals(self, is_too_late: Callable[[], bool]) -> dict[str, TableTotals] | None:
         """Read what the store has of each table, in any thread.

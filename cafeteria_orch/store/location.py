@@ -12,7 +12,7 @@ from cafeteria_orch.wire.messages import CODEC
 
 from . import postgresql, postgresql_state
 from .database import DatabaseServer, Store, StoreSizes
-from .files import StoreLock, clear_blank, explaining, file_size
+from .files import StoreLock, clear_blank, explaining, file_size, free_bytes
 from .insertion import store_codec
 from .postgresql_connection import secrets_of
 from .sqlite import Database, check_store
@@ -111,10 +111,12 @@ class SQLiteStore:
                 raise
 
     def sizes(self) -> StoreSizes:
-        """The sizes of the file and its WAL at this moment."""
+        """The sizes of the file and its WAL, and the room beside them, at this moment."""
         # SQLite puts the WAL beside the file itself, whatever link leads there.
         path = os.path.realpath(self._path)
-        return StoreSizes(file_size(Path(path)), file_size(Path(f"{path}-wal")))
+        return StoreSizes(
+            file_size(Path(path)), file_size(Path(f"{path}-wal")), free_bytes(Path(path).parent)
+        )
 
     def totals(self, is_too_late: Callable[[], bool]) -> dict[str, TableTotals] | None:
         """Read what the file has of each table; see :func:`read_totals`."""
@@ -152,7 +154,7 @@ class PostgreSQLStore:
 
     def sizes(self) -> StoreSizes:
         """The files are the server's own business."""
-        return StoreSizes(None, None)
+        return StoreSizes(None, None, None)
 
     def totals(self, _: Callable[[], bool]) -> dict[str, TableTotals] | None:
         """See :func:`postgresql_state.read_totals`."""

@@ -419,5 +419,5 @@ class Starting(SynchronousTestCase):
             database.store([Arrival(received(), Session(PEER, NOW), NOW)])
         database.close()
         self.assertEqual(store.totals(bool), {"users": (1, 1, 1, 0)})
-        self.assertEqual(store.sizes(), (None, None))
+        self.assertEqual(store.sizes(), (None, None, None))
         self.assertIsNone(PostgreSQLStore("postgresql://127.0.0.1:1/x").totals(bool))

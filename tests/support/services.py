@@ -106,7 +106,7 @@ class RecordingSink(Sink):
         self.calls.append("start")
 
     def sizes(self) -> StoreSizes:
-        return StoreSizes(4096, 0)
+        return StoreSizes(4096, 0, 10**9)
 
     def stop(self) -> Deferred[None]:
         self.calls.append("stop")

@@ -233,6 +233,7 @@ function show() {
   fill("limits", LIMIT, limits);
   fill("problems", PROBLEM, problems);
   byId("problems").caption.textContent = "By their kinds, the last first, with the text of the last event; the log has all";
+  byId("problems-help").hidden = !problems.length;
   byId("problems-note").textContent = problems.length ? "" : "None since the start.";
 }
 

@@ -395,7 +395,7 @@ class Sums(SinkTestCase):
 
     def test_sizes_are_those_on_the_disk(self) -> None:
         """The store's file and its WAL are measured when a scraper asks."""
-        self.assertEqual(self.sink.sizes(), (0, 0))
+        self.assertEqual(self.sink.sizes()[:2], (0, 0))
         self.start()
         samples = self.scrape()
         self.assertEqual(value(samples, "store_bytes"), Path(self.path).stat().st_size)

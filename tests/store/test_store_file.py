@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -351,6 +353,24 @@ class Creation(SynchronousTestCase):
         self.patch(os, "fsync", spy)
         start(str(self.path))
         self.assertEqual(synced, [self.folder.stat().st_ino])
+
+
+class Room(SynchronousTestCase):
+    """The room on the store's disk."""
+
+    def test_free_bytes(self) -> None:
+        """It is what is left for this user where the file is, wherever a link to it stands."""
+        folder = Path(self.mktemp())
+        folder.mkdir()
+        link = Path(self.mktemp())
+        link.symlink_to((folder / "store").absolute())
+        left = {str(folder.absolute()): 123}
+        self.patch(shutil, "disk_usage", lambda path: SimpleNamespace(free=left[str(path)]))
+        self.assertEqual(SQLiteStore(str(link)).sizes(), (0, 0, 123))
+
+    def test_a_folder_that_is_gone(self) -> None:
+        """Nothing is known of it."""
+        self.assertIsNone(SQLiteStore(f"{self.mktemp()}/store").sizes().free)
 
 
 class Lock(SynchronousTestCase):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from itertools import accumulate, cycle, pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,15 +43,17 @@ class HistoryTests(SynchronousTestCase):
             shared = [sample for sample in samples if sample[0] in fine]
             self.assertEqual([fine[time] for time, _ in shared], [total for _, total in shared])
 
-    @given(st.lists(DELAYS, max_size=300))
-    def test_samples_keep_their_distance_and_their_number(self, delays: list[float]) -> None:
+    @given(st.integers(0, 400), st.lists(DELAYS, min_size=1, max_size=7))
+    def test_samples_keep_their_distance_and_their_number(
+        self, samples: int, delays: list[float]
+    ) -> None:
         """Late samples neither thin out a range nor make it longer."""
         history: History[None] = History(SMALL)
-        for number, delay in enumerate(delays):
+        for number, delay in zip(range(samples), cycle(delays)):
             history.add(5 * number + delay, None)
         for name, each in SMALL.items():
             times = [time for time, _ in history.samples(name)]
-            ticks = max(0, len(delays) - 1)
+            ticks = max(0, samples - 1)
             full = -(-ticks * 5 // int(each.interval))
             self.assertEqual(max(0, len(times) - 1), min(full, each.points))
             for before, after in pairwise(times[:-1]):

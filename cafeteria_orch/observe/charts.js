@@ -2,26 +2,12 @@
 // Charts over time. They are made once, and filled again and again: what is pointed at stays so.
 const SVG = "http://www.w3.org/2000/svg", WIDTH = 400, HEIGHT = 100;
 
-function node(tag, className, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
 function drawn(tag, attributes) {
   const made = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   return made;
 }
 
-const clock = seconds => new Date(seconds * 1000).toLocaleTimeString("en-GB");
-const moment = seconds => {
-  const then = new Date(seconds * 1000), today = new Date().toDateString() === then.toDateString();
-  return (today ? "" : then.toLocaleDateString("sv") + " ") + clock(seconds);
-};
-function span(seconds) {
-  return seconds < 3600 ? `${seconds / 60} min` : `${seconds / 3600} h`;
-}
 function ceiling(value) {
   const power = 10 ** Math.floor(Math.log10(value) + 1e-9);
   return [1, 2, 5, 10].find(step => step * power >= value * (1 - 1e-9)) * power;

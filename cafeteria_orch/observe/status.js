@@ -1,133 +1,9 @@
 "use strict";
-// Some of the text comes from clients: it is inserted as text, never as markup.
+// Asks the server again and again, and shows what it says.
 const REFRESH = 2000, TIMEOUT = 5000, STALE = 10, MAX_HISTORY_AGE = 60;
-const byId = id => document.getElementById(id);
-const whole = new Intl.NumberFormat("en");
-const rough = new Intl.NumberFormat("en", {maximumSignificantDigits: 2});
-const short = new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 3});
 const RANGES = {"10m": "10 min", "1h": "1 h", "24h": "24 h"};
 let latest = null, heardAt = 0, past = null, pastAt = 0, timer = null;
 let range = RANGES[location.hash.slice(1)] ? location.hash.slice(1) : "10m";
-
-function bytes(count) {
-  for (const unit of ["B", "kB", "MB", "GB"]) {
-    if (count < 1000) return `${count < 10 && unit !== "B" ? count.toFixed(1) : Math.round(count)} ${unit}`;
-    count /= 1000;
-  }
-  return `${count.toFixed(1)} TB`;
-}
-function age(seconds) {
-  seconds = Math.max(0, Math.round(seconds));
-  if (seconds < 60) return `${seconds} s`;
-  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${seconds % 60} s`;
-  if (seconds < 86400) return `${Math.floor(seconds / 3600)} h ${Math.floor(seconds % 3600 / 60)} min`;
-  return `${Math.floor(seconds / 86400)} d ${Math.floor(seconds % 86400 / 3600)} h`;
-}
-const rate = value => short.format(value);
-const percent = value => `${short.format(100 * value)} %`;
-function duration(seconds) {
-  if (seconds === 0) return "0";
-  if (seconds >= 10) return "≥ 10 s";
-  const [factor, unit] = seconds < 0.001 ? [1e6, "µs"] : seconds < 1 ? [1e3, "ms"] : [1, "s"];
-  return `${rough.format(seconds * factor)} ${unit}`;
-}
-
-// A column: its heading, a function that makes the cell of a row, and the cell's class. One that
-// is optional is left out until a row has something in it.
-const text = (head, of) => ({head, of});
-const number = (head, of) => ({head, of: row => whole.format(of(row)), number: true, isEmpty: row => of(row) === 0});
-const outcome = (head, of) => ({...number(head, of), isOptional: true});
-const failure = (head, of) => ({...outcome(head, of), isFailure: true});
-const known = value => value === null ? "–" : String(value);
-const optional = (head, of) => ({head, of: row => known(of(row)), isOptional: true, isEmpty: row => of(row) === null});
-const head = (title, of) => ({head: title, of, isHead: true});
-const TABLE = [
-  head("table", row => row.table),
-  number("received", row => row.received),
-  outcome("committed", row => row.committed),
-  outcome("processed", row => row.processed),
-  outcome("duplicate", row => row.duplicate),
-  failure("rejected", row => row.rejected),
-  failure("try again", row => row.try_again),
-  failure("malformed", row => row.malformed),
-  outcome("in progress", row => row.in_progress),
-  number("rows", row => row.rows),
-];
-const COMPLETE = [
-  head("table", row => row.table),
-  {head: "complete", of: row => row.complete === row.senders ? "all" : `${row.complete} of ${row.senders}`,
-   tag: row => row.complete === row.senders ? "good" : "warn"},
-  number("senders", row => row.senders),
-  number("batches", row => row.batches),
-  number("rows", row => row.rows),
-];
-const CONNECTION = [
-  head("ip", row => row.ip),
-  optional("name", row => row.name),
-  optional("agency", row => row.agency),
-  optional("client", row => row.client && row.client.slice(0, 8)),
-  optional("table", row => row.table),
-  number("batches", row => row.batches),
-  number("rows", row => row.rows),
-  {head: "read", of: row => bytes(row.bytes), number: true},
-  number("in progress", row => row.in_progress),
-  {head: "age", of: row => age(latest.time - row.connected_at), number: true},
-];
-const isInStep = row => row.sync_state === "sync" || row.sync_state === "quorum";
-const STANDBY = [
-  head("standby", row => row.name),
-  {head: "state", of: row => known(row.state), tag: row => row.state === "streaming" ? "good" : "warn"},
-  text("awaited", row => row.sync_state === null ? "–" : `${isInStep(row) ? "yes" : "no"} (${row.sync_state})`),
-  {head: "lag", of: row => row.lag_bytes === null ? "–" : bytes(row.lag_bytes), number: true},
-  {head: "lag in time", of: row => row.lag_seconds === null ? "–" : `${row.lag_seconds.toFixed(3)} s`, number: true},
-];
-const LIMIT = [head("limit", row => row[0]), number("hits", row => row[1])];
-const PROBLEM = [
-  text("last", row => moment(row.time)),
-  optional("first", row => row.count > 1 ? moment(row.first_time) : null),
-  {...number("events", row => row.count), isOptional: true, isEmpty: row => row.count === 1},
-  {head: "level", of: row => row.level, tag: row => row.level === "warn" ? "warn" : "bad"},
-  {head: "message", of: row => row.text, className: "message"},
-];
-
-// A column that was shown once stays: it would come and go with what is in progress.
-const shownColumns = new Set();
-function fill(id, all, rows) {
-  const table = byId(id);
-  for (const column of all)
-    if (!column.isOptional || rows.some(row => !column.isEmpty(row))) shownColumns.add(column);
-  const columns = all.filter(column => shownColumns.has(column));
-  if (!table.tHead.rows.length || table.tHead.rows[0].cells.length !== columns.length) {
-    const line = document.createElement("tr");
-    // On a phone the layout is not that of a table; screen readers still need one.
-    table.setAttribute("role", "table");
-    line.setAttribute("role", "row");
-    for (const column of columns) {
-      const cell = node("th", column.number ? "number" : "", column.head);
-      cell.scope = "col";
-      cell.setAttribute("role", "columnheader");
-      line.append(cell);
-    }
-    table.tHead.replaceChildren(line);
-  }
-  const body = document.createElement("tbody");
-  for (const row of rows) {
-    const line = body.insertRow();
-    line.setAttribute("role", "row");
-    for (const column of columns) {
-      const cell = node(column.isHead ? "th" : "td", column.className || (column.number ? "number" : ""));
-      cell.setAttribute("role", column.isHead ? "rowheader" : "cell");
-      if (column.isHead) cell.scope = "row"; else cell.dataset.label = column.head;
-      if (column.isEmpty && column.isEmpty(row)) cell.classList.add("zero");
-      else if (column.isFailure) cell.classList.add("failed");
-      if (column.tag) cell.append(node("span", `tag ${column.tag(row)}`, column.of(row)));
-      else cell.append(node("span", "", column.of(row)));
-      line.append(cell);
-    }
-  }
-  table.tBodies[0].replaceWith(body);
-  table.hidden = !rows.length;
-}
 
 const QUANTILES = [["p50", ""], ["p95", "second"], ["p99", "third"]];
 const times = (title, of) => ({
@@ -211,6 +87,8 @@ function show() {
     !completeness ? "Waiting for the store." :
     !complete ? `At ${clock(completeness.asked_at)} the store did not answer within two seconds; query its view ingest_status.` :
     Object.keys(complete).length ? "" : "The store is empty.";
+  // They are many, and come with the history.
+  if ("agencies" in latest) showAgencies(latest.agencies);
   byId("database-section").hidden = !database || database.kind !== "postgresql";
   byId("database-about").textContent = server ?
     `PostgreSQL ${server.version} at ${server.host}:${server.port}, ${server.is_primary ? "the primary" : "a standby"}; ` +
@@ -224,7 +102,7 @@ function show() {
     standbys.some(row => row.state === null) ? "The rest is not shown to the server's user: GRANT pg_monitor." :
     server.is_synchronous && !standbys.some(isInStep) ? "No standby that commits wait for is there: nothing is acknowledged." :
     standbys.length ? "" : "No standbys.";
-  fill("connections", CONNECTION, connections.shown);
+  fill("connections", CONNECTION, connections.shown.map(row => ({...row, age: latest.time - row.connected_at})));
   byId("connections").caption.textContent = connections.shown.length < connections.open ?
     `The ${connections.shown.length} of ${connections.open} that sent most` : "All open connections; those that sent most come first";
   byId("connections-note").textContent = connections.open ? "" : "No connections.";
@@ -235,6 +113,21 @@ function show() {
   byId("problems").caption.textContent = "By their kinds, the last first, with the text of the last event; the log has all";
   byId("problems-help").hidden = !problems.length;
   byId("problems-note").textContent = problems.length ? "" : "None since the start.";
+}
+
+function showAgencies(agencies) {
+  byId("agencies-section").hidden = !agencies;
+  if (!agencies) return;
+  const {shown, count, asked_at} = agencies;
+  // Whose tables are missing is what an operator looks for.
+  const rows = (shown || []).map(row => ({...row, age: latest.time - row.last_seen}))
+    .sort((one, other) => one.complete - other.complete);
+  fill("agencies", AGENCY, rows);
+  byId("agencies").caption.textContent =
+    `${rows.length < count ? `The ${rows.length} of ${count} last seen` : "All that have sent something"}, as of ${clock(asked_at)}; ` +
+    "the incomplete ones first. ✓: it has ended the table, and sent nothing of it since";
+  byId("agencies-note").textContent =
+    !shown ? `At ${clock(asked_at)} the store did not answer within two seconds.` : rows.length ? "" : "The store is empty.";
 }
 
 function judge() {

@@ -116,7 +116,7 @@ class Answers(MonitorTestCase):
             contents = re.findall(f"<{kind}>(.*?)</{kind}>", document, re.DOTALL)
             digests = [hashlib.sha256(content.encode()).digest() for content in contents]
             sources = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
-            self.assertEqual(len(sources), 2)
+            self.assertGreater(len(sources), 1)
             self.assertIn(f"{kind}-src {' '.join(sources)}", policy)
 
     def test_the_history_comes_when_it_is_asked_for(self) -> None:

@@ -128,6 +128,19 @@ def table(name: str) -> dict[str, Any]:
     } | dict.fromkeys(outcomes, 10**7)
 
 
+def agency(number: int) -> dict[str, Any]:
+    users = {"rows": 10**9, "batches": 10**6, "complete": number % 3 > 0}
+    stores = {"rows": 7, "batches": 1, "complete": True}
+    return {
+        "agency": None if number == 1 else 2**31 - number,
+        "last_seen": 1.7e9 - number**3,
+        "connections": 10**5,
+        "failed": number % 2,
+        "complete": number % 3 > 0,
+        "tables": {"users": users} | ({"stores": stores} if number % 2 else {}),
+    }
+
+
 STATUS: Mapping[str, Any] = {
     "version": "0.1.0",
     "time": 1.7e9 + 86400 * 40,
@@ -157,6 +170,11 @@ STATUS: Mapping[str, Any] = {
             }
         },
     },
+    "agencies": {
+        "asked_at": 1.7e9,
+        "count": 412,
+        "shown": [agency(number) for number in range(300)],
+    },
     "limits": {"max_connections_per_host": 10**6, HOSTILE: 1},
     "problems": [
         {
@@ -179,6 +197,7 @@ NOTHING: Mapping[str, Any] = {
     "connections": {"open": 0, "accepted": 0, "shown": []},
     "tables": [],
     "completeness": None,
+    "agencies": None,
     "limits": {},
     "problems": [],
 }
@@ -232,7 +251,11 @@ ANSWERS: Mapping[str, Mapping[str, Any]] = {
             "database"
         ],
     },
-    "slow": {**STATUS, "completeness": {"asked_at": 1.7e9, "tables": None}},
+    "slow": {
+        **STATUS,
+        "completeness": {"asked_at": 1.7e9, "tables": None},
+        "agencies": {"asked_at": 1.7e9, "count": None, "shown": None},
+    },
     "gone": STATUS,
     "standbys": with_server(1.7e9, SERVER),
     "waiting": with_server(1.7e9, {**SERVER, "standbys": [standby("far", sync_state="async")]}),
@@ -350,6 +373,8 @@ class Handler(BaseHTTPRequestHandler):
             (asked,) = parse_qs(query)["range"]
             if asked != "none":
                 answer["history"] = history(asked, is_busy=answer["tables"] != [])
+            else:
+                del answer["agencies"]
             kind, body = "application/json", json.dumps(answer)
             self.asked_for[view, asked] += 1
             if name == "gone" and self.asked_for["gone", "none"]:
@@ -476,6 +501,17 @@ class AnyPage(SynchronousTestCase):
         self.assertIn("Nothing has to be done.", self.seen["draining"]["text"])
         self.assertIn("Make room on the disk.", self.seen["refusing"]["text"])
         self.assertIn("the store refuses batches", self.seen["refusing"]["text"])
+
+    def test_agencies(self) -> None:
+        """Those that are not complete come first; a table that an agency has ended has a mark."""
+        text, markup = self.seen["desktop"]["text"], self.seen["desktop"]["markup"]
+        self.assertIn("The 300 of 412 last seen", text)
+        agencies = table_of(markup, "agencies")
+        self.assertEqual(len(agencies), 300)
+        self.assertEqual(agencies[0], "2147483648 no 40 d 0 h 100,000 0 \u2013 1B")
+        self.assertEqual(agencies[100], "not said yes 40 d 0 h 100,000 1 ✓ 7 ✓ 1B")
+        self.assertNotIn("Agencies", self.seen["idle"]["text"])
+        self.assertIn("the store did not answer within", self.seen["slow"]["text"])
 
     def test_a_store_that_does_not_answer_in_time(self) -> None:
         """It says when the store could not be asked which tables are complete."""

@@ -59,7 +59,8 @@ class Chart {
       if (event.pointerType === "mouse") Chart.release();
     });
     this.plot.addEventListener("focus", () => { if (!Chart.pointed) this.point(this.end); });
-    this.plot.addEventListener("blur", () => Chart.release());
+    // The next chart may be touched before this one loses the focus.
+    this.plot.addEventListener("blur", () => { if (Chart.pointed && Chart.pointed.chart === this) Chart.release(); });
     this.plot.addEventListener("keydown", event => {
       const last = this.points.length - 1, now = Math.max(0, this.index);
       const index = {ArrowLeft: now - 1, ArrowRight: now + 1, ArrowDown: now - 1, ArrowUp: now + 1,

@@ -10,6 +10,8 @@ _STATES = {
     ),
 }
 
+_NO_ROOM = "Make room on the disk of the store. No restart is needed."
+
 _REFUSALS = {
     "the store's writer has ended": (
         "Restart the server, and report the line of the log that says so."
@@ -26,7 +28,8 @@ _REFUSALS = {
         "Somebody has changed a table, which the reason names: undo the change. The batches of the"
         " other tables are stored."
     ),
-    "disk is full": "Make room on the disk of the store. No restart is needed.",
+    "disk is full": _NO_ROOM,
+    "No space left": _NO_ROOM,
     "locked": ("End the program that holds the lock on the store's file. No restart is needed."),
     "last commit is still in progress": (
         "Wait: the database's server is still at a commit, as while a standby is away. Start the"

@@ -26,6 +26,7 @@ class RemedyTests(SynchronousTestCase):
         """The cause counts more than the form of the line, and any other line has an answer too."""
         for reason, expected in {
             "the store takes nothing now: database or disk is full": "Make room",
+            "the store takes nothing now: could not extend file: No space left on device": "Make room",
             "the store takes nothing now: database is locked": "lock",
             "the store takes nothing now: connection refused": "network",
             "the store has not answered for 5 s": "hangs",
@@ -37,10 +38,10 @@ class RemedyTests(SynchronousTestCase):
             self.assertIn(expected, remedy_for("refusing", reason) or "", reason)
 
     def test_reasons_are_those_of_the_store(self) -> None:
-        """What a reason is told by stands in the store's code, or is SQLite's own."""
+        """What a reason is told by stands in the store's code, or is the database's own."""
         code = " ".join(
             path.read_text() for name, (path, _) in MODULES.items() if name.startswith("store.")
         )
         texts = re.sub(r'"\s*f?"', "", code)
-        for part in _REFUSALS.keys() - {"disk is full", "locked"}:
+        for part in _REFUSALS.keys() - {"disk is full", "No space left", "locked"}:
             self.assertIn(part, texts)

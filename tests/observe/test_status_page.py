@@ -326,6 +326,8 @@ setTimeout(() => {
     const place = plot(view, title), box = place.getBoundingClientRect();
     place.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + share * box.width}));
     if (key) place.dispatchEvent(new KeyboardEvent("keydown", {key}));
+    // What had the focus before loses it, by a touch of this one.
+    plot(view, "memory").dispatchEvent(new FocusEvent("blur"));
     const readout = place.querySelector(".readout").getBoundingClientRect();
     seen[`${view} ${title}`] = {
       text: place.innerText, spoken: place.getAttribute("aria-valuetext"),

@@ -156,7 +156,7 @@ STATUS: Mapping[str, Any] = {
     "connections": {
         "open": 1000,
         "accepted": 10**6,
-        "shown": [connection(number) for number in range(200)],
+        "shown": [connection(number) for number in range(10)],
     },
     "tables": [table("transaction_items"), table(HOSTILE)],
     "completeness": {
@@ -173,7 +173,7 @@ STATUS: Mapping[str, Any] = {
     "agencies": {
         "asked_at": 1.7e9,
         "count": 412,
-        "shown": [agency(number) for number in range(300)],
+        "shown": [agency(number) for number in range(10)],
     },
     "limits": {"max_connections_per_host": 10**6, HOSTILE: 1},
     "problems": [
@@ -234,7 +234,12 @@ def with_server(asked_at: float | None, server: Mapping[str, Any] | None) -> Map
 
 
 ANSWERS: Mapping[str, Mapping[str, Any]] = {
-    "busy": STATUS,
+    "busy": {
+        **STATUS,
+        "connections": {**STATUS["connections"], "shown": [connection(n) for n in range(200)]},
+        "agencies": {**STATUS["agencies"], "shown": [agency(n) for n in range(300)]},
+    },
+    "usual": STATUS,
     "idle": NOTHING,
     "draining": {
         **with_server(None, None),
@@ -301,9 +306,9 @@ VIEWS = (
     # It has to be silent for long: the first to be loaded.
     ("gone", "gone", 390, "light"),
     ("phone", "busy", 390, "light"),
-    ("small", "busy", 320, "light"),
+    ("small", "usual", 320, "light"),
     ("desktop", "busy", 1280, "light"),
-    ("dark", "busy", 1280, "dark"),
+    ("dark", "usual", 1280, "dark"),
     ("idle", "idle", 390, "light"),
     ("draining", "draining", 390, "light"),
     ("refusing", "refusing", 390, "light"),
@@ -318,7 +323,8 @@ MEASURE = """
 const seen = {};
 const plot = (view, title) => [...document.getElementById(view).contentDocument.querySelectorAll("figure")]
   .find(figure => figure.querySelector("figcaption").firstChild.textContent === title).querySelector(".plot");
-setTimeout(() => {
+// All frames are there by then, however slow the machine is.
+addEventListener("load", () => setTimeout(() => {
   // In the middle of a chart, at the right end of another, and by the keyboard from there.
   for (const [view, title, share, key] of [
     ["desktop", "rows accepted", 0.5, null], ["dark", "batch time", 1, null], ["phone", "batches", 1, "ArrowLeft"],
@@ -337,8 +343,9 @@ setTimeout(() => {
   plot("desktop", "rows accepted").dispatchEvent(new PointerEvent("pointerleave", {pointerType: "mouse"}));
   seen.left = plot("desktop", "rows accepted").innerText;
   document.getElementById("small").contentDocument.querySelector("input[value='24h']").click();
-}, 12000);
-setTimeout(() => {
+  setTimeout(measure, 3000);
+}, 11000));
+function measure() {
   for (const frame of document.querySelectorAll("iframe")) {
     const page = frame.contentDocument, root = page.documentElement;
     seen[frame.id] = {
@@ -350,7 +357,7 @@ setTimeout(() => {
   }
   seen.hit = window.hit === undefined ? 0 : 1;
   document.body.textContent = JSON.stringify(seen);
-}, 15000);
+}
 """
 
 
@@ -406,7 +413,7 @@ class AnyPage(SynchronousTestCase):
             thread = threading.Thread(target=server.serve_forever, args=(0.05,))
             thread.start()
             try:
-                document, _ = render(f"http://127.0.0.1:{server.server_port}/", 16000)
+                document, _ = render(f"http://127.0.0.1:{server.server_port}/", 30000)
             finally:
                 server.shutdown()
                 server.server_close()
@@ -477,10 +484,9 @@ class AnyPage(SynchronousTestCase):
         self.assertNotIn("10 min ago", text)
         self.assertIn("p95 of 24 h", text)
         self.assertEqual(max(int(most) for most in re.findall(r'valuemax="(\d+)"', markup)), 287)
-        self.assertEqual(Handler.asked_for["small", "24h"], 1)
-        self.assertGreater(
-            Handler.asked_for["small", "none"], 2 * Handler.asked_for["small", "10m"]
-        )
+        asked_for = Handler.asked_for
+        self.assertEqual(asked_for["small", "24h"], 1)
+        self.assertGreater(asked_for["phone", "none"], asked_for["phone", "10m"])
 
     def test_problems_have_their_number(self) -> None:
         """Each kind is one line: when it was last and first, and how often."""

@@ -38,7 +38,7 @@ const CONNECTION = [
   number("batches", row => row.batches),
   number("rows", row => row.rows),
   {head: "read", of: row => bytes(row.bytes), number: true},
-  number("in progress", row => row.in_progress),
+  outcome("in progress", row => row.in_progress),
   {head: "age", of: row => age(row.age), number: true},
 ];
 const TABLE_NAMES = ["menu_items", "stores", "transaction_items", "transactions", "users"];
@@ -98,7 +98,7 @@ function fill(id, all, rows) {
       const cell = node(column.isHead ? "th" : "td", column.className || (column.number ? "number" : ""));
       cell.setAttribute("role", column.isHead ? "rowheader" : "cell");
       if (column.isHead) cell.scope = "row"; else cell.dataset.label = column.head;
-      if (column.isEmpty && column.isEmpty(row)) cell.classList.add("zero");
+      if (column.isEmpty && column.isEmpty(row)) cell.classList.add("zero", ...(column.isOptional ? ["optional"] : []));
       else if (column.isFailure) cell.classList.add("failed");
       if (column.tag) cell.append(node("span", `tag ${column.tag(row)}`, column.of(row)));
       else cell.append(node("span", "", column.of(row)));

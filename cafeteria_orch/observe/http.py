@@ -22,10 +22,9 @@ from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.totals import Completeness
 
 from . import page
-from .history import RANGES
 from .problems import RecentProblems
 from .prometheus import Exposition
-from .status import Status
+from .status import HISTORIES, Status
 
 REQUEST_TIMEOUT = 15.0
 """Seconds that a connection may be silent, between two requests or inside one."""
@@ -34,8 +33,6 @@ MAX_CONNECTIONS = 50
 """The number of connections at once; one more closes the oldest."""
 
 _TEXT = "text/plain; charset=utf-8"
-_JSON = "application/json"
-_NO_HISTORY = "none"
 
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -158,14 +155,11 @@ class Monitor:
 
     def _state(self, query: Query) -> Response:
         asked = query.arguments.get(b"range")
-        if asked is None:
-            return Response(http.OK, _JSON, self._status.render())
-        name = asked[0].decode("latin-1")
-        if name != _NO_HISTORY and name not in RANGES:
-            text = f"range is one of {', '.join([*RANGES, _NO_HISTORY])}\n"
+        history = None if asked is None else asked[0].decode("latin-1")
+        if history is not None and history not in HISTORIES:
+            text = f"range is one of {', '.join(HISTORIES)}\n"
             return Response(http.BAD_REQUEST, _TEXT, text.encode())
-        history = "" if name == _NO_HISTORY else name
-        return Response(http.OK, _JSON, self._status.render(history))
+        return Response(http.OK, "application/json", self._status.render(history))
 
     def _readiness(self) -> Response:
         refusal = self._status.refusal

@@ -45,22 +45,20 @@ def _read(name: str) -> str:
 
 def _joined(document: str) -> Page:
     """Put the styles and scripts that a document names into it."""
-    digests: dict[str, list[str]] = {"style": [], "script": []}
+    sources: dict[str, list[str]] = {"style": [], "script": []}
 
     def content_of(found: re.Match[str]) -> str:
         kind = "style" if found[1] else "script"
         content = _read(found[1] or found[2])
         digest = b64encode(sha256(content.encode()).digest()).decode()
-        digests[kind].append(f"'sha256-{digest}'")
+        sources[kind].append(f"'sha256-{digest}'")
         return f"<{kind}>{content}</{kind}>"
 
     body = _PARTS.sub(content_of, document)
-    sources = "; ".join(
-        f"{kind}-src {' '.join(found) or chr(39) + 'none' + chr(39)}"
-        for kind, found in digests.items()
-    )
     policy = (
         "default-src 'none'; connect-src 'self'; img-src 'self'; base-uri 'none';"
-        f" form-action 'none'; frame-ancestors 'none'; {sources}"
+        " form-action 'none'; frame-ancestors 'none'"
     )
+    for kind, found in sources.items():
+        policy += f"; {kind}-src {' '.join(found)}" if found else f"; {kind}-src 'none'"
     return Page(body.encode(), policy)

@@ -16,9 +16,16 @@ from cafeteria_orch.store.database import DatabaseServer
 from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.totals import Completeness
 
+from .history import RANGES
 from .problems import RecentProblems
 from .remedies import remedy_for
 from .sampling import SAMPLE_INTERVAL, Sampler
+
+NO_HISTORY = "none"
+"""Stands for a range when only this moment is asked for."""
+
+HISTORIES = (*RANGES, NO_HISTORY)
+"""What the page may ask for."""
 
 MAX_CONNECTIONS = 200
 """The number of connections that are listed, those that sent most; all are counted."""
@@ -105,14 +112,13 @@ class Status:
     def render(self, history: str | None = None) -> bytes:
         """What the page shows, as JSON.
 
-        :param history: the range of the history that is in it, one of
-            :data:`~.history.RANGES`; empty for none of it, ``None`` for the rates of the last
-            ten minutes alone.
+        :param history: the range of the history that is in it, one of :data:`HISTORIES`;
+            ``None`` for the rates of the last ten minutes in its place.
         """
         shown = self._gather()
         if history is None:
             shown["rates"] = self._sampler.rates()
-        elif history:
+        elif history != NO_HISTORY:
             shown["history"] = self._sampler.history(history)
         return json.dumps(shown, separators=(",", ":"), allow_nan=False).encode()
 

@@ -259,7 +259,7 @@ class Rates(StatusTestCase):
             (history["range"], history["seconds"], history["interval"]), ("1h", 3600, 30)
         )
         self.assertEqual(len(history["points"]), 1)
-        self.assertEqual(json.loads(self.status.render("")).keys(), shown.keys() - {"history"})
+        self.assertEqual(json.loads(self.status.render("none")).keys(), shown.keys() - {"history"})
 
     def test_a_stop_leaves_no_timer(self) -> None:
         """A second stop does nothing."""

@@ -60,5 +60,6 @@ def _joined(document: str) -> Page:
         " form-action 'none'; frame-ancestors 'none'"
     )
     for kind, found in sources.items():
-        policy += f"; {kind}-src {' '.join(found)}" if found else f"; {kind}-src 'none'"
+        if found:
+            policy += f"; {kind}-src {' '.join(found)}"
     return Page(body.encode(), policy)

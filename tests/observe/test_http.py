@@ -137,7 +137,8 @@ class Answers(MonitorTestCase):
         """The page links to it; it asks for nothing, and a browser runs nothing in it."""
         status, headers, body = self.ask("/manual")
         self.assertEqual(status, 200)
-        self.assertIn("script-src 'none'", headers)
+        self.assertIn("default-src 'none'", headers)
+        self.assertNotIn("script-src", headers)
         self.assertIn(b'<h2 id="log-lines">Log lines</h2>', body)
         self.assertNotRegex(body.decode(), r'(src|href)="(?!#|\./"|metrics"|favicon.ico")')
         self.assertIn(b'href="manual"', self.ask("/")[2])

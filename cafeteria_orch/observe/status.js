@@ -116,18 +116,20 @@ function show() {
 }
 
 function showAgencies(agencies) {
+  const table = byId("agencies");
   byId("agencies-section").hidden = !agencies;
-  if (!agencies) return;
-  const {shown, count, asked_at} = agencies;
-  // Whose tables are missing is what an operator looks for.
-  const rows = (shown || []).map(row => ({...row, age: latest.time - row.last_seen}))
-    .sort((one, other) => one.complete - other.complete);
-  fill("agencies", AGENCY, rows);
-  byId("agencies").caption.textContent =
-    `${rows.length < count ? `The ${rows.length} of ${count} last seen` : "All that have sent something"}, as of ${clock(asked_at)}; ` +
-    "the incomplete ones first. ✓: it has ended the table, and sent nothing of it since";
+  // There may be hundreds, and they change when the store is asked.
+  if (!agencies || table.dataset.askedAt === String(agencies.asked_at)) return;
+  table.dataset.askedAt = agencies.asked_at;
+  const shown = agencies.shown || [];
+  fill("agencies", AGENCY, [...shown].sort((one, other) => one.complete - other.complete));
+  table.caption.textContent = (shown.length < agencies.count ?
+    `The ${shown.length} of ${whole.format(agencies.count)} that were last seen` : "All agencies") +
+    `, with their rows by table; the whole store, as of ${clock(agencies.asked_at)}. Those that are not complete come first, ` +
+    "then those last seen";
   byId("agencies-note").textContent =
-    !shown ? `At ${clock(asked_at)} the store did not answer within two seconds.` : rows.length ? "" : "The store is empty.";
+    !agencies.shown ? `At ${clock(agencies.asked_at)} the store did not answer within two seconds.` :
+    shown.length ? "" : "The store is empty.";
 }
 
 function judge() {

@@ -42,15 +42,17 @@ const CONNECTION = [
   {head: "age", of: row => age(row.age), number: true},
 ];
 const TABLE_NAMES = ["menu_items", "stores", "transaction_items", "transactions", "users"];
+const notComplete = row => Object.keys(row.tables).filter(name => !row.tables[name].complete);
 const AGENCY = [
-  head("agency", row => row.agency === null ? "not said" : String(row.agency)),
-  {head: "complete", of: row => row.complete ? "yes" : "no", tag: row => row.complete ? "good" : "warn"},
-  {head: "seen ago", of: row => age(row.age), number: true},
-  number("connections", row => row.connections),
+  head("agency", row => row.agency === null ? "unknown" : String(row.agency)),
+  text("last seen", row => moment(row.last_seen)),
+  {head: "complete", of: row => row.complete ? "all" : notComplete(row).length ? `not ${notComplete(row).join(", ")}` : "nothing sent",
+   tag: row => row.complete ? "good" : "warn", className: "wide"},
   failure("failed", row => row.failed),
+  number("connections", row => row.connections),
   ...TABLE_NAMES.map(name => ({
     head: name.replace("_", " "), number: true, isOptional: true, isEmpty: row => !row.tables[name],
-    of: row => row.tables[name] ? `${row.tables[name].complete ? "✓ " : ""}${short.format(row.tables[name].rows)}` : "–",
+    of: row => row.tables[name] ? short.format(row.tables[name].rows) : "–",
   })),
 ];
 const isInStep = row => row.sync_state === "sync" || row.sync_state === "quorum";

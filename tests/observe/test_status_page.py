@@ -21,7 +21,7 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 from cafeteria_orch.observe.history import RANGES
 from cafeteria_orch.observe.page import status_page
 from cafeteria_orch.wire.messages import encode, end_of_table
-from cafeteria_orch.wire.tables import STORES
+from cafeteria_orch.wire.tables import STORES, TABLES
 from tests.support.builders import USER_ROW, batch_frame, frame
 from tests.support.http import get, metrics_address
 from tests.support.processes import HELLO, ProcessTestCase, wait_until
@@ -128,17 +128,22 @@ def table(name: str) -> dict[str, Any]:
     } | dict.fromkeys(outcomes, 10**7)
 
 
-def agency(number: int) -> dict[str, Any]:
-    users = {"rows": 10**9, "batches": 10**6, "complete": number % 3 > 0}
-    stores = {"rows": 7, "batches": 1, "complete": True}
+def agency(agency_id: int | None, **complete: bool) -> dict[str, Any]:
+    """What the store has of an agency; the tables that it has sent, and whether each is complete."""
     return {
-        "agency": None if number == 1 else 2**31 - number,
-        "last_seen": 1.7e9 - number**3,
-        "connections": 10**5,
-        "failed": number % 2,
-        "complete": number % 3 > 0,
-        "tables": {"users": users} | ({"stores": stores} if number % 2 else {}),
+        "agency": agency_id,
+        "last_seen": 1.7e9,
+        "connections": 10**6,
+        "failed": 10**7,
+        "complete": bool(complete) and all(complete.values()),
+        "tables": {
+            name: {"rows": 10**11, "batches": 10**8, "complete": is_complete}
+            for name, is_complete in complete.items()
+        },
     }
+
+
+TABLE_NAMES = [table.name for table in TABLES]
 
 
 STATUS: Mapping[str, Any] = {
@@ -172,8 +177,13 @@ STATUS: Mapping[str, Any] = {
     },
     "agencies": {
         "asked_at": 1.7e9,
-        "count": 412,
-        "shown": [agency(number) for number in range(10)],
+        "count": 10**6,
+        "shown": [
+            agency(-(2**31), **dict.fromkeys(TABLE_NAMES, False)),
+            agency(7, users=True, stores=True),
+            agency(8, users=False, stores=True),
+            agency(None),
+        ],
     },
     "limits": {"max_connections_per_host": 10**6, HOSTILE: 1},
     "problems": [
@@ -237,7 +247,11 @@ ANSWERS: Mapping[str, Mapping[str, Any]] = {
     "busy": {
         **STATUS,
         "connections": {**STATUS["connections"], "shown": [connection(n) for n in range(200)]},
-        "agencies": {**STATUS["agencies"], "shown": [agency(n) for n in range(300)]},
+        "agencies": {
+            "asked_at": 1.7e9,
+            "count": 300,
+            "shown": [agency(n, **dict.fromkeys(TABLE_NAMES, n % 3 > 0)) for n in range(300)],
+        },
     },
     "usual": STATUS,
     "idle": NOTHING,
@@ -510,16 +524,32 @@ class AnyPage(SynchronousTestCase):
         self.assertIn("Make room on the disk.", self.seen["refusing"]["text"])
         self.assertIn("the store refuses batches", self.seen["refusing"]["text"])
 
-    def test_agencies(self) -> None:
-        """Those that are not complete come first; a table that an agency has ended has a mark."""
-        text, markup = self.seen["desktop"]["text"], self.seen["desktop"]["markup"]
-        self.assertIn("The 300 of 412 last seen", text)
-        agencies = table_of(markup, "agencies")
+    def test_the_agencies(self) -> None:
+        """Each with what it has not ended, its failures, its connections, and its rows by table."""
+        self.assertIn("The 4 of 1,000,000 that were last seen", self.seen["dark"]["text"])
+        rows = [
+            re.sub(r"\S+ \d\d:\d\d:\d\d ", "", row)
+            for row in table_of(self.seen["dark"]["markup"], "agencies")
+        ]
+        failed = "10,000,000 1,000,000"
+        self.assertEqual(
+            rows,
+            [
+                f"-2147483648 not {', '.join(TABLE_NAMES)} {failed} 100B 100B 100B 100B 100B",
+                f"8 not users {failed} \u2013 100B \u2013 \u2013 100B",
+                f"unknown nothing sent {failed} \u2013 \u2013 \u2013 \u2013 \u2013",
+                f"7 all {failed} \u2013 100B \u2013 \u2013 100B",
+            ],
+        )
+
+    def test_many_agencies(self) -> None:
+        """Those that are not complete stand before all others, and the list has a height of its own."""
+        self.assertIn("All agencies, with their rows", self.seen["desktop"]["text"])
+        agencies = table_of(self.seen["desktop"]["markup"], "agencies")
         self.assertEqual(len(agencies), 300)
-        self.assertEqual(agencies[0], "2147483648 no 40 d 0 h 100,000 0 \u2013 1B")
-        self.assertEqual(agencies[100], "not said yes 40 d 0 h 100,000 1 ✓ 7 ✓ 1B")
+        self.assertEqual([" not " in agency for agency in agencies], [True] * 100 + [False] * 200)
+        self.assertIn("Agencies", self.seen["slow"]["text"])
         self.assertNotIn("Agencies", self.seen["idle"]["text"])
-        self.assertIn("the store did not answer within", self.seen["slow"]["text"])
 
     def test_a_store_that_does_not_answer_in_time(self) -> None:
         """It says when the store could not be asked which tables are complete."""

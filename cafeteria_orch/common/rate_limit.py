@@ -41,6 +41,12 @@ LOST_BATCHES = Limit(lines=100, addresses=16)
 TRAFFIC = Limit(lines=100, addresses=1024)
 """What happens in normal operation, and without end only in a flood."""
 
+REPEATED = " | repeated: {refused}"
+"""Is added to the format of a line that speaks for several events, and does not say so itself."""
+
+FROM_ADDRESSES = " | addresses: {addresses}"
+"""Is added to the format of a line that speaks for several addresses."""
+
 _OTHERS = ("", "others")
 
 _Kind = tuple[str, str]
@@ -250,9 +256,9 @@ def _write(event: _Event, events: int, addresses: int = 1, failure: Failure | No
     """Log an event, as the last of several."""
     log, level, message, fields = event
     if events > 1 and "{refused}" not in message:
-        message += " | repeated: {refused}"
+        message += REPEATED
     if addresses > 1:
-        message += " | addresses: {addresses}"
+        message += FROM_ADDRESSES
         fields = {**fields, "addresses": addresses}
     if failure is not None:
         fields = {**fields, "log_failure": failure}

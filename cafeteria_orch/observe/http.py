@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from base64 import b64encode
-from collections.abc import Callable
-from hashlib import sha256
-from importlib.resources import files
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
@@ -24,9 +21,10 @@ from cafeteria_orch.store.database import DatabaseServer
 from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.totals import Completeness
 
+from . import page
 from .problems import RecentProblems
 from .prometheus import Exposition
-from .status import Status
+from .status import HISTORIES, Status
 
 REQUEST_TIMEOUT = 15.0
 """Seconds that a connection may be silent, between two requests or inside one."""
@@ -54,11 +52,22 @@ class Response(NamedTuple):
     headers: dict[str, str] = {}  # noqa: RUF012 (never changed)
 
 
+class Query(NamedTuple):
+    """What a request asks for, beside its path.
+
+    :ivar accept: its header ``Accept``.
+    :ivar arguments: what stands behind the question mark.
+    """
+
+    accept: str
+    arguments: Mapping[bytes, list[bytes]]
+
+
 class Monitor:
     """Shows operators what the server does.
 
-    It answers ``/``, ``/status.json``, ``/metrics``, ``/livez`` and ``/readyz``, from
-    :meth:`listen` until :meth:`stop`.
+    It answers ``/``, ``/manual``, ``/status.json``, ``/metrics``, ``/livez`` and ``/readyz``,
+    from :meth:`listen` until :meth:`stop`.
 
     :param reactor: for time.
     :param factory: the factory whose connections and counters are shown.
@@ -96,12 +105,13 @@ class Monitor:
             server=server,
             node=node,
         )
-        status, page = self._status, _page()
-        exposition = Exposition(factory, status, version)
-        self._pages: dict[bytes, Callable[[str], Response]] = {
-            b"/": lambda _: page,
-            b"/status.json": lambda _: Response(http.OK, "application/json", status.render()),
-            b"/metrics": lambda accept: Response(http.OK, *exposition.render(accept)),
+        exposition = Exposition(factory, self._status, version)
+        icon = Response(http.OK, "image/svg+xml", page.icon())
+        pages = {b"/": _document(page.status_page()), b"/manual": _manual(), b"/favicon.ico": icon}
+        self._pages: dict[bytes, Callable[[Query], Response]] = {
+            **{path: partial(_same, response) for path, response in pages.items()},
+            b"/status.json": self._state,
+            b"/metrics": lambda query: Response(http.OK, *exposition.render(query.accept)),
             b"/livez": lambda _: Response(http.OK, _TEXT, b"ok\n"),
             b"/readyz": lambda _: self._readiness(),
         }
@@ -136,12 +146,20 @@ class Monitor:
             self._port = None
         self.site.abort()
 
-    def respond(self, path: bytes, accept: str) -> Response:
+    def respond(self, path: bytes, query: Query) -> Response:
         """The response to the GET of a path."""
         make_response = self._pages.get(path)
         if make_response is None:
             return Response(http.NOT_FOUND, _TEXT, b"not found\n")
-        return make_response(accept)
+        return make_response(query)
+
+    def _state(self, query: Query) -> Response:
+        asked = query.arguments.get(b"range")
+        history = None if asked is None else asked[0].decode("latin-1")
+        if history is not None and history not in HISTORIES:
+            text = f"range is one of {', '.join(HISTORIES)}\n"
+            return Response(http.BAD_REQUEST, _TEXT, text.encode())
+        return Response(http.OK, "application/json", self._status.render(history))
 
     def _readiness(self) -> Response:
         refusal = self._status.refusal
@@ -149,35 +167,35 @@ class Monitor:
         return Response(status, _TEXT, f"{refusal or 'ok'}\n".encode())
 
 
-def _page() -> Response:
-    """The status page, and a policy under which a browser runs its own script alone."""
-    page = files(__package__).joinpath("status.html").read_text("utf-8")
-    sources = {}
-    for kind in ("script", "style"):
-        found = re.search(f"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
-        digest = sha256((found[1] if found else "").encode()).digest()
-        sources[kind] = f"'sha256-{b64encode(digest).decode()}'"
-    policy = (
-        "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none';"
-        " form-action 'none'; frame-ancestors 'none';"
-        f" script-src {sources['script']}; style-src {sources['style']}"
-    )
-    headers = {"Content-Security-Policy": policy}
-    return Response(http.OK, "text/html; charset=utf-8", page.encode(), headers)
+def _same(response: Response, _: Query) -> Response:
+    return response
+
+
+def _document(made: page.Page) -> Response:
+    headers = {"Content-Security-Policy": made.policy}
+    return Response(http.OK, "text/html; charset=utf-8", made.body, headers)
+
+
+def _manual() -> Response:
+    try:
+        return _document(page.manual())
+    except FileNotFoundError:
+        text = b"the manual was not installed: read docs/operations.md of the source\n"
+        return Response(http.NOT_FOUND, _TEXT, text)
 
 
 class Site(http.HTTPFactory):
     """Serves GET and HEAD without a body, one response in each turn of the reactor.
 
     :param reactor: for time.
-    :param respond: what the path of a GET, and its ``Accept``, are answered with.
+    :param respond: what the path of a GET, and the rest of it, are answered with.
     :param wall_time: for the header ``Date``.
     """
 
     noisy = False
 
     def __init__(
-        self, reactor: Any, respond: Callable[[bytes, str], Response], wall_time: WallTime
+        self, reactor: Any, respond: Callable[[bytes, Query], Response], wall_time: WallTime
     ) -> None:
         super().__init__(timeout=REQUEST_TIMEOUT, reactor=reactor)
         self.protocol = _Channel  # type: ignore[assignment]
@@ -249,7 +267,7 @@ class _Request(http.Request):
             return Response(http.NOT_ALLOWED, _TEXT, b"GET and HEAD only\n", allowed)
         accept = self.requestHeaders.getRawHeaders(b"Accept", [b""])
         try:
-            return site.respond(self.path, accept[0].decode("latin-1"))
+            return site.respond(self.path, Query(accept[0].decode("latin-1"), self.args or {}))
         except Exception:
             _log.failure("action: serve_metrics | result: fail")
             return Response(http.INTERNAL_SERVER_ERROR, _TEXT, b"a fault of the server\n")

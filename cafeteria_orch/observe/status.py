@@ -1,12 +1,10 @@
-"""What the status page shows: the server at this moment, and its last minutes."""
+"""What the status page shows: the server at this moment, and its last minutes or hours."""
 
 from __future__ import annotations
 
 import json
-from collections import deque
 from heapq import nlargest
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 from twisted.internet.task import LoopingCall
 
@@ -18,25 +16,19 @@ from cafeteria_orch.store.database import DatabaseServer
 from cafeteria_orch.store.sink import Sink
 from cafeteria_orch.store.totals import AgencyTotals, Completeness, StoreTotals
 
+from .history import RANGES
 from .problems import RecentProblems
+from .remedies import remedy_for
+from .sampling import SAMPLE_INTERVAL, Sampler
 
-SAMPLE_INTERVAL = 5.0
-"""Seconds between two points of a chart."""
+NO_HISTORY = "none"
+"""Stands for a range when only this moment is asked for."""
 
-MAX_POINTS = 120
-"""The number of points in a chart: ten minutes."""
+HISTORIES = (*RANGES, NO_HISTORY)
+"""What the page may ask for."""
 
 MAX_CONNECTIONS = 200
 """The number of connections that are listed, those that sent most; all are counted."""
-
-
-class _Sample(NamedTuple):
-    """What there was at a moment of the reactor's clock, which nobody sets back."""
-
-    seconds: float
-    rows: int
-    batches: int
-    received_bytes: int
 
 
 class Status:
@@ -75,7 +67,7 @@ class Status:
         self._version = version
         self._phase = "starting"
         self._started: float = reactor.seconds()
-        self._samples: deque[_Sample] = deque(maxlen=MAX_POINTS + 1)
+        self._sampler = Sampler(reactor, factory, sink)
         self._sampling = LoopingCall(self._take_sample)
         self._sampling.clock = reactor
 
@@ -83,7 +75,7 @@ class Status:
         """The server takes batches from now on; take samples."""
         self._phase = "ready"
         self._started = self._reactor.seconds()
-        self._samples.clear()
+        self._sampler.clear()
         self._sampling.start(SAMPLE_INTERVAL)
 
     def drain(self) -> None:
@@ -126,23 +118,27 @@ class Status:
             self._completeness.refresh()
         return self._completeness.latest
 
-    def render(self) -> bytes:
-        """What the page shows, as JSON."""
-        return json.dumps(self._gather(), separators=(",", ":"), allow_nan=False).encode()
+    def render(self, history: str | None = None) -> bytes:
+        """What the page shows, as JSON.
+
+        :param history: the range of the history that is in it, one of :data:`HISTORIES`;
+            ``None`` for the rates of the last ten minutes in its place.
+        """
+        shown = self._gather()
+        if history is None:
+            shown["rates"] = self._sampler.rates()
+        elif history == NO_HISTORY:
+            # They may be hundreds, and change when the store is asked.
+            del shown["agencies"]
+        else:
+            shown["history"] = self._sampler.history(history)
+        return json.dumps(shown, separators=(",", ":"), allow_nan=False).encode()
 
     def _take_sample(self) -> None:
         if self._server is not None:
             # Metrics are read at any time, and do not wait for an answer.
             self._server.refresh()
-        total = self._factory.counters.total()
-        self._samples.append(
-            _Sample(
-                self._reactor.seconds(),
-                total.accepted_rows,
-                total.accepted,
-                self._factory.received_bytes,
-            )
-        )
+        self._sampler.take()
 
     def _gather(self) -> dict[str, Any]:
         factory, sink = self._factory, self.sink
@@ -152,11 +148,12 @@ class Status:
         return {
             "version": self._version,
             "node": self.node,
-            "time": self._factory.wall_time(),
-            "started_at": self._wall_time(self._started),
+            "time": factory.wall_time(),
+            # By today's wall clock, which may have been set since.
+            "started_at": factory.wall_time() - (self._reactor.seconds() - self._started),
             "state": self.state,
             "reason": self.refusal,
-            "rates": self._rates(),
+            "remedy": remedy_for(self.state, self.refusal),
             "received_bytes": factory.received_bytes,
             "in_flight_bytes": factory.memory.used,
             "store": None if sink is None else sink.sizes()._asdict(),
@@ -172,20 +169,6 @@ class Status:
             "limits": {limit: hits for limit, hits in factory.counters.limit_hits.items() if hits},
             "problems": self._problems.latest(),
         }
-
-    def _rates(self) -> dict[str, Any]:
-        samples = list(self._samples)
-        points = []
-        for before, after in pairwise(samples):
-            seconds = after.seconds - before.seconds
-            gains = [(now - then) / seconds for then, now in zip(before[1:], after[1:])]
-            time = self._wall_time(after.seconds)
-            points.append([time, *(round(gain, 2) for gain in gains)])
-        return {"columns": ["time", "rows", "batches", "bytes"], "points": points}
-
-    def _wall_time(self, seconds: float) -> float:
-        """When it was, by today's wall clock: one that was set back moves all points alike."""
-        return float(self._factory.wall_time() - (self._reactor.seconds() - seconds))
 
     def _connection(self, connection: OrchestratorProtocol) -> dict[str, Any]:
         session = connection.session

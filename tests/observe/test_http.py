@@ -20,7 +20,14 @@ from twisted.logger import Logger, LogLevel, capturedLogs, globalLogPublisher
 
 from cafeteria_orch import __version__
 from cafeteria_orch.daemon.service import OrchestratorService
-from cafeteria_orch.observe.http import MAX_CONNECTIONS, REQUEST_TIMEOUT, Monitor, Response
+from cafeteria_orch.observe import page
+from cafeteria_orch.observe.http import (
+    MAX_CONNECTIONS,
+    REQUEST_TIMEOUT,
+    Monitor,
+    Query,
+    Response,
+)
 from tests.support.builders import SUCCESS, TCPTransport, batch_frame, lose, texts
 from tests.support.http import get, metrics_address
 from tests.support.processes import ProcessTestCase, wait_until
@@ -94,19 +101,65 @@ class Answers(MonitorTestCase):
         status, headers, body = self.ask("/")
         self.assertEqual(status, 200)
         self.assertIn("\r\nContent-Type: text/html; charset=utf-8\r\n", headers)
-        page = body.decode()
-        self.assertNotRegex(page, r"(?i)<(script|link|img|iframe)[^>]*(src|href)=.?(https?:)?/")
+        document = body.decode()
         self.assertNotRegex(
-            page, r"@import|url\(|innerHTML|outerHTML|insertAdjacent|document\.write"
+            document, r"(?i)<(script|link|img|iframe)[^>]*(src|href)=.?(https?:)?/"
         )
-        self.assertNotRegex(page, r"<[a-z][^>]* (style|on[a-z]+)=")
+        self.assertNotRegex(
+            document, r"@import|url\(|innerHTML|outerHTML|insertAdjacent|document\.write"
+        )
+        self.assertNotRegex(document, r"<[a-z][^>]* (style|on[a-z]+)=")
         (policy,) = re.findall(r"\r\nContent-Security-Policy: (.*)\r\n", headers)
         self.assertIn("default-src 'none'", policy)
         self.assertNotIn("unsafe", policy)
         for kind in ("script", "style"):
-            (content,) = re.findall(f"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
-            digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-            self.assertIn(f"{kind}-src 'sha256-{digest}'", policy)
+            contents = re.findall(f"<{kind}>(.*?)</{kind}>", document, re.DOTALL)
+            digests = [hashlib.sha256(content.encode()).digest() for content in contents]
+            sources = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
+            self.assertGreater(len(sources), 1)
+            self.assertIn(f"{kind}-src {' '.join(sources)}", policy)
+
+    def test_the_history_comes_when_it_is_asked_for(self) -> None:
+        """In one of its ranges; a range that does not exist is refused, and the others are named."""
+        self.monitored().startService()
+        self.assertIn("rates", json.loads(self.ask("/status.json")[2]))
+        for name in ("10m", "1h", "24h"):
+            shown = json.loads(self.ask(f"/status.json?range={name}")[2])
+            self.assertEqual(shown["history"]["range"], name)
+            self.assertNotIn("rates", shown)
+        shown = json.loads(self.ask("/status.json?range=none")[2])
+        self.assertEqual(shown.keys() & {"history", "rates"}, set())
+        for name in ("", "2h", "%ff"):
+            asked = f"/status.json?range={name}"
+            self.assertEqual(self.ask(asked)[::2], (400, b"range is one of 10m, 1h, 24h, none\n"))
+
+    def test_the_manual_is_served(self) -> None:
+        """The page links to it; it asks for nothing, and a browser runs nothing in it."""
+        status, headers, body = self.ask("/manual")
+        self.assertEqual(status, 200)
+        self.assertIn("default-src 'none'", headers)
+        self.assertNotIn("script-src", headers)
+        self.assertIn(b'<h2 id="log-lines">Log lines</h2>', body)
+        self.assertNotRegex(body.decode(), r'(src|href)="(?!#|\./"|metrics"|favicon.ico")')
+        self.assertIn(b'href="manual"', self.ask("/")[2])
+
+    def test_where_the_manual_was_not_installed(self) -> None:
+        """One line says where it is."""
+
+        def missing() -> None:
+            raise FileNotFoundError
+
+        self.patch(page, "manual", missing)
+        self.monitor = Monitor(self.reactor, self.factory, self.endpoint, __version__)
+        status, _, body = self.ask("/manual")
+        self.assertEqual(status, 404)
+        self.assertIn(b"docs/operations.md", body)
+
+    def test_the_icon_is_served(self) -> None:
+        """Browsers ask for it, whatever they show."""
+        status, headers, body = self.ask("/favicon.ico")
+        self.assertEqual((status, body[:5]), (200, b"<svg "))
+        self.assertIn("\r\nContent-Type: image/svg+xml\r\n", headers)
 
     def test_other_paths_are_not_found(self) -> None:
         """Neither files nor variants of the known paths are served."""
@@ -176,11 +229,11 @@ class Hostile(MonitorTestCase):
         responded: list[bytes] = []
         respond = self.monitor.site.respond
 
-        def record(path: bytes, accept: str) -> Response:
+        def record(path: bytes, query: Query) -> Response:
             if not responded:
                 second.dataReceived(LIVEZ)
             responded.append(path)
-            return respond(path, accept)
+            return respond(path, query)
 
         self.patch(self.monitor.site, "respond", record)
         first.dataReceived(METRICS * 300)

@@ -8,13 +8,14 @@ from typing import Any
 from uuid import UUID
 
 from twisted.internet.task import Clock
-from twisted.logger import Logger, LogLevel, globalLogPublisher
-from twisted.python.failure import Failure
+from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch import __version__
-from cafeteria_orch.observe.problems import MAX_PROBLEMS, RecentProblems
-from cafeteria_orch.observe.status import MAX_CONNECTIONS, MAX_POINTS, SAMPLE_INTERVAL, Status
+from cafeteria_orch.observe.history import RANGES
+from cafeteria_orch.observe.problems import RecentProblems
+from cafeteria_orch.observe.sampling import SAMPLE_INTERVAL
+from cafeteria_orch.observe.status import MAX_CONNECTIONS, Status
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.store import totals as completeness
 from cafeteria_orch.store.asking import Answer, Asker
@@ -60,11 +61,13 @@ class Figures(StatusTestCase):
     """The server at this moment."""
 
     def test_the_state_comes_with_its_reason(self) -> None:
-        """It is starting, ready or draining."""
+        """It is starting, ready or draining; while it is not ready, there is a remedy."""
         self.assertEqual(self.shown()["state"], "starting")
+        self.assertIn("Wait", self.shown()["remedy"])
         self.status.start()
         self.addCleanup(self.status.stop)
         self.assertEqual((self.shown()["state"], self.shown()["reason"]), ("ready", None))
+        self.assertIsNone(self.shown()["remedy"])
         self.status.drain()
         self.assertEqual((self.shown()["state"], self.shown()["reason"]), ("draining",) * 2)
 
@@ -242,10 +245,11 @@ class Rates(StatusTestCase):
 
     def test_bounded(self) -> None:
         """No more than ten minutes are kept."""
-        self.clock.pump([SAMPLE_INTERVAL] * (MAX_POINTS + 20))
+        number = RANGES["10m"].points
+        self.clock.pump([SAMPLE_INTERVAL] * (number + 20))
         points = self.shown()["rates"]["points"]
-        self.assertEqual(len(points), MAX_POINTS)
-        self.assertEqual(points[-1][0] - points[0][0], (MAX_POINTS - 1) * SAMPLE_INTERVAL)
+        self.assertEqual(len(points), number)
+        self.assertEqual(points[-1][0] - points[0][0], (number - 1) * SAMPLE_INTERVAL)
 
     def test_a_wall_clock_set_back_costs_no_point(self) -> None:
         """Rates are measured by the reactor's clock, and the axis of time stays in order."""
@@ -258,52 +262,24 @@ class Rates(StatusTestCase):
         self.assertEqual(times, [-25, -20, -15, -10, -5, 0])
         self.assertEqual(shown["time"] - shown["started_at"], 30)
 
+    def test_the_history_takes_the_place_of_the_rates(self) -> None:
+        """The page asks for it now and then, and for less in between."""
+        self.clock.advance(SAMPLE_INTERVAL)
+        shown = json.loads(self.status.render("1h"))
+        self.assertNotIn("rates", shown)
+        history = shown["history"]
+        self.assertEqual(
+            (history["range"], history["seconds"], history["interval"]), ("1h", 3600, 30)
+        )
+        self.assertEqual(len(history["points"]), 1)
+        rest = shown.keys() - {"history", "agencies"}
+        self.assertEqual(json.loads(self.status.render("none")).keys(), rest)
+
     def test_a_stop_leaves_no_timer(self) -> None:
         """A second stop does nothing."""
         self.status.stop()
         self.status.stop()
         self.assertEqual(self.clock.getDelayedCalls(), [])
-
-
-class Problems(SynchronousTestCase):
-    """The last warnings and errors."""
-
-    def setUp(self) -> None:
-        self.problems = RecentProblems()
-        self.emitter = Logger("test", observer=self.problems)
-
-    def texts(self) -> list[str]:
-        return [problem["text"] for problem in self.problems.latest()]
-
-    def test_warnings_and_errors_are_kept_the_newest_first(self) -> None:
-        """Each has its level and time; what is less important is left out."""
-        for level in (LogLevel.debug, LogLevel.info, LogLevel.warn, LogLevel.error):
-            self.emitter.emit(level, "{what} happened", what=level.name)
-        self.assertEqual(self.texts(), ["error happened", "warn happened"])
-        first, _ = self.problems.latest()
-        self.assertEqual(first["level"], "error")
-        self.assertGreater(first["time"], 1.7e9)
-
-    def test_the_text_of_a_failure_is_not_kept(self) -> None:
-        """The line above the traceback is, or else the kind of the error."""
-        failure = Failure(ValueError(SECRET))
-        self.emitter.failure("it broke", failure)
-        self.emitter.emit(LogLevel.critical, None, log_failure=failure)
-        self.assertEqual(self.texts(), ["ValueError", "it broke"])
-
-    def test_a_problem_is_one_short_line(self) -> None:
-        """Control characters are left out."""
-        self.emitter.warn("{text}", text="first\x1b[31m\u202e line\nsecond line")
-        self.emitter.warn("{text}", text="x" * 10_000)
-        long, first = self.texts()
-        self.assertEqual(first, "first[31m line")
-        self.assertEqual(len(long), 300)
-
-    def test_bounded(self) -> None:
-        """The last fifty are kept."""
-        for number in range(MAX_PROBLEMS + 10):
-            self.emitter.warn("{number}", number=number)
-        self.assertEqual(self.texts(), [str(59 - number) for number in range(MAX_PROBLEMS)])
 
 
 AGENCY = {

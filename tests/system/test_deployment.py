@@ -220,6 +220,12 @@ class Image(ExampleTestCase):
         self.assertEqual(self.value("STOPSIGNAL"), "SIGTERM")
         self.assertLess(options["drain-timeout"], DOCKER_STOP_TIMEOUT)
 
+    def test_manual(self) -> None:
+        """The image is built with the manual that the server shows."""
+        link = DOCS.parent / "cafeteria_orch" / "observe" / "manual.md"
+        copied = [value.split()[0] for name, value in self.instructions if name == "COPY"]
+        self.assertIn(link.resolve().relative_to(DOCS.parent.resolve()).as_posix(), copied)
+
     def test_user(self) -> None:
         """The user is not root, and is given by number."""
         self.assertRegex(self.value("USER"), "^[1-9][0-9]*:[1-9][0-9]*$")

@@ -154,7 +154,10 @@ class Workshop:
         for source in SOURCES:
             built = ("_*.c", "_*.so", "_*.pyd")
             junk = shutil.ignore_patterns("__pycache__", "dropin.cache", *built)
-            shutil.copytree(ROOT / source, target / source, ignore=junk)
+            shutil.copytree(ROOT / source, target / source, ignore=junk, symlinks=True)
+        # A link of the package leads to it: the manual that the server shows.
+        (target / "docs").mkdir()
+        shutil.copy(ROOT / "docs" / "operations.md", target / "docs")
         return target
 
     def environment(self) -> Environment:
@@ -287,6 +290,8 @@ class Packaging(SynchronousTestCase):
         self.assertEqual(names, expected - SOURCES_OF_COMPILED)
         self.assertIn("cafeteria_orch/py.typed", names)
         self.assertIn("cafeteria_orch/wire/_rows.pyi", names)
+        manual = contents(self.workshop.wheel)["cafeteria_orch/observe/manual.md"]
+        self.assertEqual(manual, (source / "docs" / "operations.md").read_bytes())
         self.assertIn(PLUGIN, names)
         for shadow in ("twisted/__init__.py", "twisted/plugins/__init__.py"):
             self.assertNotIn(shadow, names)

@@ -136,7 +136,7 @@ class Workshop:
         # What it imports is compiled once, and not in every environment that has it.
         run(self._dependencies.programs / "twistd", "--help", folder=self.elsewhere)
         self.source = self.copy("source")
-        self.sdist = self.build("sdist", "sdist")
+        self.sdist = self.build("sdist", self.copy("build_sdist"))
 
     def _fetch(self, environment: Environment, requirements: list[str]) -> None:
         command = (*pip("install", into=environment), "--no-compile", *requirements)
@@ -148,15 +148,24 @@ class Workshop:
     def wheel(self) -> Path:
         """A wheel of the source distribution, built with what it says that it is built with."""
         target = self.folder / "built_wheel"
-        options = ("--no-deps", "--wheel-dir", target, self.sdist)
+        options = ("--no-deps", "--wheel-dir", target, self._unpacked)
         self.pip("wheel", *options, into=self._builder)
         (built,) = target.iterdir()
         return built
 
     @cached_property
+    def _unpacked(self) -> Path:
+        target = self.folder / "unpacked"
+        target.mkdir()
+        # Earlier releases of Python cannot be told which filter to use, later ones must be.
+        run("tar", "-xf", self.sdist, folder=target)
+        (folder,) = target.iterdir()
+        return folder
+
+    @cached_property
     def installed(self) -> Environment:
         """What ``pip install .`` gives."""
-        return self.install(self.copy("install"))
+        return self.install(self.copy_translated("install"))
 
     def copy(self, name: str) -> Path:
         """A copy of the project's files, so that building leaves nothing beside them."""
@@ -169,6 +178,14 @@ class Workshop:
             built = ("_*.c", "_*.so", "_*.pyd")
             junk = shutil.ignore_patterns("__pycache__", "dropin.cache", *built)
             shutil.copytree(ROOT / source, target / source, ignore=junk)
+        return target
+
+    def copy_translated(self, name: str) -> Path:
+        """A copy with what Cython has made of the sources for the wheel, which takes it long."""
+        assert self.wheel.is_file()
+        target = self.copy(name)
+        for module in COMPILED:
+            shutil.copy(self._unpacked / f"{module}.c", target / f"{module}.c")
         return target
 
     def install(self, *arguments: object, **settings: str) -> Environment:
@@ -184,11 +201,10 @@ class Workshop:
         program = pip(command, into=into)
         run(*program, *offline, *arguments, folder=self.elsewhere, settings=settings)
 
-    def build(self, kind: str, name: str, **settings: str) -> Path:
-        """Build a distribution, with such settings in the environment."""
-        target = self.folder / f"built_{name}"
+    def build(self, kind: str, source: Path, **settings: str) -> Path:
+        """Build a distribution of a copy, with such settings in the environment."""
+        target = source / "built"
         code = f"from setuptools import build_meta; build_meta.build_{kind}({str(target)!r})"
-        source = self.copy(f"build_{name}")
         run(self._builder.python, "-c", code, folder=source, settings=settings)
         (built,) = target.iterdir()
         return built
@@ -241,7 +257,7 @@ class Packaging(SynchronousTestCase):
 
     def test_editable_install(self) -> None:
         """``pip install -e .``: the plugin is found in the folder itself."""
-        environment = self.workshop.install("-e", self.workshop.copy("editable"))
+        environment = self.workshop.install("-e", self.workshop.copy_translated("editable"))
         self.check_commands(environment)
         self.assertFalse((environment.packages / PLUGIN).exists())
 
@@ -266,7 +282,9 @@ class Packaging(SynchronousTestCase):
 
     def test_without_a_compiler(self) -> None:
         """Where there is none, it is installed all the same, and the pure ones serve."""
-        environment = self.workshop.install(self.workshop.copy("uncompiled"), CC="false")
+        environment = self.workshop.install(
+            self.workshop.copy_translated("uncompiled"), CC="false"
+        )
         packages = environment.packages
         names = (path.relative_to(packages).as_posix() for path in packages.rglob("_*"))
         self.assertEqual(list(filter(BUILT.fullmatch, names)), [])
@@ -280,7 +298,8 @@ class Packaging(SynchronousTestCase):
         broken = self.workshop.folder / "broken"
         broken.mkdir()
         (broken / "sqlite3ext.h").write_text("#error not here")
-        wheel = self.workshop.build("wheel", "without_header", CFLAGS=f"-O0 -I{broken}")
+        source = self.workshop.copy_translated("without_header")
+        wheel = self.workshop.build("wheel", source, CFLAGS=f"-O0 -I{broken}")
         (built,) = filter(BUILT.fullmatch, contents(wheel))
         self.assertIn("_rows", built)
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.support.package import MODULES, PACKAGE, ROOT
+from tests.support.tracing import untraced
 
 _SERVER = ("server", "edge", "store", "observe", "daemon", "tap")
 _SENDER = ("sender", "bench")
@@ -169,9 +170,12 @@ class Rooms(SynchronousTestCase):
         for name, extras in EXTRAS.items():
             roots = {imported.partition(".")[0] for imported in imports(name)}
             self.assertEqual(extras - roots, set(), name)
-            needed = "import sys; sys.modules |= dict.fromkeys({!r}); import {}.{}"
-            program = needed.format(sorted(extras), PACKAGE, name)
-            subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+        without = (
+            f"import sys; sys.modules |= dict.fromkeys({sorted(set().union(*EXTRAS.values()))!r})"
+        )
+        needed = [f"import {PACKAGE}.{name}" for name in EXTRAS]
+        program = "\n".join([without, *needed])
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
     def test_http_is_imported_where_it_is_used(self) -> None:
         """Twisted's HTTP takes memory and time to start: whoever has no use for it has neither."""
@@ -210,6 +214,7 @@ class Plugin(SynchronousTestCase):
 class Tests(SynchronousTestCase):
     """The tests mirror the rooms."""
 
+    @untraced
     def test_no_test_module_imports_another(self) -> None:
         """What two test modules share stands in ``tests/support``."""
         for path in (ROOT / "tests").rglob("test_*.py"):

@@ -359,7 +359,7 @@ class AnyCells(CopyTestCase):
     """There and back again, with whatever a client may have sent."""
 
     @untraced
-    @settings(max_examples=25)
+    @settings(max_examples=12)
     @given(st.lists(table_batches(), max_size=6), st.booleans())
     def test_there_and_back(self, batches: list[TableBatch], known: bool) -> None:
         """What PostgreSQL can store is the same after a copy there and back."""

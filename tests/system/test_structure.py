@@ -11,7 +11,6 @@ from itertools import pairwise
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.support.package import MODULES, PACKAGE, ROOT
-from tests.support.tracing import untraced
 
 _SERVER = ("server", "edge", "store", "observe", "daemon", "tap")
 _SENDER = ("sender", "bench")
@@ -214,7 +213,6 @@ class Plugin(SynchronousTestCase):
 class Tests(SynchronousTestCase):
     """The tests mirror the rooms."""
 
-    @untraced
     def test_no_test_module_imports_another(self) -> None:
         """What two test modules share stands in ``tests/support``."""
         for path in (ROOT / "tests").rglob("test_*.py"):

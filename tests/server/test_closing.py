@@ -69,28 +69,21 @@ class ClientCloses(ClosingCase):
         self.assert_gone()
 
     def test_a_close_inside_a_frame_is_one_warning(self) -> None:
-        """With the number of bytes that were missing."""
+        """With the number of bytes that were missing, whether a half-close comes first or not."""
         for cut, missing in ((-1, 1), (-7, 7), (4, len(batch_frame()) - 4), (1, 3)):
-            self.factory.rate_limits.stop()
-            protocol, transport = connect(self.factory)
-            with capturedLogs() as events:
-                protocol.dataReceived(batch_frame() + batch_frame()[:cut])
-                protocol.readConnectionLost()
-                self.assertTrue(transport.disconnecting)
-                lose(protocol)
-            (warning,) = self.complaints(events)
-            self.assertIn(f"ip: {PEER} ", warning)
-            self.assertRegex(warning, rf"\b{missing} bytes\b")
-            self.assertEqual(transport.value(), SUCCESS)
-
-    def test_a_close_inside_a_frame_without_a_half_close_is_one_warning(self) -> None:
-        """The same holds where the transport reports no half-close."""
-        with capturedLogs() as events:
-            self.protocol.dataReceived(batch_frame()[:-5])
-            lose(self.protocol)
-        (warning,) = self.complaints(events)
-        self.assertRegex(warning, r"\b5 bytes\b")
-        self.assert_gone()
+            for half_closes in (True, False):
+                self.factory.rate_limits.stop()
+                protocol, transport = connect(self.factory)
+                with capturedLogs() as events:
+                    protocol.dataReceived(batch_frame() + batch_frame()[:cut])
+                    if half_closes:
+                        protocol.readConnectionLost()
+                        self.assertTrue(transport.disconnecting)
+                    lose(protocol)
+                (warning,) = self.complaints(events)
+                self.assertIn(f"ip: {PEER} ", warning)
+                self.assertRegex(warning, rf"\b{missing} bytes\b")
+                self.assertEqual(transport.value(), SUCCESS)
 
     def test_a_broken_frame_is_logged_once_what_came_before_it_is_done(self) -> None:
         """The broken frame is told of once, when what came before it is done."""
@@ -251,14 +244,6 @@ class PeerLost(ClosingCase):
 
 class WeClose(ClosingCase):
     """Every orderly close of ours lets the last answer arrive."""
-
-    def test_a_close_half_closes_and_reads_on(self) -> None:
-        """Unread input would become a reset."""
-        self.protocol.dataReceived(MALFORMED)
-        self.assertEqual(self.transport.value(), FAIL + b"\x03")
-        self.assertTrue(self.transport.half_closed)
-        self.assertFalse(self.transport.disconnecting)
-        self.assertEqual(self.transport.producerState, "producing")
 
     def test_the_last_answers_leave_before_the_half_close(self) -> None:
         """In one write."""

@@ -72,23 +72,6 @@ class Order(SynchronousTestCase):
         self.protocol.dataReceived(batch_frame() * 3)
         self.assertEqual(self.transport.value(), SUCCESS * 3)
 
-    def test_finished_closes_once_all_before_it_is_answered(self) -> None:
-        """And not before."""
-        self.protocol.dataReceived(numbered(1, 2) + frame(b"\x03"))
-        self.pending.finish()
-        self.assertFalse(self.transport.half_closed)
-        self.pending.finish()
-        self.assertEqual(self.transport.value(), numbered(1, 2))
-        self.assertTrue(self.transport.half_closed)
-
-    def test_other_connections_go_on(self) -> None:
-        """A connection with a message in progress keeps no other one from being served."""
-        self.protocol.dataReceived(numbered(1))
-        other, other_transport = connect(self.factory)
-        other.dataReceived(batch_frame())
-        self.assertEqual(other_transport.value(), SUCCESS)
-        self.assertEqual(other_transport.producerState, "producing")
-
     def test_nothing_is_processed_once_a_processor_has_closed_the_connection(self) -> None:
         """Neither of the same chunk nor of a later one."""
         for chunks in ([numbered(1, 2)], [numbered(1), numbered(2)]):

@@ -165,6 +165,7 @@ class Results(SynchronousTestCase):
             later.callback(result)
             transports = [
                 transport,
+                exchange(answers_and_gives(result)),
                 exchange(answers_and_gives(succeed(result))),
                 exchange(answers_and_gives(awaited(result))),
             ]

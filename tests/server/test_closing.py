@@ -137,18 +137,6 @@ class HalfClose(ClosingCase):
         lose(self.protocol)
         self.assert_gone()
 
-    def test_a_half_closed_client_gets_all_answers_before_the_close(self) -> None:
-        """All answers owed arrive, in order; only then is the connection closed."""
-        self.protocol.dataReceived(numbered(1, 2, 3) + batch_frame())
-        self.protocol.readConnectionLost()
-        for _ in range(3):
-            self.assertFalse(self.transport.disconnecting)
-            self.pending.finish()
-        self.assertEqual(self.transport.value(), numbered(1, 2, 3) + SUCCESS)
-        self.assertTrue(self.transport.disconnecting)
-        lose(self.protocol)
-        self.assert_gone()
-
     def test_a_half_closed_client_waits_longer_than_the_close_timeout(self) -> None:
         """What is owed may take its time."""
         self.protocol.dataReceived(numbered(1))
@@ -171,30 +159,9 @@ class HalfClose(ClosingCase):
         self.assertEqual(self.transport.value(), numbered(1) + SUCCESS)
         self.assertTrue(self.transport.disconnecting)
 
-    def test_a_malformed_frame_before_a_half_close_is_refused_last(self) -> None:
-        """All answers before it leave first."""
-        self.protocol.dataReceived(numbered(1) + MALFORMED)
-        self.protocol.readConnectionLost()
-        self.pending.finish()
-        self.assertEqual(self.transport.value(), numbered(1) + FAIL + b"\x03")
-        self.assertTrue(self.transport.disconnecting)
-
 
 class PeerLost(ClosingCase):
     """Messages of a lost client that were read whole are processed."""
-
-    def test_whole_frames_of_a_lost_client_are_processed_in_order(self) -> None:
-        """The whole frames behind the message in progress are still processed, in order."""
-        self.protocol.dataReceived(numbered(1, 2, 3) + batch_frame()[:-1])
-        lose(self.protocol, ConnectionLost())
-        for _ in range(3):
-            self.assertEqual(self.factory.connections, {self.protocol})
-            self.pending.finish()
-        self.assertEqual(
-            [message.body for message in self.pending.messages], [b"\1", b"\2", b"\3"]
-        )
-        self.assertEqual(self.transport.value(), b"")
-        self.assert_gone()
 
     def test_a_lost_client_waits_for_no_room_in_the_output(self) -> None:
         """Frames that waited for room in the output are processed when there is no output."""
@@ -304,14 +271,3 @@ class WeClose(ClosingCase):
             lose(protocol)
             self.factory.rate_limits.stop()
             self.assertEqual(self.clock.getDelayedCalls(), [])
-
-    def test_an_abort_closes_at_once(self) -> None:
-        """No message is processed or answered after it."""
-        self.protocol.dataReceived(numbered(1, 2))
-        self.factory.abort()
-        self.assertTrue(self.transport.aborted)
-        lose(self.protocol, ConnectionAborted())
-        self.pending.finish()
-        self.assertEqual(len(self.pending.messages), 1)
-        self.assertEqual(self.transport.value(), b"")
-        self.assert_gone()

@@ -9,8 +9,8 @@ CHECKS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
     ("mypy",),
-    # Two workers, since a good part of the tests wait for processes.
-    ("pytest", "-n", "2", "--dist", "loadscope", "--no-loadscope-reorder", "--cov"),
+    # One worker more than two processors have work for: many tests wait for processes.
+    ("pytest", "-n", "3", "--dist", "loadscope", "--no-loadscope-reorder", "--cov"),
 )
 
 

@@ -22,5 +22,12 @@ def _temporary_working_directory(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have the classes that take longest run first, so that all workers end at the same time."""
+    """Have the classes that take longest run first, so that all workers end at the same time.
+
+    They run processes, which are not traced for their coverage. Neither is what they do in this
+    one, which other tests cover.
+    """
     items.sort(key=lambda item: item.path.parent.name != "system")
+    for item in items:
+        if item.path.parent.name == "system":
+            item.add_marker(pytest.mark.no_cover)

@@ -62,9 +62,11 @@ class Processes(CopyTestCase):
             while True:
                 enough = self.copied() + moments.randrange(40, 160)
                 program = self.copying(_IN_SMALL_TRANSACTIONS)
+                # To ask a store takes longer than to copy some batches into it.
                 wait_for(
                     lambda: program.has_ended or self.copied() > enough,  # noqa: B023
                     "it copies",
+                    interval=0.02,
                 )
                 if program.has_ended:
                     break

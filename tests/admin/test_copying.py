@@ -29,6 +29,7 @@ from tests.support.copies import (
 )
 from tests.support.stores import NOW, NOW_TEXT, store_batch
 from tests.support.strategies import table_batches
+from tests.support.tracing import untraced
 
 
 class FileToFile(CopyTestCase):
@@ -357,7 +358,8 @@ class FromPostgreSQL(CopyTestCase):
 class AnyCells(CopyTestCase):
     """There and back again, with whatever a client may have sent."""
 
-    @settings(max_examples=25)
+    @untraced
+    @settings(max_examples=12)
     @given(st.lists(table_batches(), max_size=6), st.booleans())
     def test_there_and_back(self, batches: list[TableBatch], known: bool) -> None:
         """What PostgreSQL can store is the same after a copy there and back."""

@@ -15,7 +15,7 @@ from twisted.internet.threads import deferToThread
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import TestCase
 
-from cafeteria_orch.server import receiver, responses
+from cafeteria_orch.server import responses
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
@@ -134,29 +134,6 @@ class Closing(Loopback):
         pending.finish()
         self.assertEqual(await answers, numbered(1) + FAIL + b"\x03")
 
-    async def test_half_close_with_answers_owed(self) -> None:
-        """Many clients that half-close while answers are owed to them get them all."""
-
-        async def processor(message: RawMessage, client: Exchange) -> None:
-            await deferLater(reactor, 0.001, lambda: None)
-            echo(message, client)
-
-        self.factory.register_processor(ECHO, processor)
-        messages = numbered(*range(20))
-
-        def talk() -> list[bytes]:
-            clients = [self.open() for _ in range(40)]
-            for client in clients:
-                client.sendall(messages)
-                client.shutdown(socket.SHUT_WR)
-            answers = [read_all(client) for client in clients]
-            for client in clients:
-                client.close()
-            return answers
-
-        self.assertEqual(await deferToThread(talk), [messages] * 40)
-        await until(reactor, lambda: not self.factory.connections)
-
     async def test_half_close_with_much_owed(self) -> None:
         """Answers that fill all buffers arrive too, to the last byte."""
         self.factory.register_processor(
@@ -170,17 +147,6 @@ class Closing(Loopback):
                 return len(read_all(client))
 
         self.assertEqual(await deferToThread(talk), 200 * len(LARGE))
-
-    async def test_finished_and_waiting(self) -> None:
-        """The close comes right after the answers, not with the abort of what lingers."""
-        self.patch(receiver, "CLOSE_TIMEOUT", 3600.0)
-
-        def talk() -> bytes:
-            with self.open() as client:
-                client.sendall(batch_frame() * 5 + frame(b"\x03"))
-                return read_all(client)
-
-        self.assertEqual(await deferToThread(talk), SUCCESS * 5)
 
     async def test_cut_inside_a_frame(self) -> None:
         """A connection that is cut inside a frame is logged, and others go on."""

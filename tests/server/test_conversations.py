@@ -17,6 +17,7 @@ from cafeteria_orch.server.responses import Exchange
 from cafeteria_orch.wire.messages import RawMessage
 from tests.support.builders import FAIL, connect, echo, frame, lose
 from tests.support.strategies import chunkings
+from tests.support.tracing import untraced
 
 DONE, RAISES, WAITS, FAILS_LATER, MALFORMED = range(200, 205)
 """Opcodes, each for a kind of processor; the last one has none."""
@@ -54,6 +55,7 @@ def raises(raw: RawMessage, client: Exchange) -> None:
 class Conversations(SynchronousTestCase):
     """Properties of one connection."""
 
+    @untraced
     @given(st.data())
     def test_each_message_has_one_answer_in_order(self, data: st.DataObject) -> None:
         """However the stream is cut and in whatever order Deferreds fire."""

@@ -9,7 +9,6 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.server import responses
 from cafeteria_orch.server.counters import UNKNOWN, Histogram, Outcome, label_of, outcome_of
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
@@ -139,16 +138,6 @@ class Messages(CountingTestCase):
         for other in (b"\x02", b"\x02\x01\x01", b"\x02\x03\0"):
             self.assertIs(outcome_of(other), Outcome.REJECTED)
         self.assertIs(outcome_of(b""), Outcome.PROCESSED)
-
-    def test_a_failure_without_a_known_reason_is_a_rejection(self) -> None:
-        """A FAIL that gives no reason, or one of a processor's own, is a rejection."""
-
-        def processor(message: Any, client: Exchange) -> None:
-            responses.send(client, Opcode.BATCH_RECV_FAIL, message.body)
-
-        self.factory.register_processor(ECHO, processor)
-        self.send(frame(bytes([ECHO])), frame(bytes([ECHO, 77])))
-        self.check(ECHO, rejected=2)
 
     def test_a_message_is_in_progress_until_it_is_done(self) -> None:
         """Though its client may be gone."""

@@ -93,11 +93,13 @@ class MemoryCase(SynchronousTestCase):
         return [self.connect(self.half_frame()) for _ in range(LIMIT // LONGEST)]
 
 
-def share_of(budget: MemoryBudget, granted: Callable[[], object]) -> MemoryShare:
-    """The share of a connection that does this when it gets its reservation."""
+def shares_of(
+    budget: MemoryBudget, granted: Callable[[], object], number: int
+) -> list[MemoryShare]:
+    """Shares whose connection does this when one gets its reservation."""
     protocol, _ = connect()
     protocol.resume = lambda _: granted()  # type: ignore[method-assign,assignment]
-    return MemoryShare(budget, protocol)
+    return [MemoryShare(budget, protocol) for _ in range(number)]
 
 
 class SharingTests(MemoryCase):
@@ -317,7 +319,7 @@ class SharingTests(MemoryCase):
         budget = MemoryBudget(Clock(), LIMIT, LONGEST, None)
         budget.change(LIMIT, LIMIT)
         granted: list[bool] = []
-        share = share_of(budget, lambda: granted.append(True))
+        (share,) = shares_of(budget, lambda: granted.append(True), 1)
         share.update(1, 0, LONGEST)
         share.ask()
         self.assertEqual(granted, [])
@@ -340,7 +342,7 @@ class DepthTests(SynchronousTestCase):
             share.update(0, 0, 0)
             share.leave()
 
-        shares = [share_of(budget, done) for _ in range(5000)]
+        shares = shares_of(budget, done, 5000)
         for share in shares:
             share.update(1, 0, 1)
             share.ask()
@@ -473,7 +475,7 @@ class Client:
         self.transport.to_come += frame(bytes([opcode]) + bytes(size - 1))
         self.expected += 1
 
-    def send(self, most: int = CHUNK) -> None:
+    def send(self, most: int) -> None:
         chunk = self.transport.to_come[:most]
         self.transport.to_come = self.transport.to_come[most:]
         self.protocol.dataReceived(chunk)
@@ -490,7 +492,11 @@ class MemoryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.factory = OrchestratorFactory(
-            Clock(), max_frame_bytes=LONGEST, max_in_flight_bytes=LIMIT // 2, timeouts=PATIENT
+            Clock(),
+            max_frame_bytes=LONGEST,
+            max_in_flight_bytes=LIMIT // 2,
+            timeouts=PATIENT,
+            log_level=LogLevel.critical,
         )
         self.pending = Pending()
         self.factory.register_processor(PENDING, self.pending)
@@ -551,7 +557,7 @@ class MemoryMachine(RuleBasedStateMachine):
         """Nobody starves: if processors end and clients send, everything arrives."""
         while (sending := self.sending()) or self.pending.in_progress:
             for client in sending:
-                client.send()
+                client.send(LONGEST)
             if self.pending.in_progress:
                 self.pending.finish()
         for client in self.clients:

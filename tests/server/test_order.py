@@ -15,7 +15,6 @@ from tests.support.builders import (
     connect,
     echo,
     frame,
-    lose,
     numbered,
 )
 
@@ -39,14 +38,6 @@ class Order(SynchronousTestCase):
             )
             self.pending.finish()
         self.assertEqual(self.transport.value(), numbered(1, 2, 3))
-
-    def test_a_quick_message_waits_for_a_slow_one(self) -> None:
-        """A message that could be answered at once still waits for the one before it."""
-        quick = frame(bytes([ECHO + 1, 2]))
-        self.protocol.dataReceived(numbered(1) + quick + batch_frame())
-        self.assertEqual(self.transport.value(), b"")
-        self.pending.finish()
-        self.assertEqual(self.transport.value(), numbered(1) + quick + SUCCESS)
 
     def test_a_message_is_in_progress_until_its_processor_is_done(self) -> None:
         """Its answer may have left before."""
@@ -72,37 +63,6 @@ class Order(SynchronousTestCase):
         self.protocol.dataReceived(batch_frame() * 3)
         self.assertEqual(self.transport.value(), SUCCESS * 3)
 
-    def test_finished_closes_once_all_before_it_is_answered(self) -> None:
-        """And not before."""
-        self.protocol.dataReceived(numbered(1, 2) + frame(b"\x03"))
-        self.pending.finish()
-        self.assertFalse(self.transport.half_closed)
-        self.pending.finish()
-        self.assertEqual(self.transport.value(), numbered(1, 2))
-        self.assertTrue(self.transport.half_closed)
-
-    def test_other_connections_go_on(self) -> None:
-        """A connection with a message in progress keeps no other one from being served."""
-        self.protocol.dataReceived(numbered(1))
-        other, other_transport = connect(self.factory)
-        other.dataReceived(batch_frame())
-        self.assertEqual(other_transport.value(), SUCCESS)
-        self.assertEqual(other_transport.producerState, "producing")
-
-    def test_nothing_is_processed_once_a_processor_has_closed_the_connection(self) -> None:
-        """Neither of the same chunk nor of a later one."""
-        for chunks in ([numbered(1, 2)], [numbered(1), numbered(2)]):
-            protocol, transport = connect(self.factory)
-            self.pending.messages.clear()
-            for chunk in chunks:
-                protocol.dataReceived(chunk)
-            self.pending.finish(keep=False)
-            protocol.dataReceived(numbered(3))
-            lose(protocol)
-            self.assertEqual(len(self.pending.messages), 1)
-            self.assertEqual(transport.value(), numbered(1))
-            self.assertNotIn(protocol, self.factory.connections)
-
     def test_a_chunk_of_many_messages_needs_no_deep_stack(self) -> None:
         """However many frames a chunk holds, no stack grows with them."""
         self.protocol.dataReceived(numbered(1) * 3000)
@@ -127,14 +87,6 @@ class Output(SynchronousTestCase):
         """The answers that are ready within one ``dataReceived`` leave in one write."""
         self.protocol.dataReceived(batch_frame() * 3 + numbered(1) + frame(b"\x63"))
         self.assertEqual(self.transport.writes, [SUCCESS * 3 + numbered(1) + FAIL + b"\x03"])
-
-    def test_answers_behind_a_message_in_progress_leave_in_one_write(self) -> None:
-        """As soon as it is done."""
-        pending = Pending()
-        self.factory.register_processor(ECHO, pending, replace=True)
-        self.protocol.dataReceived(batch_frame() + numbered(1) + batch_frame() * 2)
-        pending.finish()
-        self.assertEqual(self.transport.writes, [SUCCESS, numbered(1), SUCCESS * 2])
 
     def test_many_answers_leave_before_the_chunk_ends(self) -> None:
         """They do not gather in memory, and a transport that is full stops the rest."""

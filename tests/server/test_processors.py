@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet import reactor as installed_reactor
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
-from twisted.logger import LogEvent, LogLevel, capturedLogs
+from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from cafeteria_orch.server import responses
@@ -138,36 +138,39 @@ class TimesOut(SynchronousTestCase):
             self.assertEqual(clock.getDelayedCalls(), [])
 
 
-class Deferreds(SynchronousTestCase):
-    """A processor may return a Deferred of what it would have returned."""
+def answers_and_gives(result: object) -> Callable[..., object]:
+    """A processor that answers, and returns this."""
+
+    def processor(message: object, client: Exchange) -> object:
+        responses.send_success(client)
+        return result
+
+    return processor
+
+
+async def awaited(result: bool | None) -> bool | None:
+    """The result of a coroutine."""
+    return result
+
+
+class Results(SynchronousTestCase):
+    """A processor may return a Deferred or a coroutine of what it would have returned."""
 
     def test_keeps_or_closes(self) -> None:
-        """``True`` and ``None`` keep the connection, ``False`` closes it; once it fires."""
+        """``True`` and ``None`` keep the connection, ``False`` closes it; once it is there."""
         for result, closed in ((True, False), (None, False), (False, True)):
-            deferred: Deferred[object] = Deferred()
-
-            def processor(
-                message: object, client: Exchange, deferred: Deferred[object] = deferred
-            ) -> Deferred[object]:
-                responses.send_success(client)
-                return deferred
-
-            transport = exchange(processor)
+            later: Deferred[object] = Deferred()
+            transport = exchange(answers_and_gives(later))
             self.assertFalse(transport.half_closed)
-            deferred.callback(result)
-            self.assertEqual(transport.half_closed, closed)
-            self.assertEqual(transport.value(), SUCCESS)
-
-    def test_fired_already(self) -> None:
-        """A Deferred that has fired is as good as its result, and pauses nothing."""
-
-        def processor(message: object, client: Exchange) -> Deferred[bool]:
-            responses.send_success(client)
-            return succeed(False)
-
-        transport = exchange(processor)
-        self.assertEqual(transport.value(), SUCCESS)
-        self.assertTrue(transport.half_closed)
+            later.callback(result)
+            transports = [
+                transport,
+                exchange(answers_and_gives(result)),
+                exchange(answers_and_gives(succeed(result))),
+                exchange(answers_and_gives(awaited(result))),
+            ]
+            for transport in transports:
+                self.assertEqual((transport.value(), transport.half_closed), (SUCCESS, closed))
 
     def test_fails(self) -> None:
         """A Deferred that fails is a processor that raises: FAIL with the error's reason."""
@@ -189,31 +192,8 @@ class Deferreds(SynchronousTestCase):
         self.flushLoggedErrors(Boom)
         self.successResultOf(deferred)
 
-
-class Coroutines(SynchronousTestCase):
-    """``async def`` works as a Deferred does."""
-
-    def test_keeps_or_closes(self) -> None:
-        """``True`` and ``None`` keep the connection, ``False`` closes it."""
-
-        async def true(message: object, client: Exchange) -> bool:
-            responses.send_success(client)
-            return True
-
-        async def none(message: object, client: Exchange) -> None:
-            responses.send_success(client)
-
-        async def false(message: object, client: Exchange) -> bool:
-            responses.send_success(client)
-            return False
-
-        for processor, closed in ((true, False), (none, False), (false, True)):
-            transport = exchange(processor)
-            self.assertEqual(transport.value(), SUCCESS)
-            self.assertEqual(transport.half_closed, closed)
-
     def test_awaits_a_deferred(self) -> None:
-        """It may await a Deferred, and answers once that has fired."""
+        """A coroutine may await a Deferred, and answers once that has fired."""
         deferred: Deferred[int] = Deferred()
 
         async def processor(message: object, client: Exchange) -> None:
@@ -224,37 +204,26 @@ class Coroutines(SynchronousTestCase):
         deferred.callback(77)
         self.assertEqual(transport.value(), frame(b"\x4d"))
 
-    def assert_failed(self, transport: TCPTransport, events: Sequence[LogEvent]) -> None:
-        """The client got FAIL 2 and may go on; the log says where the error was."""
-        self.flushLoggedErrors(Boom)
-        self.assertEqual(transport.value(), FAIL + b"\x02")
-        self.assertFalse(transport.half_closed)
-        (line,) = texts(events, LogLevel.error)
-        self.assertRegex(line, r"error: Boom at test_processors\.py:\d+$")
+    def test_a_coroutine_raises(self) -> None:
+        """At once or later: FAIL 2, the connection stays, and the log says where it was."""
+        for deferred in (succeed(None), Deferred[None]()):
 
-    def test_raises(self) -> None:
-        """One that raises before it waits for anything gives FAIL 2."""
+            async def processor(
+                message: object, client: Exchange, waits_for: Deferred[None] = deferred
+            ) -> None:
+                await waits_for
+                raise Boom
 
-        async def processor(message: object, client: Exchange) -> None:
-            raise Boom
-
-        with capturedLogs() as events:
-            transport = exchange(processor)
-        self.assert_failed(transport, events)
-
-    def test_raises_later(self) -> None:
-        """One that raises after it has waited gives FAIL 2."""
-        deferred: Deferred[None] = Deferred()
-
-        async def processor(message: object, client: Exchange) -> None:
-            await deferred
-            raise Boom
-
-        with capturedLogs() as events:
-            transport = exchange(processor)
-            self.assertEqual(transport.value(), b"")
-            deferred.callback(None)
-        self.assert_failed(transport, events)
+            with capturedLogs() as events:
+                transport = exchange(processor)
+                if not deferred.called:
+                    self.assertEqual(transport.value(), b"")
+                    deferred.callback(None)
+            self.flushLoggedErrors(Boom)
+            self.assertEqual(transport.value(), FAIL + b"\x02")
+            self.assertFalse(transport.half_closed)
+            (line,) = texts(events, LogLevel.error)
+            self.assertRegex(line, r"error: Boom at test_processors\.py:\d+$")
 
 
 class BlockingProcessors(TestCase):

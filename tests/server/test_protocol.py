@@ -15,7 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.server.connection import OrchestratorProtocol
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Exchange
-from cafeteria_orch.wire.errors import BatchRejected, TryAgainLater
+from cafeteria_orch.wire.errors import BatchRejected, ProtocolError, TryAgainLater
 from cafeteria_orch.wire.messages import ClientHello, Finished, encode
 from cafeteria_orch.wire.opcodes import Opcode
 from tests.support.builders import (
@@ -126,7 +126,10 @@ class Trouble(SynchronousTestCase):
         self.assertNotIn(USER_ROW[2], repr(events))
 
     def test_a_processor_that_raises_rejects_and_keeps_the_connection(self) -> None:
-        """The error is logged in the form of the seed."""
+        """The error is logged in the form of the seed, without its text, which may have data.
+
+        The traceback is logged at debug alone.
+        """
         self.register(Boom(USER_ROW[2]))
         self.factory.log_debug = True
         with capturedLogs() as events:
@@ -140,9 +143,11 @@ class Trouble(SynchronousTestCase):
             r"^action: message_processing \| result: fail \| batch_number: - \| amount: -"
             r" \| error: Boom at test_protocol\.py:\d+$",
         )
-        self.assertEqual(
-            [event["log_level"] for event in events if "log_failure" in event], [LogLevel.debug]
-        )
+        (event,) = [event for event in events if "log_failure" in event]
+        self.assertIs(event["log_level"], LogLevel.debug)
+        self.assertIn(USER_ROW[2], event["log_failure"].getTraceback())
+        above = [event for event in events if event["log_level"] > LogLevel.debug]
+        self.assertNotIn(USER_ROW[2], repr(above))
 
     def test_no_traceback_is_logged_above_debug(self) -> None:
         """Not even for an observer that filters nothing."""
@@ -156,6 +161,8 @@ class Trouble(SynchronousTestCase):
         for error, reason in (
             (BatchRejected("an unknown store"), 2),
             (TryAgainLater("the disk is full"), 1),
+            (ProtocolError("what"), 3),
+            (KeyError("x"), 2),
             (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2),
         ):
             self.setUp()

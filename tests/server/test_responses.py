@@ -66,32 +66,19 @@ class ResponsesCase(SynchronousTestCase):
 class Sending(ResponsesCase):
     """What goes out, byte for byte."""
 
-    def test_a_success_is_its_opcode_alone(self) -> None:
-        """A success is its opcode alone."""
-        responses.send_success(self.client)
-        self.assert_sent(b"\x01")
-
-    def test_a_failure_carries_its_reason(self) -> None:
-        """A failure carries its reason in one byte."""
-        for reason in FailReason:
+    def test_each_answer_has_its_bytes(self) -> None:
+        """A failure carries its reason in one byte, by default that of a rejection."""
+        answers: tuple[tuple[bytes, Callable[..., None], tuple[object, ...]], ...] = (
+            (b"\x01", responses.send_success, ()),
+            (b"\x02\x02", responses.send_failure, ()),
+            (b"\x02", responses.send_failure, (None,)),
+            (b"\xc8body", responses.send, (200, b"body")),
+            *((bytes([2, each]), responses.send_failure, (each,)) for each in FailReason),
+        )
+        for payload, send, arguments in answers:
             self.setUp()
-            responses.send_failure(self.client, reason)
-            self.assert_sent(bytes([2, reason]))
-
-    def test_a_failure_is_a_rejection_by_default(self) -> None:
-        """Reason 2."""
-        responses.send_failure(self.client)
-        self.assert_sent(b"\x02\x02")
-
-    def test_a_failure_without_a_reason_has_an_empty_body(self) -> None:
-        """As in the seed."""
-        responses.send_failure(self.client, None)
-        self.assert_sent(b"\x02")
-
-    def test_any_opcode_and_body_can_be_sent(self) -> None:
-        """``send`` takes any opcode and body."""
-        responses.send(self.client, 200, b"body")
-        self.assert_sent(b"\xc8body")
+            send(self.client, *arguments)
+            self.assert_sent(payload)
 
     def test_an_opcode_that_is_not_one_byte_is_refused(self) -> None:
         """The slot stays free."""
@@ -169,52 +156,6 @@ class ProcessingErrors(ResponsesCase):
             texts(events, LogLevel.error),
             [FORM.format(batch_number="-", amount="-", error="full")],
         )
-
-    def test_an_error_of_this_package_says_its_reason(self) -> None:
-        """An error of this package says which reason the client gets."""
-        for error, reason in (
-            (BatchRejected("no"), 2),
-            (TryAgainLater("later"), 1),
-            (ProtocolError("what"), 3),
-            (KeyError("x"), 2),
-        ):
-            self.handle(raised(error), batch())
-            self.assert_sent(bytes([2, reason]))
-
-    def test_the_reason_of_a_foreign_error_means_something_else(self) -> None:
-        """The ``reason`` of an error that is not of this package means something else."""
-        error = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
-        events = self.handle(raised(error), batch())
-        self.assert_sent(b"\x02\x02")
-        self.assertEqual(len(texts(events, LogLevel.error)), 1)
-
-    def test_no_data_is_logged_above_debug(self) -> None:
-        """Neither the text of a foreign error nor a row."""
-        events = self.handle(raised(ValueError(f"bad birthdate {SECRET}")), batch())
-        above = [event for event in events if event["log_level"] > LogLevel.debug]
-        (line,) = texts(events, LogLevel.error)
-        self.assertRegex(line, r"\| error: ValueError at test_responses\.py:\d+$")
-        self.assertEqual(len(above), 1)
-        self.assertNotIn(SECRET, repr(above))
-
-    def test_the_traceback_is_logged_at_debug(self) -> None:
-        """The traceback is there, with the error's text, at debug alone."""
-        events = self.handle(raised(ValueError(SECRET)), batch())
-        (event,) = [event for event in events if "log_failure" in event]
-        self.assertIs(event["log_level"], LogLevel.debug)
-        traceback = event["log_failure"].getTraceback()
-        self.assertIn(SECRET, traceback)
-        self.assertIn("in fail", traceback)
-
-    def test_an_answered_message_gets_no_failure(self) -> None:
-        """Nor a warning of a second answer."""
-        responses.send_success(self.client)
-        with capturedLogs() as events:
-            responses.handle_processing_error(batch(), self.client, BatchRejected("too late"))
-        self.flushLoggedErrors(BatchRejected)
-        self.assert_sent(b"\x01")
-        self.assertEqual(len(texts(events, LogLevel.error)), 1)
-        self.assertEqual(texts(events, LogLevel.warn), [])
 
 
 class Describing(SynchronousTestCase):

@@ -344,7 +344,8 @@ class Ending(PipelinedCase):
     def test_an_abort_answers_nothing(self) -> None:
         """The connection is forgotten when its last message is done."""
         self.send(self.numbered(1, 2))
-        self.protocol.abort()
+        self.factory.abort()
+        self.assertTrue(self.transport.aborted)
         lose(self.protocol)
         self.pending.finish()
         self.assertEqual(len(self.factory.connections), 1)

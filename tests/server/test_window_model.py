@@ -546,6 +546,6 @@ class ModelTests(SynchronousTestCase):
         self.patch(protocol_module, "LONG_PAYLOAD", LONG_BYTES)
         run_state_machine_as_test(
             cast("Any", Connection),
-            settings=settings(max_examples=300, stateful_step_count=40, deadline=None),
+            settings=settings(max_examples=150, stateful_step_count=40, deadline=None),
         )
         self.flushLoggedErrors(RuntimeError)

@@ -41,7 +41,7 @@ LOOPBACK = "127.0.0.1"
 PATIENCE = 30.0
 """How long, in seconds, anything may take before a test gives up on it."""
 
-POLL_INTERVAL = 0.002
+POLL_INTERVAL = 0.005
 
 _ROOT = Path(__file__).parent.parent.parent
 _PATH = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -73,13 +73,18 @@ def seeded() -> Iterator[random.Random]:
         raise
 
 
-def wait_for(condition: Callable[[], object], what: str, patience: float = PATIENCE) -> None:
+def wait_for(
+    condition: Callable[[], object],
+    what: str,
+    patience: float = PATIENCE,
+    interval: float = POLL_INTERVAL,
+) -> None:
     """Poll until it holds."""
     deadline = time.monotonic() + patience
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"{what}: not within {patience:.0f} s")
-        time.sleep(POLL_INTERVAL)
+        time.sleep(interval)
 
 
 def new_folder(test: SynchronousTestCase) -> Path:

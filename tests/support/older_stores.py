@@ -8,6 +8,46 @@ from pathlib import Path
 
 from .postgresql import query
 
+INGEST_STATUS = """
+CREATE VIEW ingest_status AS
+WITH part AS (
+    SELECT
+        session_id,
+        CASE batch.opcode WHEN 4 THEN 'menu_items' WHEN 5 THEN 'stores'
+        WHEN 6 THEN 'transaction_items' WHEN 7 THEN 'transactions' WHEN 8 THEN 'users' END
+        AS table_name,
+        count(*) AS batches,
+        sum(amount) AS rows,
+        min(received_at) AS first_received_at,
+        max(received_at) AS last_received_at,
+        max(id) AS last_batch_id
+    FROM batch
+    GROUP BY session_id, opcode
+)
+SELECT
+    session_id,
+    client_id,
+    -- A connection that was cut never said its agency, another of the same client did.
+    coalesce(agency_id, (
+        SELECT max(agency_id) FROM session AS other WHERE other.client_id = session.client_id
+    )) AS agency_id,
+    common_name,
+    table_name,
+    batches,
+    rows,
+    first_received_at,
+    last_received_at,
+    EXISTS (
+        SELECT 1
+        FROM table_eof JOIN session AS other ON other.id = table_eof.session_id
+        WHERE table_eof.table_name = part.table_name
+        AND (other.id = session.id OR other.client_id = session.client_id)
+        AND table_eof.last_batch_id >= part.last_batch_id
+    ) AS complete
+FROM part JOIN session ON session.id = session_id;
+"""
+"""The view as all of them had it, but that of version 1 had no common name."""
+
 VERSION_1 = """
 PRAGMA journal_mode = WAL;
 BEGIN;
@@ -38,41 +78,7 @@ CREATE TABLE table_eof (
     last_batch_id INTEGER NOT NULL,
     PRIMARY KEY (session_id, table_name)
 );
-CREATE VIEW ingest_status AS
-WITH part AS (
-    SELECT
-        session_id,
-        CASE batch.opcode WHEN 4 THEN 'menu_items' WHEN 5 THEN 'stores'
-        WHEN 6 THEN 'transaction_items' WHEN 7 THEN 'transactions' WHEN 8 THEN 'users' END
-        AS table_name,
-        count(*) AS batches,
-        sum(amount) AS rows,
-        min(received_at) AS first_received_at,
-        max(received_at) AS last_received_at,
-        max(id) AS last_batch_id
-    FROM batch
-    GROUP BY session_id, opcode
-)
-SELECT
-    session_id,
-    client_id,
-    -- A connection that was cut never said its agency, another of the same client did.
-    coalesce(agency_id, (
-        SELECT max(agency_id) FROM session AS other WHERE other.client_id = session.client_id
-    )) AS agency_id,
-    table_name,
-    batches,
-    rows,
-    first_received_at,
-    last_received_at,
-    EXISTS (
-        SELECT 1
-        FROM table_eof JOIN session AS other ON other.id = table_eof.session_id
-        WHERE table_eof.table_name = part.table_name
-        AND (other.id = session.id OR other.client_id = session.client_id)
-        AND table_eof.last_batch_id >= part.last_batch_id
-    ) AS complete
-FROM part JOIN session ON session.id = session_id;
+{ingest_status}
 CREATE TABLE menu_items (batch_id INTEGER NOT NULL REFERENCES batch, product_id TEXT, name TEXT,
     category TEXT, price REAL, is_seasonal TEXT, available_from TEXT, available_to TEXT);
 CREATE TABLE stores (batch_id INTEGER NOT NULL REFERENCES batch, store_id TEXT, store_name TEXT,
@@ -97,51 +103,17 @@ INSERT INTO users VALUES (1, '7', 'female', '2003-06-13', '2024-01-11 17:50:12')
 INSERT INTO users VALUES (2, '7', 'female', '2003-06-13', '2024-01-11 17:50:12');
 INSERT INTO table_eof VALUES (1, 'users', '2023-11-14 22:13:20.500', 1);
 COMMIT;
-"""
+""".replace("{ingest_status}", INGEST_STATUS.replace("    common_name,\n", ""))
 """A store of version 1 and what it had stored, as that program wrote it."""
 
 VERSION_2 = """
 BEGIN;
 ALTER TABLE session ADD COLUMN common_name TEXT;
 DROP VIEW ingest_status;
-CREATE VIEW ingest_status AS
-WITH part AS (
-    SELECT
-        session_id,
-        CASE batch.opcode WHEN 4 THEN 'menu_items' WHEN 5 THEN 'stores'
-        WHEN 6 THEN 'transaction_items' WHEN 7 THEN 'transactions' WHEN 8 THEN 'users' END
-        AS table_name,
-        count(*) AS batches,
-        sum(amount) AS rows,
-        min(received_at) AS first_received_at,
-        max(received_at) AS last_received_at,
-        max(id) AS last_batch_id
-    FROM batch
-    GROUP BY session_id, opcode
-)
-SELECT
-    session_id,
-    client_id,
-    coalesce(agency_id, (
-        SELECT max(agency_id) FROM session AS other WHERE other.client_id = session.client_id
-    )) AS agency_id,
-    common_name,
-    table_name,
-    batches,
-    rows,
-    first_received_at,
-    last_received_at,
-    EXISTS (
-        SELECT 1
-        FROM table_eof JOIN session AS other ON other.id = table_eof.session_id
-        WHERE table_eof.table_name = part.table_name
-        AND (other.id = session.id OR other.client_id = session.client_id)
-        AND table_eof.last_batch_id >= part.last_batch_id
-    ) AS complete
-FROM part JOIN session ON session.id = session_id;
+{ingest_status}
 PRAGMA user_version = 2;
 COMMIT;
-"""
+""".replace("{ingest_status}", INGEST_STATUS)
 """What that of version 2 had beside it; the columns of the five tables were the same."""
 
 
@@ -229,42 +201,7 @@ CREATE TABLE transactions (batch_id bigint NOT NULL, transaction_id text, store_
     final_amount text, created_at text, voucher_id text);
 CREATE TABLE users (batch_id bigint NOT NULL, user_id text, gender text, birthdate text,
     registered_at text);
-CREATE VIEW ingest_status AS
-WITH part AS (
-    SELECT
-        session_id,
-        CASE batch.opcode WHEN 4 THEN 'menu_items' WHEN 5 THEN 'stores'
-        WHEN 6 THEN 'transaction_items' WHEN 7 THEN 'transactions' WHEN 8 THEN 'users' END
-        AS table_name,
-        count(*) AS batches,
-        sum(amount) AS rows,
-        min(received_at) AS first_received_at,
-        max(received_at) AS last_received_at,
-        max(id) AS last_batch_id
-    FROM batch
-    GROUP BY session_id, opcode
-)
-SELECT
-    session_id,
-    client_id,
-    -- A connection that was cut never said its agency, another of the same client did.
-    coalesce(agency_id, (
-        SELECT max(agency_id) FROM session AS other WHERE other.client_id = session.client_id
-    )) AS agency_id,
-    common_name,
-    table_name,
-    batches,
-    rows,
-    first_received_at,
-    last_received_at,
-    EXISTS (
-        SELECT 1
-        FROM table_eof JOIN session AS other ON other.id = table_eof.session_id
-        WHERE table_eof.table_name = part.table_name
-        AND (other.id = session.id OR other.client_id = session.client_id)
-        AND table_eof.last_batch_id >= part.last_batch_id
-    ) AS complete
-FROM part JOIN session ON session.id = session_id;
+{ingest_status}
 INSERT INTO schema_version VALUES ('cafeteria_orch', 1);
 INSERT INTO session (client_id, ip, connected_at, finished_at, agency_id, common_name) VALUES
     ('00000000-0000-0000-0000-000000000007', '192.0.2.7', '2023-11-14 22:13:20.250',
@@ -279,7 +216,7 @@ INSERT INTO users VALUES
     (1, '7', 'female', '2003-06-13', '2024-01-11 17:50:12'),
     (2, '7', 'female', '2003-06-13', '2024-01-11 17:50:12');
 INSERT INTO table_eof VALUES (1, 'users', '2023-11-14 22:13:20.500', 1);
-"""
+""".replace("{ingest_status}", INGEST_STATUS)
 """A store of version 1 in PostgreSQL and what it had stored, as that program wrote it."""
 
 POSTGRESQL_VERSION_2 = """

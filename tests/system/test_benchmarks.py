@@ -29,25 +29,24 @@ ACKNOWLEDGED = b"\x01\x00\x00\x00\x00"
 class BaselineTests(SynchronousTestCase):
     """The baseline speaks the protocol."""
 
-    def converse(self, data: bytes, *options: str) -> bytes:
+    def converse(self, target: Target, data: bytes) -> bytes:
         """Send something to a baseline; return all that it answers, until it closes."""
-        with thread_per_client(*options) as target:
-            where = ("127.0.0.1", target.port)
-            with socket.create_connection(where, timeout=PATIENCE) as client:
-                client.sendall(data)
-                answers = b""
-                # A close with input unread is a reset, and this baseline closes so.
-                with contextlib.suppress(ConnectionResetError):
-                    while received := client.recv(65536):
-                        answers += received
-                return answers
+        with socket.create_connection(("127.0.0.1", target.port), timeout=PATIENCE) as client:
+            client.sendall(data)
+            answers = b""
+            # A close with input unread is a reset, and this baseline closes so.
+            with contextlib.suppress(ConnectionResetError):
+                while received := client.recv(65536):
+                    answers += received
+            return answers
 
     def test_acknowledges_each_batch_and_closes_after_finished(self) -> None:
         """Three batches, one of them full, and FINISHED: three acknowledgements and a close."""
         batches = [*workload.payloads(2, rows=3), *workload.payloads(1)]
         stream = b"".join(map(opcode_first, [*batches, encode(Finished(7))]))
         log = self.mktemp()
-        self.assertEqual(self.converse(stream, "--log", log), 3 * ACKNOWLEDGED)
+        with thread_per_client("--log", log) as target:
+            self.assertEqual(self.converse(target, stream), 3 * ACKNOWLEDGED)
         with open(log) as lines:  # noqa: PTH123
             said = lines.read()
         self.assertEqual(said.count("action: receive_message"), 4)
@@ -56,12 +55,13 @@ class BaselineTests(SynchronousTestCase):
     def test_malformed_message_ends_the_connection(self) -> None:
         """A missing column, bytes left over, an unknown opcode: it closes."""
         (batch,) = workload.payloads(1, rows=1)
-        for payload in (
-            batch.replace(b"store_id", b"store_no"),
-            batch + b"\x00",
-            b"\x63" + batch[1:],
-        ):
-            self.assertEqual(self.converse(opcode_first(payload)), b"")
+        with thread_per_client() as target:
+            for payload in (
+                batch.replace(b"store_id", b"store_no"),
+                batch + b"\x00",
+                b"\x63" + batch[1:],
+            ):
+                self.assertEqual(self.converse(target, opcode_first(payload)), b"")
 
     def test_decodes_what_the_server_decodes(self) -> None:
         """The rows of a batch are those of the package's codec, and come back from encoding."""

@@ -234,6 +234,12 @@ class HangingTests(Tests):
         """It is ended with the process and named last, even if it catches all that is raised."""
         self.check_timeout({"plain": f"{ENDED}kinds.py:11", "swallowing": f"{ENDED}kinds.py:17"})
 
+
+class Foreground(HangingTests, ProcessTestCase):
+    """``twistd -n cafeorch``."""
+
+    starter = FOREGROUND
+
     def test_busy(self) -> None:
         """A reactor that is busy beyond the drain timeout is not taken for one that hangs."""
         hanging = self.hang(["busy"], 2)
@@ -243,12 +249,6 @@ class HangingTests(Tests):
         self.stop(hanging, 3.0)
         self.assertNotIn("result: fail | error", server.log)
         self.assertIn(self.starter.last_line, server.log.splitlines()[-1])
-
-
-class Foreground(HangingTests, ProcessTestCase):
-    """``twistd -n cafeorch``."""
-
-    starter = FOREGROUND
 
     def test_what_hangs_elsewhere(self) -> None:
         """A blocking processor and a Deferred do not hold it, nor does the reactor's own pool."""

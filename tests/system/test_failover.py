@@ -26,7 +26,6 @@ from tests.support.senders import (
     ledger_batch,
     longest_wait,
 )
-from tests.support.tracing import untraced
 
 OF_EACH_KIND = 4
 """The number of senders of each of three kinds."""
@@ -82,7 +81,6 @@ class FleetTestCase(SynchronousTestCase):
         return over
 
 
-@untraced
 class FailoverTests(FleetTestCase):
     """Rounds of one fault each, under load by senders of three kinds."""
 

@@ -14,7 +14,6 @@ from cafeteria_orch.wire.opcodes import Opcode
 from tests.support.builders import SUCCESS, batch_frame, frame
 from tests.support.memory import memory_of
 from tests.support.processes import HELLO, ProcessTestCase, Server, wait_until
-from tests.support.tracing import untraced
 
 MIB = 1024 * 1024
 RESPONSES = frame(bytes([Opcode.BATCH_RECV_SUCCESS])) * 13_000
@@ -23,7 +22,6 @@ EMPTY_BATCHES = batch_frame(rows=()) * 3_600
 """Batches without a row, which are legal."""
 
 
-@untraced
 class FloodTests(ProcessTestCase):
     """Hostile clients, and an honest one beside them."""
 

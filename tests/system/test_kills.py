@@ -16,7 +16,6 @@ from twisted.trial.unittest import SynchronousTestCase
 from cafeteria_orch.wire.messages import TableBatch, encode
 from cafeteria_orch.wire.tables import USERS
 from tests.support.faults import PATIENCE, RawClient, Server, read_store, seeded, slow, wait_for
-from tests.support.tracing import untraced
 
 CLIENTS = 8
 WINDOW = 8
@@ -147,7 +146,6 @@ def judge(store: Path, agencies: list[Agency], kills: int) -> Figures:
     return figures
 
 
-@untraced
 class KillTests(SynchronousTestCase):
     """kill -9 of the server at random moments, under clients that never pause."""
 

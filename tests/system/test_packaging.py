@@ -15,6 +15,7 @@ import venv
 import weakref
 from collections.abc import Mapping
 from configparser import ConfigParser
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
@@ -86,6 +87,12 @@ def build_requirements() -> list[str]:
     return list(ast.literal_eval(requires[1]))
 
 
+def pip(command: str, *, into: Environment) -> tuple[object, ...]:
+    """A command of pip that works on an environment."""
+    options = ("-q", "--disable-pip-version-check")
+    return (sys.executable, "-m", "pip", "--python", into.python, command, *options)
+
+
 class Environment:
     """A virtual environment without a pip of its own, which saves seconds.
 
@@ -106,10 +113,10 @@ class Environment:
                 copy_function=os.link,
                 dirs_exist_ok=True,
             )
-            shutil.copy(like.programs / "twistd", self.programs)
-            program = (self.programs / "twistd").read_text()
-            _, _, rest = program.partition("\n")
-            (self.programs / "twistd").write_text(f"#!{self.python}\n{rest}")
+            for program in like.programs.glob("twistd"):
+                _, _, rest = program.read_text().partition("\n")
+                (self.programs / "twistd").write_text(f"#!{self.python}\n{rest}")
+                (self.programs / "twistd").chmod(0o755)
 
 
 class Workshop:
@@ -121,28 +128,44 @@ class Workshop:
         self.folder = folder
         self.elsewhere = folder / "elsewhere"
         self.elsewhere.mkdir()
-        self._wheels = folder / "wheels"
-        self._dependencies = Environment(folder / "dependencies")
-        pip = (sys.executable, "-m", "pip", "--python", self._dependencies.python)
-        found = ("--find-links", self._wheels)
-        for command in (
-            ("wheel", "-q", "--no-deps", "--wheel-dir", self._wheels, *build_requirements()),
-            (
-                "install",
-                "-q",
-                "--no-compile",
-                *found,
-                *runtime_requirements(),
-                *build_requirements(),
-            ),
-        ):
-            needed = run(*pip, *command, folder=folder, check=False)
-            if needed.returncode:
-                raise SkipTest(f"what the project needs is not to be had: {needed.stdout}")
+        # It has what the project says that it is built with, and nothing else.
+        self._builder = Environment(folder / "builder")
+        self._fetch(self._builder, build_requirements())
+        self._dependencies = Environment(folder / "dependencies", self._builder)
+        self._fetch(self._dependencies, runtime_requirements())
         # What it imports is compiled once, and not in every environment that has it.
         run(self._dependencies.programs / "twistd", "--help", folder=self.elsewhere)
         self.source = self.copy("source")
-        self.sdist, self.wheel = self.build("sdist", "sdist"), self.build("wheel", "wheel")
+        self.sdist = self.build("sdist", self.copy("build_sdist"))
+
+    def _fetch(self, environment: Environment, requirements: list[str]) -> None:
+        command = (*pip("install", into=environment), "--no-compile", *requirements)
+        completed = run(*command, folder=self.elsewhere, check=False)
+        if completed.returncode:
+            raise SkipTest(f"what the project needs is not to be had: {completed.stdout}")
+
+    @cached_property
+    def wheel(self) -> Path:
+        """A wheel of the source distribution, built with what it says that it is built with."""
+        target = self.folder / "built_wheel"
+        options = ("--no-deps", "--wheel-dir", target, self._unpacked)
+        self.pip("wheel", *options, into=self._builder)
+        (built,) = target.iterdir()
+        return built
+
+    @cached_property
+    def _unpacked(self) -> Path:
+        target = self.folder / "unpacked"
+        target.mkdir()
+        # Earlier releases of Python cannot be told which filter to use, later ones must be.
+        run("tar", "-xf", self.sdist, folder=target)
+        (folder,) = target.iterdir()
+        return folder
+
+    @cached_property
+    def installed(self) -> Environment:
+        """What ``pip install .`` gives."""
+        return self.install(self.copy_translated("install"))
 
     def copy(self, name: str) -> Path:
         """A copy of the project's files, so that building leaves nothing beside them."""
@@ -160,26 +183,32 @@ class Workshop:
         shutil.copy(ROOT / "docs" / "operations.md", target / "docs")
         return target
 
-    def environment(self) -> Environment:
-        """A new environment that has what the project depends on."""
-        return Environment(Path(tempfile.mkdtemp(dir=self.folder)), self._dependencies)
+    def copy_translated(self, name: str) -> Path:
+        """A copy with what Cython has made of the sources for the wheel, which takes it long."""
+        assert self.wheel.is_file()
+        target = self.copy(name)
+        for module in COMPILED:
+            shutil.copy(self._unpacked / f"{module}.c", target / f"{module}.c")
+        return target
 
-    def pip(self, command: str, *arguments: object, into: Environment) -> None:
-        """Run pip in an environment, on what is here already."""
-        pip = (sys.executable, "-m", "pip", "--python", into.python, command, "-q")
-        offline = ("--no-index", "--find-links", self._wheels)
-        run(*pip, *offline, *arguments, folder=self.elsewhere)
+    def install(self, *arguments: object, **settings: str) -> Environment:
+        """Install the project in a new environment that has what the project depends on."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        environment = Environment(folder, self._dependencies)
+        self.pip("install", "--no-compile", *arguments, into=environment, **settings)
+        return environment
 
-    def rebuild(self, sdist: Path, target: Path) -> None:
-        """Build a wheel of a source distribution, with what it says that it is built with."""
-        self.pip("wheel", "--no-deps", "--wheel-dir", target, sdist, into=self._dependencies)
+    def pip(self, command: str, *arguments: object, into: Environment, **settings: str) -> None:
+        """Run pip in an environment, on what is there already."""
+        offline = ("--no-index", "--no-build-isolation")
+        program = pip(command, into=into)
+        run(*program, *offline, *arguments, folder=self.elsewhere, settings=settings)
 
-    def build(self, kind: str, name: str, **settings: str) -> Path:
-        """Build a distribution, with such settings in the environment."""
-        target = self.folder / f"built_{name}"
+    def build(self, kind: str, source: Path, **settings: str) -> Path:
+        """Build a distribution of a copy, with such settings in the environment."""
+        target = source / "built"
         code = f"from setuptools import build_meta; build_meta.build_{kind}({str(target)!r})"
-        source = self.copy(f"build_{name}")
-        run(self._dependencies.python, "-c", code, folder=source, settings=settings)
+        run(self._builder.python, "-c", code, folder=source, settings=settings)
         (built,) = target.iterdir()
         return built
 
@@ -205,35 +234,36 @@ class Packaging(SynchronousTestCase):
             raise workshop
         return workshop
 
-    def check_install(self, *arguments: object) -> Environment:
-        """What ``pip install`` gives works from another directory."""
-        workshop = self.workshop
-        environment = workshop.environment()
-        options = ("--no-compile", "--no-build-isolation")
-        workshop.pip("install", *options, *arguments, into=environment)
+    def output(self, environment: Environment, program: str, *options: str) -> str:
+        """What a program that is installed there says in another directory."""
+        command = (environment.programs / program, *options)
+        return run(*command, folder=self.workshop.elsewhere).stdout
 
-        def output(program: str, *options: str) -> str:
-            command = (environment.programs / program, *options)
-            return run(*command, folder=workshop.elsewhere).stdout
-
-        commands = output("twistd", "--help")
+    def check_commands(self, environment: Environment) -> None:
+        """What was installed there works from another directory."""
+        commands = self.output(environment, "twistd", "--help")
         self.assertRegex(commands, r"(?m)^ +cafeorch ")
         self.assertRegex(commands, r"(?m)^ +web ")
-        self.assertIn("--drain-timeout", output("twistd", "cafeorch", "--help"))
-        self.assertIn("--batch-rows", output("cafeorch-send", "--help"))
-        self.assertIn("--warmup", output("cafeorch-bench", "--help"))
-        self.assertIn("--json", output("cafeorch", "store", "copy", "--help"))
-        self.assertIn("The server can start.", output("cafeorch", "check", "--port=0"))
-        return environment
+        for option, *command in (
+            ("--drain-timeout", "twistd", "cafeorch"),
+            ("--batch-rows", "cafeorch-send"),
+            ("--warmup", "cafeorch-bench"),
+            ("--json", "cafeorch", "store", "copy"),
+        ):
+            self.assertIn(option, self.output(environment, *command, "--help"))
+        answer = self.output(environment, "cafeorch", "check", "--port=0")
+        self.assertIn("The server can start.", answer)
 
     def test_install(self) -> None:
         """``pip install .``: the plugin stands beside Twisted's own, which are still there."""
-        environment = self.check_install(self.workshop.copy("install"))
+        environment = self.workshop.installed
+        self.check_commands(environment)
         self.assertTrue((environment.packages / PLUGIN).is_file())
 
     def test_editable_install(self) -> None:
         """``pip install -e .``: the plugin is found in the folder itself."""
-        environment = self.check_install("-e", self.workshop.copy("editable"))
+        environment = self.workshop.install("-e", self.workshop.copy_translated("editable"))
+        self.check_commands(environment)
         self.assertFalse((environment.packages / PLUGIN).exists())
 
     def codecs(self, environment: Environment, **settings: str) -> list[str]:
@@ -251,15 +281,20 @@ class Packaging(SynchronousTestCase):
         if not has_compiler():
             raise SkipTest("there is no C compiler, or no header of Python's or SQLite's")
         self.assertEqual(len(list(filter(BUILT.fullmatch, contents(self.workshop.wheel)))), 2)
-        environment = self.check_install(self.workshop.wheel)
+        environment = self.workshop.installed
         self.assertEqual(self.codecs(environment), ["compiled", "compiled"])
         self.assertEqual(self.codecs(environment, CAFEORCH_PURE="1"), ["pure", "pure"])
 
     def test_without_a_compiler(self) -> None:
-        """Where there is none, the build succeeds all the same, and the pure ones serve."""
-        wheel = self.workshop.build("wheel", "without_compiler", CC="false")
-        self.assertEqual(list(filter(BUILT.fullmatch, contents(wheel))), [])
-        self.assertEqual(self.codecs(self.check_install(wheel)), ["pure", "pure"])
+        """Where there is none, it is installed all the same, and the pure ones serve."""
+        environment = self.workshop.install(
+            self.workshop.copy_translated("uncompiled"), CC="false"
+        )
+        packages = environment.packages
+        names = (path.relative_to(packages).as_posix() for path in packages.rglob("_*"))
+        self.assertEqual(list(filter(BUILT.fullmatch, names)), [])
+        self.assertEqual(self.codecs(environment), ["pure", "pure"])
+        self.assertIn("--drain-timeout", self.output(environment, "twistd", "cafeorch", "--help"))
 
     def test_without_the_header_of_sqlite(self) -> None:
         """Where only that is missing, the row codec is compiled."""
@@ -268,45 +303,40 @@ class Packaging(SynchronousTestCase):
         broken = self.workshop.folder / "broken"
         broken.mkdir()
         (broken / "sqlite3ext.h").write_text("#error not here")
-        wheel = self.workshop.build("wheel", "without_header", CFLAGS=f"-O0 -I{broken}")
+        source = self.workshop.copy_translated("without_header")
+        wheel = self.workshop.build("wheel", source, CFLAGS=f"-O0 -I{broken}")
         (built,) = filter(BUILT.fullmatch, contents(wheel))
         self.assertIn("_rows", built)
 
     def test_wheel(self) -> None:
-        """The wheel has all of the package, its type marker, the plugin, and no more."""
-        names = {
-            name
-            for name in contents(self.workshop.wheel)
+        """The wheel has all of the package, its type marker, the plugin, and no more.
+
+        It was built of the source distribution, which so has all that it takes.
+        """
+        files = {
+            name: content
+            for name, content in contents(self.workshop.wheel).items()
             if "-info/" not in name and not BUILT.fullmatch(name)
         }
         source = self.workshop.source
         expected = {
-            path.relative_to(source).as_posix()
+            path.relative_to(source).as_posix(): path.read_bytes()
             for folder in SOURCES
             for path in (source / folder).rglob("*")
             if path.is_file()
         }
         # What it is compiled from is of no use to those who install it.
-        self.assertEqual(names, expected - SOURCES_OF_COMPILED)
-        self.assertIn("cafeteria_orch/py.typed", names)
-        self.assertIn("cafeteria_orch/wire/_rows.pyi", names)
-        manual = contents(self.workshop.wheel)["cafeteria_orch/observe/manual.md"]
-        self.assertEqual(manual, (source / "docs" / "operations.md").read_bytes())
-        self.assertIn(PLUGIN, names)
+        self.assertEqual(files.keys(), expected.keys() - SOURCES_OF_COMPILED)
+        self.assertEqual([name for name in files if files[name] != expected[name]], [])
+        self.assertLessEqual({"cafeteria_orch/py.typed", PLUGIN}, files.keys())
+        self.assertIn("cafeteria_orch/wire/_rows.pyi", files)
+        manual = files["cafeteria_orch/observe/manual.md"]
+        self.assertEqual(manual, (ROOT / "docs" / "operations.md").read_bytes())
         for shadow in ("twisted/__init__.py", "twisted/plugins/__init__.py"):
-            self.assertNotIn(shadow, names)
+            self.assertNotIn(shadow, files)
 
     def test_sdist(self) -> None:
-        """The source distribution has all that it takes to build the same wheel."""
-        folder = self.workshop.folder / "from_sdist"
-        self.workshop.rebuild(self.workshop.sdist, folder)
-        (wheel,) = folder.glob("*.whl")
-        self.assertEqual(wheel.name, self.workshop.wheel.name)
-        rebuilt, built = contents(wheel), contents(self.workshop.wheel)
-        self.assertEqual(set(rebuilt), set(built))
-        # The compiled module differs by the folder that it was built in.
-        differing = {name for name in built if rebuilt[name] != built[name]}
-        self.assertEqual({name for name in differing if not BUILT.fullmatch(name)}, set())
+        """The source distribution has the sources of what is compiled, and not what they become."""
         with tarfile.open(self.workshop.sdist) as archive:
             names = {name.partition("/")[2] for name in archive.getnames()}
         needed = {"cafeteria_orch/wire/_rows.pyi", "cafeteria_orch/py.typed"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -46,10 +45,8 @@ import signal
 def hang_up():
     os.kill(os.getpid(), signal.SIGHUP)
 
-def at_the_start(factory):
+def register(factory):
     hang_up()
-
-def at_the_end(factory):
     factory.reactor.addSystemEventTrigger("after", "shutdown", hang_up)
 """
 
@@ -96,24 +93,20 @@ class EveryStarter(Tests):
         self.assertEqual(server.text("stderr"), "")
 
     def test_sighup(self) -> None:
-        """SIGHUP does not kill it, and leaves a line in the log."""
-        server = self.start("--store=none")
-        client = self.client(server)
-        server.signal(signal.SIGHUP)
+        """SIGHUP does not kill it: not before the reactor runs, nor while it serves or drains.
+
+        A reload leaves a line in the log, and the end and its exit status stay as they are.
+        """
+        (self.folder / "hangups.py").write_text(HANGUPS)
+        server = self.start("--store=none", "--processors=hangups:register")
         server.wait_until_logged("action: reload | result: ignored")
+        self.assertEqual(server.log.count("action: reload"), 1)
+        server.signal(signal.SIGHUP)
+        wait_until(lambda: server.log.count("action: reload") == 2, "it has reloaded again")
+        client = self.client(server)
         client.send(batch_frame())
         self.assertEqual(client.read(5), SUCCESS)
-
-    def test_sighup_at_the_start(self) -> None:
-        """SIGHUP does not kill a server whose reactor does not run yet: it reloads then."""
-        (self.folder / "hangups.py").write_text(HANGUPS)
-        server = self.start("--store=none", "--processors=hangups:at_the_start")
-        server.wait_until_logged("action: reload | result: ignored")
-
-    def test_sighup_at_the_end(self) -> None:
-        """SIGHUP after the drain changes neither the end nor the exit status."""
-        (self.folder / "hangups.py").write_text(HANGUPS)
-        self.end(self.start("--store=none", "--processors=hangups:at_the_end"))
+        self.end(server)
 
     def test_restart(self) -> None:
         """It can be started again at once, though a client was connected when it was stopped."""
@@ -140,21 +133,16 @@ class EveryStarter(Tests):
         self.assertEqual(left, {"stdout", "stderr"})
 
     def test_mistakes(self) -> None:
-        """A taken port, a store that cannot be, bad processors, options and endpoints."""
-        with socket.create_server(("127.0.0.1", 0)) as other:
-            port = str(other.getsockname()[1])
-            servers = []
-            for *arguments, naming in (
-                ("--port", port, port),
-                ("--port=0", "--store=missing/cafe.db", "missing/cafe.db"),
-                ("--port=0", "--processors=missing:register", "missing"),
-                ("--port=x", "--port"),
-                ("--listen=unix:missing/x", "--store=none", "missing/x"),
-            ):
-                self.folder = new_folder(self)
-                servers.append((self.launch(*arguments), naming))
-            for server, naming in servers:
-                self.check_refused(server, naming)
+        """In the options, and one that is found when the service is made."""
+        servers = []
+        for *arguments, naming in (
+            ("--port=0", "--store=missing/cafe.db", "missing/cafe.db"),
+            ("--port=x", "--port"),
+        ):
+            self.folder = new_folder(self)
+            servers.append((self.launch(*arguments), naming))
+        for server, naming in servers:
+            self.check_refused(server, naming)
 
 
 class Foreground(EveryStarter, ProcessTestCase):
@@ -202,20 +190,16 @@ class Logging(ProcessTestCase):
         self.assertEqual(server.status(), -signal.SIGTERM)
         self.assertEqual(server.text("stderr"), "")
 
-    def test_log_file(self) -> None:
-        """``--logfile`` has all of it, and standard output none."""
-        server = self.launch("--port=0", "--store=none", twistd=("--logfile=my.log",))
-        server.log_file = self.folder / "my.log"
-        server.wait_until_served()
-        self.stop(server)
-        self.assertTrue(server.log.endswith("Server Shut Down.\n"), server.log)
-        self.assertEqual(server.text("stdout"), "")
+    def test_files(self) -> None:
+        """``--logfile`` has all of the log, and ``--pidfile`` the process as long as it runs.
 
-    def test_rotation(self) -> None:
-        """SIGUSR1 rotates the log file; no line is lost."""
-        server = self.launch("--port=0", "--store=none", twistd=("--logfile=my.log",))
+        SIGUSR1 rotates the log file; no line is lost.
+        """
+        twistd = ("--logfile=my.log", "--pidfile=my.pid")
+        server = self.launch("--port=0", "--store=none", twistd=twistd)
         server.log_file = self.folder / "my.log"
         server.wait_until_served()
+        self.assertEqual(int(server.text("my.pid")), server.pid)
         server.signal(signal.SIGUSR1)
         wait_until((self.folder / "my.log.1").exists, "the log is rotated")
         with closing(self.client(server)) as client:
@@ -226,12 +210,8 @@ class Logging(ProcessTestCase):
         self.assertNotIn(STORED, server.text("my.log.1"))
         for line in ("action: listen", STORED, DRAINED, "Server Shut Down."):
             self.assertIn(line, whole)
-
-    def test_pid_file(self) -> None:
-        """``--pidfile`` has the process, as long as it runs."""
-        server = self.start("--store=none", twistd=("--pidfile=my.pid",))
-        self.assertEqual(int(server.text("my.pid")), server.pid)
-        self.stop(server)
+        self.assertTrue(whole.endswith("Server Shut Down.\n"), whole)
+        self.assertEqual(server.text("stdout"), "")
         self.assertFalse((self.folder / "my.pid").exists())
 
     def launch_unseen(self, *twistd: str) -> Server:
@@ -263,18 +243,8 @@ class Logging(ProcessTestCase):
         self.assertEqual(server.text("stdout"), "")
 
 
-class Stopping(ProcessTestCase):
-    """A stop that a client does not delay, and a kill that loses nothing."""
-
-    def test_idle_client(self) -> None:
-        """A client that stays connected does not keep the server from ending."""
-        server = self.start("--store=none")
-        client = self.client(server)
-        client.send(HELLO)
-        client.read(5)
-        server.signal(signal.SIGTERM)
-        server.wait_until_gone()
-        self.assertEqual(server.status(), -signal.SIGTERM)
+class Killed(ProcessTestCase):
+    """A kill loses nothing."""
 
     def test_killed(self) -> None:
         """What was acknowledged is stored when it is killed, and not twice when sent again."""

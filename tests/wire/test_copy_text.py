@@ -16,6 +16,7 @@ from cafeteria_orch.wire.tables import TABLES, TRANSACTIONS, USERS, Table
 from tests.support.builders import received
 from tests.support.codecs import CodecTestCase, Compiled
 from tests.support.strategies import I64, rows, wire_row, wire_rows
+from tests.support.tracing import untraced
 
 _ESCAPES = {"t": "\t", "n": "\n", "r": "\r"}
 
@@ -41,6 +42,7 @@ class CopyText(CodecTestCase):
         body = self.codec.encode_rows(cells, table)
         self.assertEqual(self.codec.copy_text(body, 0, len(cells), table, 12), text)
 
+    @untraced
     @given(st.data(), I64)
     def test_any_rows(self, data: DataObject, batch_id: int) -> None:
         """Whatever rows a client writes, they are read again, each with the id of its batch."""

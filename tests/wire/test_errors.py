@@ -12,6 +12,7 @@ from cafeteria_orch.wire.errors import (
     TryAgainLater,
     UnknownOpcode,
 )
+from tests.support.cases import case
 
 
 class ReasonTests(TestCase):
@@ -27,23 +28,23 @@ class ReasonTests(TestCase):
             (FrameTooLong(11, 10), 3),
             (UnknownOpcode("text"), 3),
         ):
-            with self.subTest(error=type(error).__name__):
+            with case(error=type(error).__name__):
                 self.assertEqual((error.reason, type(error).reason), (reason, reason))
 
     def test_one_base(self) -> None:
         """Whoever catches OrchestratorError catches all of them."""
         for error in (BatchRejected, TryAgainLater, ProtocolError, FrameTooLong, UnknownOpcode):
-            with self.subTest(error=error.__name__):
+            with case(error=error.__name__):
                 self.assertTrue(issubclass(error, OrchestratorError))
 
     def test_malformed_is_a_value_error(self) -> None:
         """A decoder may raise ProtocolError where ValueError is asked for, and no other is one."""
         for error in (ProtocolError, FrameTooLong, UnknownOpcode):
-            with self.subTest(error=error.__name__):
+            with case(error=error.__name__):
                 self.assertTrue(issubclass(error, ProtocolError))
                 self.assertTrue(issubclass(error, ValueError))
         for other in (OrchestratorError, BatchRejected, TryAgainLater):
-            with self.subTest(error=other.__name__):
+            with case(error=other.__name__):
                 self.assertFalse(issubclass(other, ValueError))
 
     def test_text(self) -> None:

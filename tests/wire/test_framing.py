@@ -310,6 +310,7 @@ class Int32CostTests(DecoderCase):
         for size in (100, 1460, 2**16, 2**17 + 1):
             self.assert_linear(in_chunks(stream, size), 5)
 
+    @untraced
     def test_a_trickle_takes_no_more_memory_than_it_brings(self) -> None:
         """A frame that comes in single bytes is not held as so many objects."""
         decoder = self.decoder()
@@ -447,6 +448,7 @@ class FirstByteTests(SynchronousTestCase):
         decoder.feed(b"\x08\0\0\0")
         self.assertEqual(self.assertRaises(FrameTooLong, next, decoder.payloads()).length, 8 << 24)
 
+    @untraced
     @given(st.data())
     def test_any_messages_are_the_same_payloads_in_either(self, data: DataObject) -> None:
         """Any messages in any chunks of either framing."""
@@ -586,5 +588,5 @@ class ModelTests(SynchronousTestCase):
         """Frames, chunks, iterations that are left and clears: as the model says."""
         for machine in (DecoderMachine, OpcodeFirstMachine):
             run_state_machine_as_test(
-                machine, settings=settings(max_examples=150, stateful_step_count=50)
+                machine, settings=settings(max_examples=100, stateful_step_count=50)
             )

@@ -23,6 +23,7 @@ from cafeteria_orch.wire.tables import (
     USERS,
     Table,
 )
+from tests.support.cases import case
 from tests.support.codecs import CodecTestCase, Compiled
 from tests.support.strategies import (
     I32,
@@ -109,7 +110,7 @@ class RowTestCase(CodecTestCase):
     def assertAllMalformed(self, cases: dict[str, tuple[str, bytes]]) -> None:
         """Each case, by its name: the text, and the bytes of one row of users."""
         for name, (text, body) in cases.items():
-            with self.subTest(case=name):
+            with case(case=name):
                 self.assertMalformed(text, body)
 
 
@@ -209,7 +210,7 @@ class MalformedTests(RowTestCase):
         """A column that is not there is named; which row it is too."""
         for column in USERS.columns:
             row = wire_row([pair for pair in PAIRS if pair[0] != column])
-            with self.subTest(column=column):
+            with case(column=column):
                 self.assertMalformed(f"row 1: column {column!r} is missing", row)
                 self.assertMalformed(f"row 2: column {column!r} is missing", ROW + row, count=2)
         self.assertMalformed("row 1: column 'user_id' is missing", i32(0))
@@ -225,7 +226,7 @@ class MalformedTests(RowTestCase):
     def test_unknown_column(self) -> None:
         """A key that is no column, which is data too: it is not shown."""
         for key in (SECRET, "", "user_id ", "USER_ID", "user_i", "item_id", "\0"):
-            with self.subTest(key=key):
+            with case(key=key):
                 unknown = wire_pair(key, SECRET)
                 self.assertMalformed("row 1: unknown column", replaced(0, unknown))
                 self.assertMalformed("row 1: unknown column", i32(5) + ROW[4:] + unknown)
@@ -277,7 +278,7 @@ class MalformedTests(RowTestCase):
             b"\xf4\x90\x80\x80",
             "ñandú".encode("latin-1"),
         ):
-            with self.subTest(value=value):
+            with case(value=value):
                 pair = wire_pair("gender", SECRET.encode() + value)
                 self.assertMalformed(
                     "row 1: the value of 'gender' is not UTF-8", replaced(1, pair)
@@ -302,7 +303,7 @@ class MalformedTests(RowTestCase):
     def test_key_that_is_not_utf8(self) -> None:
         """Such a key is none that a table has."""
         for key in (b"\xff", b"user_id\xff", b"\xed\xa0\x80"):
-            with self.subTest(key=key):
+            with case(key=key):
                 self.assertMalformed("row 1: unknown column", replaced(0, wire_pair(key, SECRET)))
 
     def test_every_prefix(self) -> None:
@@ -310,7 +311,7 @@ class MalformedTests(RowTestCase):
         body = ROW + ROW
         for end in range(len(body)):
             for function in (self.codec.decode_rows, self.codec.check_rows):
-                with self.subTest(end=end), self.assertRaises(ProtocolError) as caught:
+                with case(end=end), self.assertRaises(ProtocolError) as caught:
                     function(body[:end], 0, 2, USERS)
                 self.assertNotIn(SECRET, str(caught.exception))
 
@@ -337,7 +338,7 @@ class AnyBytesTests(CodecTestCase):
 
     # Run on both codecs, which test_two_codecs compares with each other as well.
     @untraced
-    @settings(max_examples=400)
+    @settings(max_examples=250)
     @given(st.data())
     def test_mutated(self, data: DataObject) -> None:
         """Valid bytes with a few changes too."""
@@ -378,7 +379,7 @@ class CostTests(RowTestCase):
             ),
         }
         for name, (body, count) in cases.items():
-            with self.subTest(case=name):
+            with case(case=name):
                 self.assertLess(self.peak(body, count), 16 * 1024)
 
     def test_hostile_counts_in_a_large_body(self) -> None:
@@ -395,7 +396,7 @@ class CostTests(RowTestCase):
             "value": (i32(4) + wire_string("user_id") + i32(2**31 - 1) + filler, 1),
         }
         for name, (body, count) in cases.items():
-            with self.subTest(case=name):
+            with case(case=name):
                 self.assertLess(self.peak(body, count), 2**20 + 64 * 1024)
 
 

@@ -46,6 +46,7 @@ from cafeteria_orch.wire.tables import (
     USERS,
 )
 from tests.support.builders import USER_ROW, batch
+from tests.support.cases import case
 from tests.support.strategies import (
     messages,
     mutations,
@@ -188,13 +189,13 @@ class BytesTests(TestCase):
     def test_encode(self) -> None:
         """Each value gives exactly these bytes."""
         for name, (payload, message) in EXAMPLES.items():
-            with self.subTest(message=name):
+            with case(message=name):
                 self.assertEqual(encode(message), payload)
 
     def test_decode(self) -> None:
         """These bytes give exactly each value."""
         for name, (payload, message) in EXAMPLES.items():
-            with self.subTest(message=name):
+            with case(message=name):
                 self.assertEqual(decode(payload), message)
 
     def test_every_opcode_has_an_example(self) -> None:
@@ -212,7 +213,7 @@ class BytesTests(TestCase):
     def test_opcode(self) -> None:
         """A value's opcode is the first byte of its payload."""
         for name, (payload, message) in EXAMPLES.items():
-            with self.subTest(message=name):
+            with case(message=name):
                 self.assertEqual(message.opcode, payload[0])
 
     def test_end_of_table(self) -> None:
@@ -275,7 +276,7 @@ class MalformedTests(TestCase):
     def test_unknown_opcode(self) -> None:
         """Any opcode that the wire does not define, the reserved 0 among them."""
         for opcode in set(range(256)) - set(DECODERS):
-            with self.subTest(opcode=opcode):
+            with case(opcode=opcode):
                 error = self.assertMalformed(
                     bytes([opcode]) + SECRET.encode(), f"opcode {opcode} is unknown"
                 )
@@ -293,7 +294,7 @@ class MalformedTests(TestCase):
         )
         for opcode, lengths, expected in cases:
             for length in lengths:
-                with self.subTest(opcode=opcode, length=length):
+                with case(opcode=opcode, length=length):
                     self.assertMalformed(bytes([opcode]) + b"s" * length, expected)
 
     def test_the_nil_uuid_identifies_nobody(self) -> None:
@@ -329,7 +330,7 @@ class MalformedTests(TestCase):
         expected = "the body is shorter than the header of a table batch"
         for table in (*TABLES, END_OF_TABLE):
             for length in range(13):
-                with self.subTest(table=table.name, length=length):
+                with case(table=table.name, length=length):
                     self.assertMalformed(bytes([table.opcode, *bytes(length)]), expected)
 
     def test_end_of_table_has_one_row(self) -> None:
@@ -337,7 +338,7 @@ class MalformedTests(TestCase):
         row = wire_row([("table_type", SECRET)])
         for amount in (-1, 0, 2, 2**31 - 1):
             payload = struct.pack("<BiqB", 9, amount, 0, 1) + row * 2
-            with self.subTest(amount=amount):
+            with case(amount=amount):
                 self.assertMalformed(payload, "an EOF message has exactly one row")
         self.assertMalformed(
             struct.pack("<BiqB", 9, 1, 0, 1) + row * 2,
@@ -379,7 +380,7 @@ class MalformedTests(TestCase):
         self.check(bytes([opcode]) + body)
 
     @untraced
-    @settings(max_examples=500)
+    @settings(max_examples=300)
     @given(st.data())
     def test_mutated_messages(self, data: DataObject) -> None:
         """A message with a few of its bytes changed too."""
@@ -425,7 +426,7 @@ class DecoderTests(TestCase):
             "UnicodeDecodeError": lambda body: (body + b"\xff").decode(),
         }
         for name, decoder in decoders.items():
-            with self.subTest(error=name):
+            with case(error=name):
                 with self.assertRaises(ProtocolError) as caught:
                     self.decoded(decoder)
                 self.assertEqual(str(caught.exception), f"the decoder of opcode 40 raised {name}")
@@ -450,7 +451,7 @@ class DecoderTests(TestCase):
             def fail(body: bytes, error: Exception = error) -> None:
                 raise error
 
-            with self.subTest(error=error), self.assertRaises(type(error)) as caught:
+            with case(error=error), self.assertRaises(type(error)) as caught:
                 self.decoded(fail)
             self.assertIs(caught.exception, error)
 
@@ -496,7 +497,7 @@ class TableBatchTests(TestCase):
     def test_empty_batch(self) -> None:
         """A batch without rows is legal, of every table."""
         for table in TABLES:
-            with self.subTest(table=table.name):
+            with case(table=table.name):
                 message = decode(struct.pack("<BiqB", table.opcode, 0, 5, 1))
                 self.assertEqual(message, TableBatch(table, 5, 1, ()))
 
@@ -574,7 +575,7 @@ class EncodeTests(TestCase):
             "lone surrogate": batch(rows=[("\ud800", *USER_ROW[1:])]),
         }
         for name, message in cases.items():
-            with self.subTest(case=name), self.assertRaises(ValueError):
+            with case(case=name), self.assertRaises(ValueError):
                 encode(message)
 
     def test_names_the_message(self) -> None:
@@ -605,7 +606,7 @@ class FrozenTests(TestCase):
         for message in values:
             for field in dataclasses.fields(message):
                 with (
-                    self.subTest(message=message, field=field.name),
+                    case(message=message, field=field.name),
                     self.assertRaises(dataclasses.FrozenInstanceError),
                 ):
                     setattr(message, field.name, None)

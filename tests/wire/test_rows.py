@@ -16,8 +16,10 @@ from cafeteria_orch.wire.tables import (
     USERS,
     Table,
 )
+from tests.support.cases import case
 from tests.support.codecs import CodecTestCase, Compiled
 from tests.support.strategies import cells, rows, tables, wire_row, wire_rows
+from tests.support.tracing import untraced
 
 CELL = "hush-4711"
 ROW = wire_row([(column, CELL) for column in USERS.columns])
@@ -26,6 +28,7 @@ ROW = wire_row([(column, CELL) for column in USERS.columns])
 class IdentityTests(CodecTestCase):
     """What was encoded is what is decoded."""
 
+    @untraced
     @given(st.data())
     def test_any_rows(self, data: DataObject) -> None:
         """Any rows of any table survive, whatever text is in them."""
@@ -74,6 +77,7 @@ class IdentityTests(CodecTestCase):
 class WireTests(CodecTestCase):
     """Bytes that were put together by hand, as clients put them together."""
 
+    @untraced
     @given(st.data())
     def test_keys_in_any_order(self, data: DataObject) -> None:
         """The order of the keys, another one in every row, makes no difference."""
@@ -87,7 +91,7 @@ class WireTests(CodecTestCase):
     def test_encoded_bytes(self) -> None:
         """The encoder writes the pairs in the order of the columns, by their own names."""
         for table in TABLES:
-            with self.subTest(table=table.name):
+            with case(table=table.name):
                 row = tuple(f"{i}: ñ" for i in range(len(table.columns)))
                 self.assertEqual(
                     self.codec.encode_row(row, table), wire_row(list(zip(table.columns, row)))
@@ -136,7 +140,7 @@ class EncodeTests(CodecTestCase):
     def test_wrong_number_of_cells(self) -> None:
         """A row that is too short or too long for its table."""
         for row in ((), ("1",) * 3, ("1",) * 5):
-            with self.subTest(row=row), self.assertRaises(ValueError) as caught:
+            with case(row=row), self.assertRaises(ValueError) as caught:
                 self.codec.encode_row(row, USERS)
             self.assertEqual(str(caught.exception), f"users: {len(row)} cells for 4 columns")
 
@@ -151,7 +155,7 @@ class EncodeTests(CodecTestCase):
     def test_lone_surrogate(self) -> None:
         """Text that UTF-8 cannot hold."""
         for text in ("\ud800", "a\udfffb", "\udc80"):
-            with self.subTest(text=ascii(text)), self.assertRaises(ValueError):
+            with case(text=ascii(text)), self.assertRaises(ValueError):
                 self.codec.encode_row((text, "", "", ""), USERS)
 
     def test_one_bad_row_of_many(self) -> None:

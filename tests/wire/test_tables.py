@@ -17,6 +17,7 @@ from cafeteria_orch.wire.tables import (
     USERS,
     Table,
 )
+from tests.support.cases import case
 
 COLUMNS = {
     "menu_items": "product_id name category price is_seasonal available_from available_to",
@@ -77,7 +78,7 @@ class IndexTests(TestCase):
     def test_every_column(self) -> None:
         """The index holds each column at its place, the aliases, and no more."""
         for table in TABLES:
-            with self.subTest(table=table.name):
+            with case(table=table.name):
                 expected = {name.encode(): i for i, name in enumerate(table.columns)}
                 if table is MENU_ITEMS:
                     expected[b"item_id"] = 0

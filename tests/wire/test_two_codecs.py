@@ -20,6 +20,7 @@ from hypothesis.strategies import DataObject, DrawFn, SearchStrategy
 from cafeteria_orch.wire import rows as pure
 from cafeteria_orch.wire.opcodes import Opcode
 from cafeteria_orch.wire.tables import END_OF_TABLE, TABLES, USERS, Table
+from tests.support.cases import case
 from tests.support.codecs import Compiled
 from tests.support.strategies import I32, mutations, wire_row, wire_rows
 from tests.support.tracing import untraced
@@ -120,7 +121,7 @@ class AgreementTests(Compiled):
 
     # The sanitizer's test compares many more; these are the ones that Hypothesis can shrink.
     @untraced
-    @settings(max_examples=1000)
+    @settings(max_examples=500)
     @given(st.data())
     def test_mutated(self, data: DataObject) -> None:
         """Of such rows with a few changes."""
@@ -156,15 +157,15 @@ class AgreementTests(Compiled):
         """Of bytes, numbers and texts of a class that lies about them."""
         body = wire_row([("a", "x")])
         for given_body in (Body(body), bytearray(body), memoryview(body), "text", None):
-            with self.subTest(body=given_body):
+            with case(body=given_body):
                 self.assertAgree("decode_rows", given_body, 0, 1, OPTIONAL)
         for number in (Number(-1), Number(1), Number(2**70), Number(10**6)):
-            with self.subTest(number=number):
+            with case(number=number):
                 self.assertAgree("decode_rows", body, 0, number, OPTIONAL)
                 self.assertAgree("decode_rows", body, number, 1, OPTIONAL)
         self.assertAgree("encode_row", (Text("a"), "b"), OPTIONAL)
         for batch_id in (Number(7), True, 7.0, None, "seven"):
-            with self.subTest(batch_id=batch_id):
+            with case(batch_id=batch_id):
                 self.assertAgree("copy_text", body, 0, 1, OPTIONAL, batch_id)
 
     # A row has a width, and a cell one of a handful of classes: there is little more to find.
@@ -193,7 +194,7 @@ class AgreementTests(Compiled):
     def test_many_keys(self) -> None:
         """Of tables with as many keys as the compiled codec holds, and with more."""
         for table in (FULLEST, TOO_WIDE, TOO_MANY_KEYS):
-            with self.subTest(table=table.name):
+            with case(table=table.name):
                 row = tuple(f"ñ{i}" for i in range(len(table.columns)))
                 self.assertAgree("encode_row", row, table)
                 body = pure.encode_row(row, table)

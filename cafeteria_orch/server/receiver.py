@@ -161,17 +161,18 @@ class FrameReceiver(Int32StringReceiver):
         left = MAX_MESSAGES_IN_TURN if self._has_turn else MAX_MESSAGES
         until = seconds() + TURN_SECONDS
         for payload in payloads:
-            received(payload)
-            if reading.reasons:
-                return
-            left -= 1
             if left <= 0 or seconds() >= until:
                 if self._has_turn or not self._turns.take():
+                    self._held = payload
                     self._wait_for_turn()
                     return
                 self._has_turn = True
                 left = MAX_MESSAGES_IN_TURN
                 until = seconds() + TURN_SECONDS
+            received(payload)
+            if reading.reasons:
+                return
+            left -= 1
 
     def hold(self, payload: bytes, reason: Pause) -> None:
         """Have the payload that is being delivered wait; it is the next one to be delivered."""

@@ -35,7 +35,7 @@ from cafeteria_orch.server.receiver import (
     FrameReceiver,
     State,
 )
-from cafeteria_orch.server.turns import ITERATIONS
+from cafeteria_orch.server.turns import ITERATIONS, Turns
 from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
 from tests.support.builders import frame, opcode_first
 from tests.support.receivers import (
@@ -188,6 +188,20 @@ class TurnTests(SynchronousTestCase):
         protocol.dataReceived(frame(b"x") * 10)
         # Two without the turn, two with it.
         self.assertEqual(len(protocol.payloads), 4)
+
+    def test_what_is_done_waits_for_no_turn(self) -> None:
+        """A message that takes long, or the last of many, is behind no other connection's."""
+        for amount in (1, MAX_MESSAGES):
+
+            def process(protocol: Recorder, seconds: float = TURN_SECONDS / amount) -> None:
+                protocol.clock.advance(seconds)
+
+            protocol = Recorder(always=process)
+            # Another connection has it meanwhile.
+            protocol._turns = Turns(Clock())
+            self.assertTrue(protocol._turns.take())
+            protocol.dataReceived(frame(b"x") * amount)
+            self.assertEqual((len(protocol.payloads), protocol.is_read), (amount, True))
 
     def test_a_turn_that_comes_after_the_end_does_nothing(self) -> None:
         """Whatever the end was, and nobody else loses a turn by it."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store.database import StoreError
 from cafeteria_orch.store.location import SQLiteStore
@@ -144,6 +145,7 @@ def start(path: str) -> None:
     """Open a store as a server does, and close it."""
     reactor = PumpedReactor()
     sink = Sink(reactor, SQLiteStore(path))
+    sink.register(OrchestratorFactory(reactor))
     sink.start()
     stopped: list[None] = []
     sink.stop().addCallback(stopped.append)
@@ -390,6 +392,7 @@ class Lock(SynchronousTestCase):
         self.path = self.mktemp()
         self.reactor = PumpedReactor()
         self.sink = Sink(self.reactor, SQLiteStore(self.path))
+        self.sink.register(OrchestratorFactory(self.reactor))
         self.sink.start()
         self.addCleanup(self.stop)
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,12 @@ class Starter:
 FOREGROUND = Starter(("twistd", "-n"), "stdout", "Server Shut Down.")
 DAEMON = Starter(("twistd",), "twistd.log", "Server Shut Down.")
 TWIST = Starter(("twist", "--log-format=text"), "stdout", "Main loop terminated.")
+
+
+def events_in(lines: Iterable[str], text: str) -> int:
+    """How many events the lines of a log that have a text speak for."""
+    numbers = [re.search(r"repeated: (\d+)", line) for line in lines if text in line]
+    return sum(1 if number is None else int(number[1]) for number in numbers)
 
 
 class Server:

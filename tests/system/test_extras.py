@@ -25,7 +25,7 @@ def texts() -> Iterator[tuple[str, str]]:
     """All that a user may read, in one line each, by name."""
     for pattern in WHERE:
         for path in ROOT.glob(pattern):
-            if path.is_file() and path.suffix != ".csv":
+            if path.is_file() and path.suffix not in {".csv", ".png"}:
                 yield path.name, " ".join(path.read_text().split())
 
 

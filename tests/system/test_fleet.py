@@ -112,7 +112,7 @@ class FleetTests(ProcessTestCase):
             lines = [json.loads(line) for line in node.log.splitlines() if line.startswith("{")]
             self.assertEqual({line["node"] for line in lines}, {name})
             (start,) = [line for line in lines if line["message"].startswith("action: start")]
-            self.assertRegex(start["message"], rf"\| node: {name}$")
+            self.assertRegex(start["message"], rf"\| node: {name} \|")
 
     def test_node_that_is_killed(self) -> None:
         """New connections go to the other at once; what was acknowledged is stored, and once."""

@@ -25,7 +25,8 @@ _SESSION = (
     " VALUES (1, ?, '192.0.2.7', '2025-01-01 12:00:00.000', 1)"
 )
 _BATCHES = (
-    "INSERT INTO batch SELECT i + 1, 1, ?, 6, i + 1, 0, ?, randomblob(16),"
+    "INSERT INTO batch (id, session_id, client_id, opcode, batch_number, status, amount, digest,"
+    " received_at) SELECT i + 1, 1, ?, 6, i + 1, 0, ?, randomblob(16),"
     " '2025-01-01 12:00:00.000' FROM n"
 )
 _ITEMS = (

@@ -17,7 +17,7 @@ from cafeteria_orch.wire.opcodes import Opcode
 from tests.support.admission import version_2
 from tests.support.builders import SUCCESS, batch_frame, frame
 from tests.support.certificates import Files
-from tests.support.processes import HELLO, ProcessTestCase, Server
+from tests.support.processes import HELLO, ProcessTestCase, Server, events_in
 from tests.support.tracing import untraced
 
 SECONDS = 1.0
@@ -71,11 +71,6 @@ class LogFloodTestCase(ProcessTestCase):
         server.status()
         return server.log.splitlines()
 
-    def counted(self, lines: list[str], text: str) -> int:
-        """How many events the lines with a text speak for."""
-        numbers = [re.search(r"repeated: (\d+)", line) for line in lines if text in line]
-        return sum(1 if number is None else int(number[1]) for number in numbers)
-
 
 @untraced
 class Floods(LogFloodTestCase):
@@ -106,7 +101,7 @@ class Floods(LogFloodTestCase):
         malformed = [line for line in lines if "opcode: 99 | error:" in line]
         self.assertEqual(len(malformed), 2)
         print(f"{connections} malformed connections: {len(lines)} lines")
-        self.assertGreater(self.counted(lines, "opcode: 99 | error:"), CLIENTS)
+        self.assertGreater(events_in(lines, "opcode: 99 | error:"), CLIENTS)
 
     def test_responses_without_end(self) -> None:
         """Messages that only a server should send, thousands in a chunk, are a few lines too."""
@@ -120,11 +115,11 @@ class Floods(LogFloodTestCase):
         self.flood(server, talk)
         lines = self.end(server)
         self.check_is_bounded(lines)
-        ignored = self.counted(lines, "a response is the server's to send")
+        ignored = events_in(lines, "a response is the server's to send")
         print(f"{ignored} responses: {len(lines)} lines")
         self.assertGreater(ignored, 1000)
         # Beside the CLIENT_HELLO of the test itself.
-        self.assertEqual(self.counted(lines, "receive_message | result: success") - 1, ignored)
+        self.assertEqual(events_in(lines, "receive_message | result: success") - 1, ignored)
 
     def test_connections_without_end(self) -> None:
         """Neither connections that are reset at once, nor those that send FINISHED, fill the log."""
@@ -133,10 +128,10 @@ class Floods(LogFloodTestCase):
             self.flood(server, talk)
         lines = self.end(server)
         self.check_is_bounded(lines)
-        accepted = self.counted(lines, "action: accept_connections | result: success")
+        accepted = events_in(lines, "action: accept_connections | result: success")
         print(f"{accepted} connections: {len(lines)} lines")
         self.assertGreater(accepted, TRAFFIC.lines)
-        self.assertGreater(self.counted(lines, "action: finished"), CLIENTS)
+        self.assertGreater(events_in(lines, "action: finished"), CLIENTS)
 
 
 class HealthChecks(LogFloodTestCase):

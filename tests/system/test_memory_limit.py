@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import resource
+import signal
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ from cafeteria_orch.wire.tables import USERS
 from tests.support.builders import SUCCESS, batch_frame
 from tests.support.faults import slow
 from tests.support.memory import memory_of
-from tests.support.processes import HELLO, Client, ProcessTestCase, Server, wait_until
+from tests.support.processes import HELLO, Client, ProcessTestCase, Server, events_in, wait_until
 
 MIB = 1024 * 1024
 
@@ -180,8 +181,10 @@ class MemoryLimitTests(ProcessTestCase):
         self.assert_served(server)
         for client in slow:
             self.assertEqual(client.recv(1), b"")
+        server.signal(signal.SIGTERM)
+        server.status()
         # That of the time, or that of the pace while the honest one waited.
-        wait_until(lambda: server.log.count(" bytes were missing") == 40, "all are logged")
+        self.assertEqual(events_in(server.log.splitlines(), " bytes were missing"), 40)
 
     def test_answers_that_are_not_read(self) -> None:
         """A client that sends for ever and reads nothing is cut off, and costs little."""

@@ -88,6 +88,11 @@ class Sender:
         """Do something after a rest, which is short when the world is calm."""
         self._resting = self.reactor.callLater(min(seconds, self.max_rest), then)
 
+    def wake_up(self) -> None:
+        """Do within a second what it would do later."""
+        if self._resting is not None and self._resting.active():
+            self._resting.reset(self.world.chance.random())
+
     def hurry(self) -> None:
         """Do soon all that is left."""
         self.max_rest = 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
+from .clients import Sender
 from .exporter import Exporter
 from .network import MAX_STALL, Network
 from .server import Server
@@ -25,7 +26,7 @@ class Nemesis:
         world: World,
         network: Network,
         server: Server,
-        exporters: Sequence[Exporter],
+        senders: Sequence[Sender],
         *,
         kinds: Collection[str] | None = None,
         pause: float = 2.0,
@@ -33,7 +34,8 @@ class Nemesis:
         self._world = world
         self._network = network
         self._server = server
-        self._exporters = exporters
+        self._senders = senders
+        self._exporters = [sender for sender in senders if isinstance(sender, Exporter)]
         self._pause = pause
         self._faults = [
             (name, weight, getattr(self, name))
@@ -52,6 +54,10 @@ class Nemesis:
         weights = [weight for _, weight, _ in self._faults]
         self._world.strikes += 1
         ((_, _, fault),) = self._world.chance.choices(self._faults, weights)
+        if self._world.chance.random() < 0.3:
+            # Trouble comes when all have something to send.
+            for sender in self._senders:
+                sender.wake_up()
         fault()
         self._next()
 
@@ -154,6 +160,12 @@ class Nemesis:
     def drain(self) -> None:
         """An operator restarts the server."""
         if self._server.is_up:
+            # It is restarted because something is wrong, as often as not.
+            self._world.pick((self.full_disk, self.slow_disk, self.scrape))()
+            self._world.after(self._world.chance.uniform(0, 4), self._drain)
+
+    def _drain(self) -> None:
+        if self._server.is_up and not self._world.is_calm:
             self._world.fault("drain", "the server is told to stop")
             self._server.drain(self._world.chance.uniform(0.5, 5))
 
@@ -198,7 +210,7 @@ class Nemesis:
 
 
 WEIGHTS = {
-    "cut": 20, "kill_sender": 6, "lose": 5, "stall": 15, "stop": 4, "starve": 6, "kill": 3, "power": 3, "drain": 6,
+    "cut": 20, "kill_sender": 6, "lose": 5, "stall": 15, "stop": 4, "starve": 6, "kill": 3, "power": 3, "drain": 10,
     "full_disk": 5, "bad_disk": 5, "slow_disk": 6, "set_clock": 3, "scrape": 8,
 }  # fmt: skip
 """How often each fault happens, against the others."""

@@ -114,8 +114,8 @@ def _limits(world: World) -> Limits:
         max_connections=chance.choice((10, 50)),
         max_in_flight_bytes=chance.choice((700_000, 700_000, 4_000_000)),
         max_frame_bytes=500_000,
-        patience=chance.choice((0.0, 0.0, 5.0, 30.0)),
-        drain_timeout=chance.choice((1.0, 10.0)),
+        patience=chance.choice((0.0, 0.0, 5.0, 30.0, 30.0)),
+        drain_timeout=chance.choice((1.0, 1.0, 10.0)),
     )
 
 
@@ -138,9 +138,8 @@ def _live(world: World, network: Network, server: Server, settings: Settings) ->
         HostileClient(world, network, server, next(numbers), 30.0 * world.scale)
         for _ in range(settings.hostile_clients * (1 + 3 * world.is_large))
     ]
-    exporters = [sender for sender in senders if isinstance(sender, Exporter)]
     nemesis = Nemesis(
-        world, network, server, exporters, kinds=settings.kinds, pause=settings.pause * world.scale
+        world, network, server, senders, kinds=settings.kinds, pause=settings.pause * world.scale
     )
     end = hours * 3600
 

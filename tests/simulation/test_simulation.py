@@ -15,7 +15,7 @@ from .run import Settings, run, shrink
 
 SEEDS = range(8)
 
-SHORT = Settings(hours=0.3, batches=30)
+SHORT = Settings(hours=0.3, batches=30, pause=5.0)
 
 SECONDS = 600.0
 """How long new worlds live in the slow test."""

@@ -65,6 +65,7 @@ class World:
         self.story: deque[str] = deque(maxlen=MAX_STORY)
         self.at_end: list[Callable[[], object]] = []
         self._verbose = verbose
+        self._violation: Violation | None = None
         self._queue: list[tuple[float, float, int, Event]] = []
         self._number = count()
 
@@ -109,6 +110,9 @@ class World:
                 self.now = time
                 self.events += 1
                 call()
+                if self._violation is not None:
+                    # Whoever was called may have caught it, as a Deferred does.
+                    raise self._violation
                 return True
         return False
 
@@ -131,7 +135,8 @@ class World:
         :raises Violation: with what it is.
         """
         self.tell(f"VIOLATION {what}")
-        raise Violation(what)
+        self._violation = Violation(what)
+        raise self._violation
 
     def pick(self, choices: Any) -> Any:
         """One of some."""

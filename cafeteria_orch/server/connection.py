@@ -18,9 +18,10 @@ from .lines import log_bug, log_received, log_timeout
 from .memory import MemoryShare
 from .processing import ProcessingTimeout
 from .reading import BUSY, MEMORY, Awaited
-from .receiver import OPEN, FrameReceiver, State
+from .receiver import FrameReceiver
 from .refusals import note_failure, refuse
 from .responses import Exchange, Session, handle_processing_error, send_failure
+from .state import OPEN, State
 from .window import Window
 
 if TYPE_CHECKING:

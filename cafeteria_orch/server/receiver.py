@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
-from enum import Enum
 from itertools import chain
 from typing import Any
 
@@ -25,6 +23,7 @@ from cafeteria_orch.wire.framing import INT32, SUCCESS, FrameDecoder, Framing
 
 from .outbox import Outbox, Output
 from .reading import Awaited, Pause, Reading
+from .state import OPEN, State
 from .timeouts import Timeouts
 from .turns import Turns
 
@@ -41,27 +40,6 @@ TURN_SECONDS = 0.002
 """How long, in seconds, a connection's messages are handled before others are served."""
 
 _READ_SIZE = 65536
-
-
-class State(Enum):
-    """What a connection still does."""
-
-    OPEN = "takes messages"
-    ENDING = "takes no more messages, and answers those in progress"
-    CLOSING = "has sent its last answer, and waits for the peer to close"
-    LOST = "has no transport any more; messages that were read whole are still processed"
-
-
-OPEN = State.OPEN
-"""Bound for what runs for each message: on Python 3.11, to look up ``State.OPEN`` is a slow
-call."""
-
-_NEXT: Mapping[State, frozenset[State]] = {
-    State.OPEN: frozenset({State.ENDING, State.CLOSING, State.LOST}),
-    State.ENDING: frozenset({State.CLOSING, State.LOST}),
-    State.CLOSING: frozenset({State.LOST}),
-    State.LOST: frozenset(),
-}
 
 
 @implementer(IHalfCloseableProtocol, IPushProducer)
@@ -382,9 +360,7 @@ class FrameReceiver(Int32StringReceiver):
             self.transport.abortConnection()
 
     def _enter(self, state: State) -> None:
-        if state not in _NEXT[self.state]:
-            raise AssertionError(f"{self.state.name} cannot become {state.name}")
-        self.state = state
+        self.state = self.state.become(state)
 
     def _read(self, reads: bool) -> None:
         # A transport that is resumed after a half-close reports the end of input for ever.

@@ -33,8 +33,8 @@ from cafeteria_orch.server.receiver import (
     MAX_MESSAGES_IN_TURN,
     TURN_SECONDS,
     FrameReceiver,
-    State,
 )
+from cafeteria_orch.server.state import State
 from cafeteria_orch.server.turns import ITERATIONS, Turns
 from cafeteria_orch.wire.framing import INT32, OPCODE_FIRST
 from tests.support.builders import frame, opcode_first

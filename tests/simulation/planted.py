@@ -19,8 +19,9 @@ from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.server.limits import ConnectionLimits
 from cafeteria_orch.server.memory import MemoryBudget, MemoryShare
 from cafeteria_orch.server.reading import Pause, Reading
-from cafeteria_orch.server.receiver import FrameReceiver, State
+from cafeteria_orch.server.receiver import FrameReceiver
 from cafeteria_orch.server.responses import Session
+from cafeteria_orch.server.state import State
 from cafeteria_orch.server.timeouts import Countdown
 from cafeteria_orch.server.turns import Turns
 from cafeteria_orch.server.window import Window

@@ -33,7 +33,7 @@ class Links(SynchronousTestCase):
         self.assertGreater(followed, 50)
 
     def test_every_page_is_found(self) -> None:
-        """Each page of the documentation can be reached from the README of its language."""
+        """Each page of the documentation can be reached from either README."""
         for start in ("README.md", "README.es.md"):
             reached, waiting = set(), [ROOT / start]
             while waiting:

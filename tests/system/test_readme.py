@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import unittest
+from argparse import ArgumentParser
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -17,7 +18,6 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from cafeteria_orch.admin import cli as cafeorch
 from cafeteria_orch.bench import cli as bench
-from cafeteria_orch.common.command_line import CommandParser
 from cafeteria_orch.daemon.options import Options
 from cafeteria_orch.sender import cli as sender
 from tests.support.builders import query
@@ -33,7 +33,7 @@ STORE = "cafeorch.sqlite3"
 OTHER_WORDS = ("fichero", "confirm", "razón", "órdenes", "log", "backup", "lotes completos")
 """Beside archivo, acuse, motivo, comando, registro, copia de seguridad, lote lleno."""
 
-PARSERS: dict[str, Callable[[], CommandParser]] = {
+PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "cafeorch": cafeorch.parser,
     "cafeorch-bench": bench.parser,
     "cafeorch-send": sender.parser,

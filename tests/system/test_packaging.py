@@ -1,4 +1,4 @@
-"""What is installed: from the folder, for editing, as a wheel; each in an environment of its own."""
+"""What is installed: as a wheel, and for editing; each in an environment of its own."""
 
 from __future__ import annotations
 
@@ -164,8 +164,13 @@ class Workshop:
 
     @cached_property
     def installed(self) -> Environment:
-        """What ``pip install .`` gives."""
-        return self.install(self.copy_translated("install"))
+        """What ``pip install .`` gives: it builds the wheel, and installs it."""
+        return self.install(self.wheel)
+
+    @cached_property
+    def editable(self) -> Environment:
+        """What ``pip install -e .`` gives where there is no compiler."""
+        return self.install("-e", self.copy_translated("editable"), CC="false")
 
     def copy(self, name: str) -> Path:
         """A copy of the project's files, so that building leaves nothing beside them."""
@@ -239,11 +244,19 @@ class Packaging(SynchronousTestCase):
         command = (environment.programs / program, *options)
         return run(*command, folder=self.workshop.elsewhere).stdout
 
-    def check_commands(self, environment: Environment) -> None:
-        """What was installed there works from another directory."""
+    def check_plugin(self, environment: Environment) -> None:
+        """The server is found from another directory, beside Twisted's own, and can start."""
         commands = self.output(environment, "twistd", "--help")
         self.assertRegex(commands, r"(?m)^ +cafeorch ")
         self.assertRegex(commands, r"(?m)^ +web ")
+        answer = self.output(environment, "cafeorch", "check", "--port=0")
+        self.assertIn("The server can start.", answer)
+
+    def test_install(self) -> None:
+        """``pip install .``: the plugin stands beside Twisted's own, and the commands are there."""
+        environment = self.workshop.installed
+        self.check_plugin(environment)
+        self.assertTrue((environment.packages / PLUGIN).is_file())
         for option, *command in (
             ("--drain-timeout", "twistd", "cafeorch"),
             ("--batch-rows", "cafeorch-send"),
@@ -251,19 +264,11 @@ class Packaging(SynchronousTestCase):
             ("--json", "cafeorch", "store", "copy"),
         ):
             self.assertIn(option, self.output(environment, *command, "--help"))
-        answer = self.output(environment, "cafeorch", "check", "--port=0")
-        self.assertIn("The server can start.", answer)
-
-    def test_install(self) -> None:
-        """``pip install .``: the plugin stands beside Twisted's own, which are still there."""
-        environment = self.workshop.installed
-        self.check_commands(environment)
-        self.assertTrue((environment.packages / PLUGIN).is_file())
 
     def test_editable_install(self) -> None:
         """``pip install -e .``: the plugin is found in the folder itself."""
-        environment = self.workshop.install("-e", self.workshop.copy_translated("editable"))
-        self.check_commands(environment)
+        environment = self.workshop.editable
+        self.check_plugin(environment)
         self.assertFalse((environment.packages / PLUGIN).exists())
 
     def codecs(self, environment: Environment, **settings: str) -> list[str]:
@@ -287,14 +292,11 @@ class Packaging(SynchronousTestCase):
 
     def test_without_a_compiler(self) -> None:
         """Where there is none, it is installed all the same, and the pure ones serve."""
-        environment = self.workshop.install(
-            self.workshop.copy_translated("uncompiled"), CC="false"
-        )
-        packages = environment.packages
-        names = (path.relative_to(packages).as_posix() for path in packages.rglob("_*"))
+        environment = self.workshop.editable
+        folder = self.workshop.folder / "editable"
+        names = (path.relative_to(folder).as_posix() for path in folder.rglob("_*"))
         self.assertEqual(list(filter(BUILT.fullmatch, names)), [])
         self.assertEqual(self.codecs(environment), ["pure", "pure"])
-        self.assertIn("--drain-timeout", self.output(environment, "twistd", "cafeorch", "--help"))
 
     def test_without_the_header_of_sqlite(self) -> None:
         """Where only that is missing, the row codec is compiled."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from contextlib import closing
 from pathlib import Path
 from uuid import UUID
@@ -127,6 +128,8 @@ class BesideAServer(CopyTestCase):
         program = Program(self, code, "store", "copy", *places)
         while not program.has_ended:
             send()
+            # Without a pause it would take the processor from what it goes on beside.
+            time.sleep(0.005)
         self.assertEqual(program.wait(), 0, program.output)
         ((copied,),) = self.target.query("SELECT count(*) FROM batch")
         self.assertGreaterEqual(copied, 50)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from uuid import UUID
 
@@ -91,6 +92,9 @@ class BesideAServer(ProcessTestCase):
         program = self.forgetting("--session", "1")
         while not program.has_ended:
             send()
+            # Without a pause it would take the processor from what it goes on beside.
+            time.sleep(0.005)
+        send()
         self.assertEqual(program.wait(), 0, program.output)
         forgotten = self.forgotten()
         self.assertGreaterEqual(forgotten, 100)

@@ -7,17 +7,19 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from twisted.trial.unittest import SynchronousTestCase
+from twisted.internet import reactor
+from twisted.trial.unittest import TestCase
 
 from cafeteria_orch.sender.journal import STATE_NAME
 from tests.support.builders import query
+from tests.support.copies import cafeorch
 from tests.support.faults import (
-    Program,
     Sender,
     Server,
     faults_of_store,
     new_folder,
     seeded,
+    send_folder,
     wait_for,
     write_exports,
 )
@@ -25,8 +27,8 @@ from tests.support.faults import (
 BATCHES = "--batch-rows=7"
 
 
-class RestoredStoreTests(SynchronousTestCase):
-    """A sender and a server as processes, ``VACUUM INTO``, and the backup in the store's place."""
+class RestoredStoreTests(TestCase):
+    """A sender, a server as a process, ``VACUUM INTO``, and the backup in the store's place."""
 
     def setUp(self) -> None:
         self.server = Server(self)
@@ -36,14 +38,16 @@ class RestoredStoreTests(SynchronousTestCase):
         self.backup = new_folder(self) / "backup.sqlite3"
         self.exports = write_exports(self.folder, {"users_1.csv": 300, "stores/a.csv": 200})
 
-    def sender(self, server: Server | None = None, *options: str) -> Sender:
-        return Sender(self, self.folder, (server or self.server).port, BATCHES, *options)
+    def sender(self, *options: str) -> Sender:
+        """Start a sender that can be killed."""
+        return Sender(self, self.folder, self.server.port, BATCHES, *options)
 
-    def send(self, server: Server | None = None) -> str:
-        """Run the sender to its end, which must be a good one; return what it said."""
-        sender = self.sender(server)
-        self.assertEqual(sender.wait(), 0, sender.output)
-        return sender.output
+    async def send(self, server: Server | None = None, status: int = 0) -> str:
+        """Run the sender to its end, by default a good one; return what it said."""
+        port = (server or self.server).port
+        ended, output = await send_folder(reactor, self.folder, port, BATCHES)
+        self.assertEqual(ended, status, output)
+        return output
 
     def back_up(self) -> None:
         """Make a backup, as the page for operators says."""
@@ -67,22 +71,22 @@ class RestoredStoreTests(SynchronousTestCase):
         )
         self.assertEqual(status, [(1, 1)])
 
-    def test_what_a_backup_lacks_is_sent_again(self) -> None:
+    async def test_what_a_backup_lacks_is_sent_again(self) -> None:
         """The next run finds out by itself, and brings rows, ends and the agency."""
-        self.send()
+        await self.send()
         self.back_up()
         self.exports |= write_exports(self.folder, {"users_2.csv": 100, "stores/b.csv": 100})
-        self.send()
+        await self.send()
         self.restore()
         self.assertNotEqual(faults_of_store(self.server.store, self.exports), {})
-        self.assertIn("was it restored from a backup? Everything is sent again", self.send())
+        self.assertIn("was it restored from a backup? Everything is sent again", await self.send())
         self.assert_complete()
-        self.assertIn("All had been acknowledged before", self.send())
+        self.assertIn("All had been acknowledged before", await self.send())
         self.assert_complete()
 
     def test_a_backup_of_the_middle_of_a_file(self) -> None:
         """The backup has part of a file; the sender is killed again and again while it resends."""
-        sender = self.sender(None, "--window=1")
+        sender = self.sender("--window=1")
         self.wait_for_progress(sender, 2500)
         self.back_up()
         self.assertEqual(sender.wait(), 0, sender.output)
@@ -100,35 +104,33 @@ class RestoredStoreTests(SynchronousTestCase):
         self.assertGreater(kills, 0)
         self.assert_complete()
 
-    def test_a_backup_without_ends(self) -> None:
+    async def test_a_backup_without_ends(self) -> None:
         """A backup that has all batches, and no end, gets the ends in the next run."""
-        self.send()
+        await self.send()
         self.back_up()
         with closing(sqlite3.connect(self.backup)) as backup, backup:
             backup.execute("DELETE FROM table_eof")
             backup.execute("UPDATE session SET finished_at = NULL, agency_id = NULL")
         self.restore()
-        self.send()
+        await self.send()
         self.assert_complete()
 
-    def test_batches_that_an_operator_has_removed(self) -> None:
+    async def test_batches_that_an_operator_has_removed(self) -> None:
         """They come back in the next run if they were removed with --resend, and only then."""
-        self.send()
-        code = "from cafeteria_orch.admin.cli import main; main()"
+        await self.send()
         forget = ("store", "forget", str(self.server.store), "--yes", "--batch")
         for options, are_sent_again in ((("3",), False), (("3", "4", "--resend"), True)):
-            command = Program(self, code, *forget, *options)
-            self.assertEqual(command.wait(), 0, command.output)
-            said = self.send()
+            self.assertEqual(cafeorch(*forget, *options).status, 0)
+            said = await self.send()
             self.assertEqual("Everything is sent again" in said, are_sent_again, said)
         for table, amount in (("users", 300), ("stores", 200)):
             column = f"{table.removesuffix('s')}_id"
             counts = f"SELECT count(*), count(DISTINCT {column}) FROM {table}"
             self.assertEqual(query(str(self.server.store), counts), [(amount, amount)])
 
-    def test_a_moved_server(self) -> None:
+    async def test_a_moved_server(self) -> None:
         """The store at another port is the same; the store of another server is refused."""
-        self.send()
+        await self.send()
         self.server.stop()
         moved = Server(self, store=self.server.store)
         other = Server(self)
@@ -136,13 +138,10 @@ class RestoredStoreTests(SynchronousTestCase):
             server.start()
             server.wait_until_it_listens()
         self.exports |= write_exports(self.folder, {"users_2.csv": 50})
-        self.assertIn("more batches had been acknowledged before", self.send(moved))
+        self.assertIn("more batches had been acknowledged before", await self.send(moved))
         self.assert_complete()
-        sender = self.sender(other)
-        self.assertEqual(sender.wait(), 1)
-        self.assertRegex(
-            sender.output, "it is about the store .* has the store .* another --state"
-        )
+        said = await self.send(other, status=1)
+        self.assertRegex(said, "it is about the store .* has the store .* another --state")
         self.assertEqual(query(str(other.store), "SELECT count(*) FROM batch"), [(0,)])
 
     def wait_for_progress(self, sender: Sender, size: int) -> None:

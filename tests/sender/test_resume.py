@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from random import Random
 
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from cafeteria_orch.sender.cli import parser
 from cafeteria_orch.sender.journal import STATE_NAME
-from cafeteria_orch.sender.sending import send_directory
 from tests.support.faults import (
-    LOOPBACK,
     PATIENCE,
     Sender,
     Server,
@@ -24,9 +18,11 @@ from tests.support.faults import (
     new_folder,
     read_store,
     seeded,
+    send_folder,
     wait_for,
     write_exports,
 )
+from tests.support.tracing import untraced
 
 FILES = {"users_1.csv": 1700, "users_2.csv": 3, "stores/a.csv": 1200, "stores/b.csv": 1300}
 BATCHES = "--batch-rows=7"
@@ -134,6 +130,7 @@ class TornStateTests(TestCase):
 
     timeout = PATIENCE * 4
 
+    @untraced
     async def test_every_part_of_a_line(self) -> None:
         """A server, a plan, an acknowledgement: cut at any byte, all is sent, nothing twice."""
         server = Server(self)
@@ -142,27 +139,18 @@ class TornStateTests(TestCase):
         folder = new_folder(self)
         exports = write_exports(folder, {"users_1.csv": 5, "users_2.csv": 1, "stores.csv": 4})
         state = folder / STATE_NAME
-        arguments = [
-            str(folder),
-            "--agency-id=1",
-            "--batch-rows=2",
-            f"--connect=tcp:{LOOPBACK}:{server.port}",
-        ]
-        await self._send(arguments)
+        await self._send(folder, server)
         lines = state.read_bytes().splitlines(keepends=True)
         for kind in (b'"store"', b'"digest"', b'"acknowledged"', b'"stored"'):
             last = max(index for index, line in enumerate(lines) if kind in line)
             for size in range(len(lines[last])):
                 state.write_bytes(b"".join(lines[:last]) + lines[last][:size])
-                await self._send(arguments)
+                await self._send(folder, server)
                 # In another order, perhaps: what it says is the same.
                 told = sorted(state.read_bytes().splitlines(keepends=True))
                 self.assertEqual(list(filter(is_told, told)), sorted(filter(is_told, lines)))
         self.assertEqual(faults_of_store(server.store, exports), {})
 
-    async def _send(self, arguments: list[str]) -> None:
-        output = io.StringIO()
-        options = parser().parse_args(arguments)
-        with redirect_stdout(output), redirect_stderr(output):
-            status = await Deferred.fromCoroutine(send_directory(reactor, options))
-        self.assertEqual(status, 0, output.getvalue())
+    async def _send(self, folder: Path, server: Server) -> None:
+        status, output = await send_folder(reactor, folder, server.port, "--batch-rows=2")
+        self.assertEqual(status, 0, output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -29,6 +30,8 @@ from twisted.protocols.basic import Int32StringReceiver
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
+from cafeteria_orch.sender.cli import parser
+from cafeteria_orch.sender.sending import send_directory
 from cafeteria_orch.wire.messages import ClientHello, encode
 from cafeteria_orch.wire.opcodes import Opcode
 from cafeteria_orch.wire.tables import TABLES
@@ -220,6 +223,19 @@ class Sender(Program):
         code = "from cafeteria_orch.sender.cli import main; main()"
         server = f"--connect=tcp:{LOOPBACK}:{port}"
         super().__init__(test, code, str(folder), "--agency-id=1", server, *options)
+
+
+async def send_folder(reactor: Any, folder: Path, port: int, *options: str) -> tuple[int, str]:
+    """Run ``cafeorch-send`` on a folder in this process.
+
+    :return: its exit status, and what it has said.
+    """
+    server = f"--connect=tcp:{LOOPBACK}:{port}"
+    parsed = parser().parse_args([str(folder), "--agency-id=1", server, *options])
+    output = io.StringIO()
+    with redirect_stdout(output), redirect_stderr(output):
+        status = await Deferred.fromCoroutine(send_directory(reactor, parsed))
+    return status, output.getvalue()
 
 
 class RawClient:

@@ -46,7 +46,9 @@ class Cluster:
         atexit.register(self.remove)
         if os.geteuid() == 0:
             shutil.chown(self._folder, _USER)
-        self.run("initdb", "-D", "data", "-U", _USER, "-A", "trust", "-E", "UTF8", "--locale=C")
+        self.run(
+            "initdb", "-D", "data", "-U", _USER, "-A", "trust", "-E", "UTF8", "--locale=C", "-N"
+        )
         self.start()
 
     def run(self, program: str, *arguments: str) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import sqlite3
-from contextlib import closing, redirect_stderr, redirect_stdout
+from contextlib import closing
 from itertools import cycle, repeat
 from uuid import uuid4
 
@@ -16,9 +15,7 @@ from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
 
 from cafeteria_orch.sender import delivery
-from cafeteria_orch.sender.cli import parser
 from cafeteria_orch.sender.client import OrchestratorClient
-from cafeteria_orch.sender.sending import send_directory
 from cafeteria_orch.wire.messages import BatchRecvSuccess, TableBatch, encode
 from cafeteria_orch.wire.tables import USERS
 from tests.support.faults import (
@@ -31,6 +28,7 @@ from tests.support.faults import (
     new_folder,
     read_store,
     seeded,
+    send_folder,
     write_exports,
 )
 
@@ -101,16 +99,8 @@ class CutTests(TestCase):
         exports = write_exports(folder, {"users_1.csv": 700, "users_2.csv": 1, "stores.csv": 300})
         # Sooner or later than its window of 8 is full: batches, ends of tables, the hello itself.
         self.proxy.passing = cycle(range(12))
-        arguments = [
-            str(folder),
-            "--agency-id=1",
-            "--batch-rows=5",
-            f"--connect=tcp:{LOOPBACK}:{self.port}",
-        ]
-        output = io.StringIO()
-        with redirect_stdout(output), redirect_stderr(output):
-            status = await send_directory(reactor, parser().parse_args(arguments))
-        self.assertEqual(status, 0, output.getvalue())
+        status, output = await send_folder(reactor, folder, self.port, "--batch-rows=5")
+        self.assertEqual(status, 0, output)
         self.assertEqual(faults_of_store(self.server.store, exports), {})
         self.assertGreater(self.proxy.cuts, 20)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from tests.support.certificates import Files
 from tests.support.copies import Outcome, cafeorch
 from tests.support.processes import PROGRAMS, ROOT
+from tests.support.services import restore_process
 
 
 class CheckTestCase(SynchronousTestCase):
@@ -27,9 +27,7 @@ class CheckTestCase(SynchronousTestCase):
         self.environment = {"PATH": os.environ.get("PATH", "")}
         self.patch(os, "environ", self.environment)
         self.patch(sys, "path", list(sys.path))
-        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
-        for number in (signal.SIGUSR1, signal.SIGHUP):
-            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        restore_process(self)
 
     def check(self, *arguments: str, **environment: str) -> Outcome:
         """Run it, and see that it leaves nothing behind."""

@@ -39,6 +39,7 @@ from cafeteria_orch.observe.logs import BufferedLogObserver
 from cafeteria_orch.tap import SWITCH_INTERVAL, Options, makeService
 from tests.support.builders import texts
 from tests.support.certificates import Files
+from tests.support.services import restore_process
 
 PROCESSORS = """
 from cafeteria_orch import Opcode
@@ -86,8 +87,7 @@ class TapTestCase(TestCase):
         self.patch(os, "environ", {"PATH": os.environ.get("PATH", "")})
         for name in ("cafe_processors", "cafe_broken"):
             self.addCleanup(sys.modules.pop, name, None)
-        for number in (signal.SIGUSR1, signal.SIGHUP):
-            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        restore_process(self)
         (self.folder / "cafe_processors.py").write_text(PROCESSORS)
 
     def make(self, *arguments: str) -> OrchestratorService:
@@ -113,7 +113,6 @@ class Plugin(TapTestCase):
 
     def test_threads_hand_over_the_interpreter_lock_soon(self) -> None:
         """The store's thread does not wait for Python's 5 ms each time it needs the lock."""
-        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(0.005)
         self.make("--store=none")
         self.assertAlmostEqual(sys.getswitchinterval(), SWITCH_INTERVAL)

@@ -22,6 +22,13 @@ from cafeteria_orch.store.sink import Sink
 from .builders import ECHO, Pending, TCPTransport, connect, lose, numbered
 
 
+def restore_process(test: SynchronousTestCase) -> None:
+    """Undo after a test what ``makeService`` does to the process."""
+    test.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+    for number in (signal.SIGUSR1, signal.SIGHUP):
+        test.addCleanup(signal.signal, number, signal.getsignal(number))
+
+
 class Reactor(MemoryReactorClock):
     """A reactor in memory whose own thread is the test's."""
 

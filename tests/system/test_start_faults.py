@@ -11,6 +11,7 @@ from pathlib import Path
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from cafeteria_orch.store.sqlite import Database
+from tests.support.copies import cafeorch
 from tests.support.disks import (
     DEADLINE,
     ENVIRONMENT,
@@ -23,6 +24,7 @@ from tests.support.disks import (
 )
 from tests.support.faults import wait_for
 from tests.support.older_stores import make_older_store
+from tests.support.services import restore_process
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -64,9 +66,16 @@ class StartTestCase(SynchronousTestCase):
         return ended.returncode, ended.stdout
 
     def assert_refused(self, why: str, *options: str) -> None:
-        """One clear line, a status that is not zero, and nothing in the folder has changed."""
+        """One clear line, a status that is not zero, and nothing in the folder has changed.
+
+        :param options: of ``twistd``; without any, ``cafeorch check`` runs the same code here.
+        """
         before = contents(self.folder)
-        status, output = self.run_server(*(options or ("-n",)))
+        if options:
+            status, output = self.run_server(*options)
+        else:
+            restore_process(self)
+            status, _, output = cafeorch("check", "--port=0", f"--store={self.store}")
         self.assertEqual(status, 1, output)
         self.assertEqual(output.count("\n"), 1, output)
         self.assertRegex(output, rf"^cafeorch: .*{self.store.name}.*{why}")
@@ -79,7 +88,7 @@ class FileTests(StartTestCase):
     def test_rubbish(self) -> None:
         """A file that is no database."""
         self.store.write_bytes(random.Random(1).randbytes(10_000))
-        self.assert_refused("file is not a database")
+        self.assert_refused("file is not a database", "-n")
 
     def test_missing_folder(self) -> None:
         """There is no such folder, and none is made."""
@@ -146,7 +155,7 @@ class SecondServerTests(StartTestCase):
         client = first.connect(self)
         client.store(batch_number=1)
         self.assert_refused(
-            "belongs to another server, which runs: stop that one, or name another --store"
+            "belongs to another server, which runs: stop that one, or name another --store", "-n"
         )
         with socket.create_server(("127.0.0.1", 0)) as taken:
             self.run_server("-n", port=taken.getsockname()[1])

@@ -28,7 +28,6 @@ from tests.support.copies import (
 from tests.support.exported import ExportTestCase, rows_of, users_in
 from tests.support.older_stores import make_older_store
 from tests.support.stores import NOW, store_batch
-from tests.support.tracing import untraced
 
 DAY = "2023-11-14"
 
@@ -296,7 +295,6 @@ class Refusals(ExportTestCase):
         self.assertEqual(self.export(file_format="orc").status, 2)
 
 
-@untraced
 class Interruptions(ExportTestCase):
     """Killed at any moment and run again, it has written everything once."""
 

@@ -22,7 +22,6 @@ from tests.support.builders import PEER, query, received
 from tests.support.disks import make_folder
 from tests.support.older_stores import make_older_store
 from tests.support.stores import Fault, FaultyConnection, connecting, store_batch
-from tests.support.tracing import untraced
 
 NOW = 1_700_000_000.25
 CLIENT = UUID(int=7)
@@ -245,7 +244,6 @@ class Identity(SynchronousTestCase):
         self.assertEqual(len(found), 6)
 
 
-@untraced
 class Interrupted(UpgradeTestCase):
     """What ends it in the middle leaves a store of one version or the other."""
 
@@ -279,7 +277,6 @@ class Interrupted(UpgradeTestCase):
         self.assert_upgraded()
 
 
-@untraced
 class InterruptedCreation(UpgradeTestCase):
     """What ends the making of a new store in the middle."""
 

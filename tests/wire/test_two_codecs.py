@@ -98,7 +98,6 @@ def outcome(function: Callable[..., Any], *arguments: Any) -> tuple[str, ...]:
     return type(value).__name__, repr(value), *kinds
 
 
-@untraced
 class AgreementTests(Compiled):
     """The same value, or the same error with the same text."""
 
@@ -121,6 +120,7 @@ class AgreementTests(Compiled):
         self.assertAgree("decode_rows", body, len(head), len(drawn), table)
 
     # The sanitizer's test compares many more; these are the ones that Hypothesis can shrink.
+    @untraced
     @settings(max_examples=500)
     @given(st.data())
     def test_mutated(self, data: DataObject) -> None:

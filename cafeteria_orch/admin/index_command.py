@@ -29,7 +29,7 @@ PAUSE = 2.0
 
 _DESCRIPTION = """
 Make the indexes that look-ups want: the rows of a batch (and with them exports of what is new),
-the batches of a session, the sessions of a client; with --receipts also a receipt and its lines.
+the batches of a session; with --receipts also a receipt and its lines.
 Questions about all rows, as those in docs/data.md, are not faster by them, and storing is slower.
 PostgreSQL makes them while servers store. In a file no batch is stored while an index is made:
 batches wait.
@@ -56,7 +56,6 @@ _HASH = "hash ({columns})"
 INDEXES = (
     *(Index(batch_index(table), table.name, "batch_id", _BRIN) for table in TABLES),
     Index("cafeorch_batch_session", "batch", "session_id, opcode"),
-    Index("cafeorch_session_client", "session", "client_id"),
 )
 RECEIPTS = tuple(
     Index(f"cafeorch_{table.name}_receipt", table.name, "transaction_id", _HASH)
@@ -109,8 +108,6 @@ def _make(store: Connection, missing: list[Index], say: Say) -> list[Index]:
     if isinstance(store, SQLiteConnection):
         _make_in_file(store, missing, say)
         return missing
-    # Servers make this one with the schema.
-    missing = [index for index in missing if index.table != "session"]
     for index in missing:
         say(f"making {index.name}")
         kind = index.postgresql.format(columns=index.columns)

@@ -13,8 +13,8 @@ SCHEMA_VERSION = 6
 
 Version 1 has no common names; before version 3, some columns are numeric; before version 4, there
 are no typed views; before version 5, no session has a node; before version 6, a store has no
-identity, no batch is forgotten and no rejection noted. PostgreSQL has versions 1, which is
-version 3 here, 2, which is version 5, and those from 6 on.
+identity and no index of sessions by client, no batch is forgotten and no rejection noted.
+PostgreSQL has versions 1, which is version 3 here, 2, which is version 5, and those from 6 on.
 """
 
 APPLICATION_ID = 0x63616665
@@ -53,7 +53,7 @@ CREATE TABLE table_eof (
 );
 """
 
-# Tables that came with version 6.
+# What came with version 6.
 _IDENTITY = "CREATE TABLE identity (id TEXT NOT NULL, created_at TEXT NOT NULL)"
 _REJECTION = """
 CREATE TABLE rejection (
@@ -66,6 +66,9 @@ CREATE TABLE rejection (
     PRIMARY KEY (session_id, opcode, reason)
 )
 """
+
+# Without it ingest_status reads all sessions for each of them.
+_INDEX = "CREATE INDEX session_client_id_idx ON session (client_id)"
 
 # Columns that came with a version. They stand at the end of their table, as in a new store.
 _ADDED = {
@@ -147,7 +150,7 @@ def statements(version: int) -> Iterator[str]:
     else:
         yield from (added for number, added in _ADDED.items() if number > version)
     if version < 6:
-        yield from (_IDENTITY, _INSERT_IDENTITY, _REJECTION)
+        yield from (_IDENTITY, _INSERT_IDENTITY, _REJECTION, _INDEX)
     yield "DROP VIEW IF EXISTS ingest_status"
     yield ingest_status()
     yield from typed_views()

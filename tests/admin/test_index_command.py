@@ -120,9 +120,6 @@ class IndexesInPostgreSQL(Indexes):
             )
         ]
 
-    def expected(self) -> list[str]:
-        return [name for name in super().expected() if name != "cafeorch_session_client"]
-
     def plan(self, query: str) -> str:
         url = f"{self.source.location}?options=-c%20enable_seqscan%3Doff"
         place = Shared.__new__(Shared)

@@ -58,6 +58,11 @@ def columns(path: Path, table: str) -> list[Any]:
     return query(str(path), f"SELECT * FROM pragma_table_info('{table}')")
 
 
+def indexes(path: Path) -> list[Any]:
+    of_indexes = "FROM sqlite_master WHERE type = 'index'"
+    return query(str(path), f"SELECT name, tbl_name, sql {of_indexes} ORDER BY name")
+
+
 class UpgradeTestCase(SynchronousTestCase):
     """A store of an older version."""
 
@@ -85,6 +90,7 @@ class UpgradeTestCase(SynchronousTestCase):
         for (table,) in query(str(new), "SELECT name FROM sqlite_master WHERE type != 'index'"):
             if table not in NUMERIC:
                 self.assertEqual(columns(path, table), columns(new, table), table)
+        self.assertEqual(indexes(path), indexes(new))
         ((identity, created_at),) = query(str(path), "SELECT * FROM identity")
         self.assertEqual(str(UUID(identity)), identity)
         self.assertLess(created_at, query(str(path), "SELECT datetime('now', '1 minute')")[0][0])
@@ -176,6 +182,14 @@ class Upgrade(UpgradeTestCase):
         with connecting(Slow):
             self.open()
         self.assert_upgraded()
+
+    def test_index_of_clients(self) -> None:
+        """``ingest_status`` finds the other sessions of a client, and does not read all of them."""
+        self.open()
+        plan = query(str(self.path), "EXPLAIN QUERY PLAN SELECT * FROM ingest_status")
+        steps = [step for *_, step in plan]
+        self.assertTrue([step for step in steps if "INDEX session_client_id_idx" in step], steps)
+        self.assertEqual([step for step in steps if "SCAN other" in step], [])
 
     def test_older_program_goes_on(self) -> None:
         """An older program that has it open writes on into it."""

@@ -25,6 +25,7 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = ("cafeteria_orch", "twisted")
+FOLDERS = (*SOURCES, ".ci", "docs", "tests")
 PLUGIN = "twisted/plugins/cafeorch_plugin.py"
 COMPILED = ("cafeteria_orch/wire/_rows", "cafeteria_orch/store/_wire_tables")
 SOURCES_OF_COMPILED = {*(f"{name}.pyx" for name in COMPILED), "cafeteria_orch/wire/_rows.pxd"}
@@ -179,13 +180,10 @@ class Workshop:
         for path in ROOT.iterdir():
             if path.is_file():
                 shutil.copy(path, target)
-        for source in SOURCES:
+        for folder in FOLDERS:
             built = ("_*.c", "_*.so", "_*.pyd")
             junk = shutil.ignore_patterns("__pycache__", "dropin.cache", *built)
-            shutil.copytree(ROOT / source, target / source, ignore=junk, symlinks=True)
-        # A link of the package leads to it: the manual that the server shows.
-        (target / "docs").mkdir()
-        shutil.copy(ROOT / "docs" / "operations.md", target / "docs")
+            shutil.copytree(ROOT / folder, target / folder, ignore=junk, symlinks=True)
         return target
 
     def copy_translated(self, name: str) -> Path:
@@ -337,13 +335,24 @@ class Packaging(SynchronousTestCase):
         for shadow in ("twisted/__init__.py", "twisted/plugins/__init__.py"):
             self.assertNotIn(shadow, files)
 
+    def files_of_sdist(self) -> set[str]:
+        """The names in the source distribution."""
+        with tarfile.open(self.workshop.sdist) as archive:
+            return {name.partition("/")[2] for name in archive.getnames()}
+
     def test_sdist(self) -> None:
         """The source distribution has the sources of what is compiled, and not what they become."""
-        with tarfile.open(self.workshop.sdist) as archive:
-            names = {name.partition("/")[2] for name in archive.getnames()}
+        names = self.files_of_sdist()
         needed = {"cafeteria_orch/wire/_rows.pyi", "cafeteria_orch/py.typed"}
         self.assertLessEqual(needed | SOURCES_OF_COMPILED, names)
-        self.assertEqual([name for name in names if name.endswith(".c")], [])
+        self.assertEqual([name for name in names if name.endswith((".c", ".so", ".pyc"))], [])
+
+    def test_sdist_is_the_whole_project(self) -> None:
+        """It passes its own tests: it has them, and all files that they and the pages refer to."""
+        if not (ROOT / ".git").exists():
+            raise SkipTest("only a checkout knows which files are the project's")
+        tracked = run("git", "ls-files", "-z", folder=ROOT).stdout.split("\0")
+        self.assertEqual({*filter(None, tracked)} - self.files_of_sdist(), set())
 
     def test_metadata(self) -> None:
         """Twisted alone is needed to run; the version is the package's."""
@@ -357,6 +366,8 @@ class Packaging(SynchronousTestCase):
         version = re.search(r'__version__ = "(.+)"', files["cafeteria_orch/__init__.py"].decode())
         assert version is not None
         self.assertIn(f"Version: {version[1]}", lines)
+        self.assertIn("Author: the developers of cafeteria_orch", lines)
+        self.assertRegex("\n".join(lines), "(?m)^License(-Expression)?: MIT$")
 
 
 def contents(wheel: Path) -> Mapping[str, bytes]:

@@ -15,7 +15,9 @@ from twisted.web import http
 from cafeteria_orch.common.clock import WallTime
 from cafeteria_orch.common.listening import address_of, listen
 from cafeteria_orch.common.oldest import OldestFirst
+from cafeteria_orch.common.rate_limit import RateLimitedLog
 from cafeteria_orch.server.factory import OrchestratorFactory
+from cafeteria_orch.server.responses import describe
 from cafeteria_orch.store.asking import Asker
 from cafeteria_orch.store.database import DatabaseServer
 from cafeteria_orch.store.sink import Sink
@@ -92,7 +94,8 @@ class Monitor:
         server: Asker[DatabaseServer] | None = None,
         node: str = "-",
     ) -> None:
-        self.site = Site(reactor, self.respond, factory.wall_time)
+        limited_log = RateLimitedLog(factory.rate_limits, _log)
+        self.site = Site(reactor, self.respond, factory.wall_time, limited_log)
         self._endpoint = endpoint
         self._problems = RecentProblems()
         self._status = Status(
@@ -190,17 +193,23 @@ class Site(http.HTTPFactory):
     :param reactor: for time.
     :param respond: what the path of a GET, and the rest of it, are answered with.
     :param wall_time: for the header ``Date``.
+    :param limited_log: of what any request can cause again and again.
     """
 
     noisy = False
 
     def __init__(
-        self, reactor: Any, respond: Callable[[bytes, Query], Response], wall_time: WallTime
+        self,
+        reactor: Any,
+        respond: Callable[[bytes, Query], Response],
+        wall_time: WallTime,
+        limited_log: RateLimitedLog,
     ) -> None:
         super().__init__(timeout=REQUEST_TIMEOUT, reactor=reactor)
         self.protocol = _Channel  # type: ignore[assignment]
         self.respond = respond
         self.wall_time = wall_time
+        self.limited_log = limited_log
         self.channels: OldestFirst[_Channel] = OldestFirst(MAX_CONNECTIONS)
         # However many ask at once, the agencies have their turns in between.
         self.turns = Cooperator(
@@ -269,7 +278,10 @@ class _Request(http.Request):
         try:
             return site.respond(self.path, Query(accept[0].decode("latin-1"), self.args or {}))
         except Exception:
-            _log.failure("action: serve_metrics | result: fail")
+            failure = Failure()
+            kind = f"bug: {describe(failure.value or Exception())}"
+            message = "action: serve_metrics | result: fail"
+            site.limited_log.failure(kind, message, failure)
             return Response(http.INTERNAL_SERVER_ERROR, _TEXT, b"a fault of the server\n")
 
 

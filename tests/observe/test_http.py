@@ -19,6 +19,7 @@ from twisted.internet.testing import RaisingMemoryReactor
 from twisted.logger import Logger, LogLevel, capturedLogs, globalLogPublisher
 
 from cafeteria_orch import __version__
+from cafeteria_orch.common.rate_limit import REPORT_INTERVAL
 from cafeteria_orch.daemon.service import OrchestratorService
 from cafeteria_orch.observe import page
 from cafeteria_orch.observe.http import (
@@ -280,6 +281,18 @@ class Hostile(MonitorTestCase):
         error = raising(ZeroDivisionError())
         self.patch(self.monitor.site, "respond", lambda *_: error())
         self.assertEqual(self.ask("/metrics")[0], 500)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+    def test_a_fault_that_comes_again_is_counted(self) -> None:
+        """However often it is asked for, a minute has one traceback, and then a line."""
+        error = raising(ZeroDivisionError())
+        self.patch(self.monitor.site, "respond", lambda *_: error())
+        with capturedLogs() as events:
+            for _ in range(5):
+                self.assertEqual(self.ask("/metrics")[0], 500)
+            self.reactor.advance(REPORT_INTERVAL)
+        failed = "action: serve_metrics | result: fail"
+        self.assertEqual(texts(events, LogLevel.critical), [failed, f"{failed} | repeated: 4"])
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
 
     def test_an_accept_that_is_no_text_gets_the_metrics(self) -> None:

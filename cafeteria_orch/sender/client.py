@@ -39,6 +39,10 @@ Answer = Union[BatchRecvSuccess, BatchRecvFail, StoreIdentity, RawMessage]
 _FAIL = bytes([Opcode.BATCH_RECV_FAIL])
 
 
+class AgencyRefused(ProtocolError):
+    """The server refuses the agency of FINISHED: the client's certificate is of another."""
+
+
 class OrchestratorClient(Protocol):
     """Sends messages and pairs each with its answer. Use it in the reactor's thread only.
 
@@ -123,7 +127,7 @@ class OrchestratorClient(Protocol):
         :param agency_id: the number of the agency; ``None`` leaves it out.
         :return: fires when the server has answered everything and closed the connection;
             fails if it closes before it has answered, or the connection is lost; and if it
-            refuses the agency, because the client's certificate is of another.
+            refuses the agency, with an :class:`AgencyRefused`.
         :raises RuntimeError: if it was called before.
         """
         if self._lost is not None:
@@ -172,7 +176,7 @@ class OrchestratorClient(Protocol):
 
     def _decode_answer(self, payload: bytes) -> Answer:
         if not self._waiting and self._finished is not None and payload[:1] == _FAIL:
-            raise ProtocolError("FINISHED was refused: the certificate is of another agency")
+            raise AgencyRefused("FINISHED was refused: the certificate is of another agency")
         if not self._waiting:
             raise ProtocolError("an answer to no message")
         if payload and payload[0] not in ANSWER_DECODERS:

@@ -20,7 +20,7 @@ from cafeteria_orch.wire.messages import BatchRecvFail, BatchRecvSuccess, StoreI
 from cafeteria_orch.wire.opcodes import FailReason
 from cafeteria_orch.wire.tables import Table
 
-from .client import Answer, OrchestratorClient
+from .client import AgencyRefused, Answer, OrchestratorClient
 from .connection import Connection
 from .exports import Batch
 from .journal import Journal
@@ -125,6 +125,7 @@ class Delivery:
 
         :raises GaveUp: if nothing was acknowledged for too long.
         :raises StoreRestored: if all is to be sent again.
+        :raises AgencyRefused: if the client's certificate is of another agency.
         :raises ProtocolError: if the server sends something that is not an answer.
         :raises JournalError: if the server is another one, or an acknowledgement cannot be noted.
         :raises Exception: what ``explain`` and ``probe`` raise.
@@ -166,6 +167,9 @@ class Delivery:
             pause = _backoff(self._postponed)
             self._postponed += 1
             reason = "The server does not take everything now."
+        except AgencyRefused:
+            self._journal.forget_agency()
+            raise
         except (ConnectError, ConnectionClosed, DNSLookupError, ProtocolError) as error:
             connection_is_mute = self._connection and not self._connection.has_answered
             if connection_is_mute and self._probe is not None:

@@ -106,7 +106,14 @@ class Journal:
                 raise self._error(f"it is about {self.server}; name another --state for {server}")
         store_id = (identity.store_id if identity else None) or self.store_id
         if (server, store_id, agency_id) != (self.server, self.store_id, self.agency_id):
-            self._note(server=server, store=str(store_id) if store_id else None, agency=agency_id)
+            self._note_met(server, store_id, agency_id)
+
+    def forget_agency(self) -> None:
+        """Let the next run name another agency: the server has refused this one."""
+        self._note_met(self.server, self.store_id, None)
+
+    def _note_met(self, server: str | None, store_id: UUID | None, agency_id: int | None) -> None:
+        self._note(server=server, store=str(store_id) if store_id else None, agency=agency_id)
 
     @property
     def acknowledged(self) -> int:

@@ -16,6 +16,7 @@ from cafeteria_orch.wire.errors import ProtocolError
 from cafeteria_orch.wire.framing import FRAMINGS
 from cafeteria_orch.wire.tables import Table
 
+from .client import AgencyRefused
 from .delivery import Delivery, GaveUp, StoreRestored, Totals
 from .finding import find_exports
 from .journal import STATE_NAME, Journal, JournalError
@@ -231,6 +232,14 @@ class _Sender:
             end = _End([_INTERRUPTED], INTERRUPTED, is_last=True)
         except GaveUp as error:
             what = f"{error} Gave up. Run it again when the server at {options.connect} is well."
+            end = _End.because(what, is_last=True)
+        except AgencyRefused:
+            what = (
+                f"the server at {options.connect} refuses agency {options.agency_id}: the"
+                " certificate of --tls-cert is of another one. Run it again with that one's"
+                " --agency-id, or when --agencies of the server is corrected; no batch is sent"
+                " again"
+            )
             end = _End.because(what, is_last=True)
         except ProtocolError as error:
             what = f"the server does not speak this protocol: {error}"

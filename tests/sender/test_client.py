@@ -11,7 +11,7 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from cafeteria_orch.sender.client import OrchestratorClient
+from cafeteria_orch.sender.client import AgencyRefused, OrchestratorClient
 from cafeteria_orch.server import responses
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.wire.errors import ProtocolError
@@ -226,7 +226,7 @@ class NoAnswers(ClientCase):
         self.successResultOf(answer)
         self.assertTrue(transport.aborted)
         client.connectionLost(Failure(ConnectionLost()))
-        error = self.failureResultOf(finished, ProtocolError)
+        error = self.failureResultOf(finished, AgencyRefused)
         self.assertIn("of another agency", error.getErrorMessage())
 
     def test_malformed(self) -> None:

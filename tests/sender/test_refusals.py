@@ -12,7 +12,7 @@ from typing import Any
 
 from cafeteria_orch.sender.exports import Contents, Export
 from cafeteria_orch.sender.journal import STATE_NAME, Journal, JournalError
-from cafeteria_orch.wire.messages import decode
+from cafeteria_orch.wire.messages import Finished, decode, encode
 from cafeteria_orch.wire.opcodes import BatchStatus, Opcode
 from tests.support.disks import fill_disk, mount_small_disk
 from tests.support.scripted import (
@@ -158,6 +158,21 @@ class RefusalTests(SenderTestCase):
         self.server.script = lambda _: None
         self.assertEqual(self.send(), 0)
         self.assertEqual(self.server.ends(), ["stores", "users"] * 2)
+
+    def test_agency_of_another_certificate(self) -> None:
+        """It is said, with the remedy; with the right one nothing is sent again but FINISHED."""
+        self.server.script = lambda payload: REJECT if payload == encode(Finished(1)) else None
+        self.assertEqual(self.send(), 1)
+        (problem,) = self.problems()
+        self.assertRegex(
+            problem, "^the server at .* refuses agency 1: the certificate of --tls-cert"
+        )
+        self.assertIn("--agency-id", problem)
+        self.assertNotIn("protocol", self.output)
+        sent = self.server.batches()
+        self.assertEqual(self.send("--agency-id=2"), 0, self.output)
+        self.assertEqual(self.server.batches(), sent)
+        self.assertEqual(self.server.payloads()[-1], encode(Finished(2)))
 
     def test_something_that_is_not_an_answer(self) -> None:
         """A server that sends it does not speak the protocol: one line, at once."""

@@ -25,6 +25,7 @@ from cafeteria_orch.observe.status import Status
 from cafeteria_orch.server.factory import OrchestratorFactory
 from cafeteria_orch.store.asking import Answer, Asker
 from cafeteria_orch.store.database import DatabaseServer, Standby
+from cafeteria_orch.store.totals import AgencyTotals, Completeness, StoreTotals, TableTotals
 from tests.support.package import ROOT
 from tests.support.services import RecordingSink
 
@@ -44,11 +45,15 @@ def exported() -> dict[str, set[str]]:
     server: Asker[DatabaseServer] = Asker(factory.reactor, lambda _: None, 10)
     standby = Standby("one", "streaming", "sync", 7, None)
     server.latest = Answer(0.0, DatabaseServer("db", 5432, "15", True, True, [standby]))
+    completeness = Completeness(factory.reactor, lambda _: None)
+    agency = AgencyTotals(7, 0.0, 1, 0, {"users": TableTotals(1, 1, 1, 1)})
+    completeness.latest = Answer(0.0, StoreTotals({}, [agency], None, 1))
     status = Status(
         factory.reactor,
         factory,
         __version__,
         sink=RecordingSink(),
+        completeness=completeness,
         server=server,
         problems=RecentProblems(),
     )

@@ -10,7 +10,13 @@ from typing import Any, Generic, Optional, TypeVar
 from cafeteria_orch.common.clock import WallTime
 
 PATIENCE = 2.0
-"""How long, in seconds, the store may take for it; a reader keeps its WAL from being cut back."""
+"""How long, in seconds, a store may take for it; a reader keeps a file's WAL from being cut."""
+
+REST = 10
+"""A store is not asked again before that many times as long as it took have passed."""
+
+MAX_REST = 120.0
+"""The limit of that, in seconds: a disk may have hung for hours."""
 
 _T = TypeVar("_T")
 
@@ -48,13 +54,14 @@ class Asker(Generic[_T]):
         self._interval = interval
         self._wall_time: WallTime = wall_time or reactor.seconds
         self._asked_at = 0.0
+        self._next_at = interval
         self._is_asking = False
         self.latest: Answer[_T] | None = None
 
     def refresh(self) -> None:
         """Ask, unless the last answer is new or the next one on its way; does not wait."""
         now = self._reactor.seconds()
-        is_old = self.latest is None or now - self._asked_at >= self._interval
+        is_old = self.latest is None or now >= self._next_at
         if is_old and not self._is_asking:
             self._is_asking = True
             self._asked_at = now
@@ -72,4 +79,6 @@ class Asker(Generic[_T]):
 
     def _answered(self, answer: Answer[_T]) -> None:
         self._is_asking = False
+        took = self._reactor.seconds() - self._asked_at
+        self._next_at = self._asked_at + max(self._interval, min(REST * took, MAX_REST))
         self.latest = answer

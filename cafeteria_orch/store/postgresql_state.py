@@ -14,6 +14,9 @@ from .totals import StoreTotals, store_totals, totals_query
 if TYPE_CHECKING:
     import psycopg
 
+TOTALS_PATIENCE = 10.0
+"""How long, in seconds, the totals may take: a reader keeps no WAL here, as it does in a file."""
+
 # What is flushed at a standby is what a commit waits for there. Whoever may not see the standbys
 # is told their names alone.
 _STANDBYS = """
@@ -32,7 +35,7 @@ def read_totals(url: str) -> StoreTotals | None:
     :return: ``None`` if that took too long, or it cannot be read.
     """
     try:
-        with _asking(url) as connection:
+        with _asking(url, TOTALS_PATIENCE) as connection:
             return store_totals(connection.execute(totals_query()))
     except psycopg_module().Error:
         return None
@@ -88,8 +91,8 @@ def read_wait(url: str, backend: int) -> str | None:
 
 
 @contextmanager
-def _asking(url: str) -> Iterator[psycopg.Connection[Any]]:
+def _asking(url: str, patience: float = PATIENCE) -> Iterator[psycopg.Connection[Any]]:
     with connect(url) as connection:
         # To compile a query takes longer than these do.
-        connection.execute(f"SET statement_timeout = {PATIENCE * 1000:.0f}; SET jit = off")
+        connection.execute(f"SET statement_timeout = {patience * 1000:.0f}; SET jit = off")
         yield connection

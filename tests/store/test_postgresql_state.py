@@ -8,6 +8,7 @@ import threading
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from cafeteria_orch.store import postgresql_state
 from cafeteria_orch.store.database import Standby
 from cafeteria_orch.store.location import store_at
 from cafeteria_orch.store.postgresql import Database
@@ -95,6 +96,12 @@ class ServerTests(StateTestCase):
         with _asking(self.url) as connection:
             self.assertEqual(connection.execute("SHOW jit").fetchall(), [("off",)])
             self.assertEqual(connection.execute("SHOW statement_timeout").fetchall(), [("2s",)])
+
+    def test_totals_may_take_longer(self) -> None:
+        """A large store has them all the same, and who asks keeps nothing from being cut back."""
+        self.patch(postgresql_state, "totals_query", lambda: "SHOW statement_timeout")
+        self.patch(postgresql_state, "store_totals", list)
+        self.assertEqual(read_totals(self.url), [("10s",)])
 
     def test_stores(self) -> None:
         """A file has no server to be asked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 from random import Random
 from unittest.mock import patch
@@ -46,6 +47,22 @@ class CompletenessTests(SinkTestCase):
         self.reactor.advance(1)
         asker.refresh()
         self.reactor.pump_until(lambda: asker.latest == Answer(5.0, expected))
+
+    def test_a_slow_store_is_asked_less_often(self) -> None:
+        """A tenth of the time goes into its answers at most; one that hung is asked again soon."""
+        asked = []
+        takes = iter((8, 3600, 0))
+
+        def read(_: Callable[[], bool]) -> None:
+            asked.append(self.reactor.seconds())
+            self.reactor.advance(next(takes))
+
+        asker = Completeness(self.reactor, read)
+        for now in (0, 79.5, 80, 3680):
+            self.reactor.advance(now - self.reactor.seconds())
+            asker.refresh()
+            self.reactor.pump_until(lambda: not asker._is_asking)
+        self.assertEqual(asked, [0, 80, 3680])
 
 
 class AgencyTests(SessionsTestCase):

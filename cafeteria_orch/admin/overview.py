@@ -56,7 +56,7 @@ class SessionState:
     :ivar parts: what it has sent, by table.
     :ivar states: of the tables that it has sent or ended: complete, or incomplete as long as its
         client has not ended them after all that it has sent.
-    :ivar rejected: how many of its batches were rejected.
+    :ivar rejected: how many of its batches were rejected, and when the last of them was.
     """
 
     id: int
@@ -70,12 +70,14 @@ class SessionState:
     parts: dict[Table, Part] = field(default_factory=dict)
     states: dict[Table, str] = field(default_factory=dict)
     rejected: int = 0
+    rejected_at: str | None = None
 
     @property
     def last_seen_at(self) -> str:
         """When it did the last thing that the store knows of."""
         received = (part.last_received_at for part in self.parts.values())
-        return max(filter(None, (self.connected_at, self.finished_at, *received)))
+        moments = (self.connected_at, self.finished_at, self.rejected_at, *received)
+        return max(filter(None, moments))
 
     @property
     def sender(self) -> str | int:
@@ -126,8 +128,10 @@ def read_sessions(connection: Connection) -> list[SessionState]:
         session.parts[table] = Part(*counts)
         is_complete = ends.get((session.sender, table.name), -1) >= last_batch_id
         session.states[table] = COMPLETE if is_complete else INCOMPLETE
-    for session_id, _, _, batches, *_ in reader.of_sessions("rejection", 0, last):
-        sessions[session_id].rejected += batches
+    for session_id, _, _, batches, _, last_at in reader.of_sessions("rejection", 0, last):
+        session = sessions[session_id]
+        session.rejected += batches
+        session.rejected_at = max(session.rejected_at or "", last_at)
     return [*sessions.values()]
 
 

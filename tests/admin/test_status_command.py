@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from cafeteria_orch.store.location import store_at
 from cafeteria_orch.wire.tables import MENU_ITEMS, TABLES
 from tests.support.copies import (
     File,
@@ -124,6 +126,28 @@ class Status(StatusTestCase):
         end(self.source, a_session(1), agency_id=7)
         (agency,) = self.status()["agencies"]
         self.assertEqual(agency["last_seen_at"], "2023-11-14 22:13:22.250")
+
+    def test_it_says_what_the_status_page_says(self) -> None:
+        """Page and metrics ask the store in one query, which must mean the same."""
+        fill_with_samples(self.source)
+        totals = store_at(self.source.location).totals(lambda: False)
+        assert totals is not None
+        self.assertEqual(len(totals.agencies), 2)
+        shown = {agency["agency_id"]: agency for agency in self.status()["agencies"]}
+        for agency in totals.agencies:
+            known = shown.pop(agency.agency_id)
+            seen_at = datetime.fromisoformat(f"{known['last_seen_at']}+00:00").timestamp()
+            self.assertEqual(
+                (agency.last_seen, agency.connections, agency.failed),
+                (seen_at, known["sessions"], known["rejected_batches"]),
+            )
+            for name, table in agency.tables.items():
+                found = known["tables"][name]
+                self.assertEqual(
+                    (table.batches, table.rows, table.is_complete),
+                    (found["batches"], found["rows"], found["state"] == "complete"),
+                )
+        self.assertEqual(shown, {})
 
     def test_an_empty_store(self) -> None:
         """Nothing came yet."""

@@ -162,8 +162,9 @@ def fill_with_samples(place: Place) -> None:
             first.agency_id = 3
             database.finish_session(first, NOW + 2)
     place.query(
-        "INSERT INTO rejection VALUES (1, 8, 'rejected', 2, 7, 'x'),"
-        " (1, 8, 'malformed', 1, NULL, 'x'), (3, 4, 'malformed', 300, -1, 'y')"
+        "INSERT INTO rejection VALUES (1, 8, 'rejected', 2, 7, '2023-11-14 22:13:20.300'),"
+        " (1, 8, 'malformed', 1, NULL, '2023-11-14 22:13:20.400'),"
+        " (3, 4, 'malformed', 300, -1, '2023-11-14 22:13:20.500')"
     )
 
 

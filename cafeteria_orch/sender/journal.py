@@ -15,7 +15,7 @@ from cafeteria_orch.wire.messages import StoreIdentity
 from cafeteria_orch.wire.tables import Table
 
 from .exports import Contents, Cut
-from .plans import FilePlan
+from .plans import FilePlan, read_number, read_text
 from .stamps import Stamp
 
 STATE_NAME = ".cafeorch-send.state"
@@ -203,10 +203,11 @@ class Journal:
         try:
             if newline:
                 head, *records = [json.loads(line) for line in whole.split(b"\n")]
-                self.client_id, self.server = UUID(head["client_id"]), head.get("server")
+                self.client_id = UUID(head["client_id"])
+                self.server = _text_or_none(head.get("server"))
                 for record in records:
                     self._replay(record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise foreign from error
         if torn:
             # A kill came while this line was written: nothing relied on it yet.
@@ -235,27 +236,27 @@ class Journal:
             if key in record:
                 apply(self, record)
                 return
-        plan = FilePlan(**record)
+        plan = FilePlan.of_record(record)
         self.plans[plan.file] = plan
 
     def _replay_acknowledged(self, record: dict[str, Any]) -> None:
-        plan, number = self.plans[record["file"]], record["acknowledged"]
+        plan, number = self.plans[record["file"]], read_number(record["acknowledged"])
         plan.acknowledged.add(number)
         plan.lost.discard(number)
 
     def _replay_met(self, record: dict[str, Any]) -> None:
-        self.server = record["server"]
+        self.server = read_text(record["server"])
         self.store_id = UUID(record["store"]) if record["store"] else None
-        self.agency_id = record["agency"]
+        self.agency_id = read_number(record["agency"])
 
     def _replay_stored(self, record: dict[str, Any]) -> None:
-        self._stored = record["stored"]
+        self._stored = read_number(record["stored"])
         self._not_stored = max(0, self.acknowledged - self._stored)
 
     def _replay_forgotten(self, record: dict[str, Any]) -> None:
         for plan in self.plans.values():
             plan.forget()
-        self._stored, self._not_stored = record["forgotten"], 0
+        self._stored, self._not_stored = read_number(record["forgotten"]), 0
 
     def _replay_found(self, _: dict[str, Any]) -> None:
         for plan in self.plans.values():
@@ -263,7 +264,7 @@ class Journal:
 
     def _replay_renamed(self, record: dict[str, Any]) -> None:
         plan = self.plans.pop(record["renamed"])
-        plan.file = record["file"]
+        plan.file = read_text(record["file"])
         self.plans[plan.file] = plan
 
     def _replay_checked(self, record: dict[str, Any]) -> None:
@@ -272,8 +273,10 @@ class Journal:
             digests[place : place + _DIGEST_BYTES]
             for place in range(0, len(digests), _DIGEST_BYTES)
         ]
-        contents = Contents(plan.digest, record["rows"], record["sizes"], batch_digests)
-        plan.checked = Stamp(*record["stamp"]), contents
+        rows, sizes, stamp = (
+            list(map(read_number, record[name])) for name in ("rows", "sizes", "stamp")
+        )
+        plan.checked = Stamp(*stamp), Contents(plan.digest, rows, sizes, batch_digests)
 
     def _replay_nothing(self, _: dict[str, Any]) -> None:
         """An earlier version noted the ends that it had sent; now every run sends them."""
@@ -311,6 +314,10 @@ class Journal:
 
     def _error(self, what: str) -> JournalError:
         return JournalError(f"the state file {self._path}: {what}")
+
+
+def _text_or_none(value: object) -> str | None:
+    return None if value is None else read_text(value)
 
 
 def _copy_of(path: Path) -> BinaryIO:

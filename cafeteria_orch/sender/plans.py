@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from cafeteria_orch.wire.tables import Table
 
@@ -15,6 +16,29 @@ RESTORE_IT = "restore it as it was; what is new belongs into a file of its own"
 """What to do about a file that has changed."""
 
 _IN_MEMORY = ("acknowledged", "lost", "checked")
+
+
+_MAX_NUMBER = 2**63 - 1
+
+
+def read_text(value: object) -> str:
+    """Take a text out of the state file.
+
+    :raises TypeError: if it is none.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} is no text")
+    return value
+
+
+def read_number(value: object) -> int:
+    """Take a number out of the state file.
+
+    :raises TypeError: if it is none, or longer than any that was written.
+    """
+    if type(value) is not int or abs(value) > _MAX_NUMBER:
+        raise TypeError(f"{type(value).__name__} is no number of 64 bits")
+    return value
 
 
 @dataclass
@@ -43,9 +67,22 @@ class FilePlan:
     batch_rows: int
     max_frame_bytes: int
     skips_bad_rows: bool = False
-    acknowledged: set[int] = field(default_factory=set)
-    lost: set[int] = field(default_factory=set)
-    checked: tuple[Stamp, Contents] | None = None
+    acknowledged: set[int] = field(default_factory=set, init=False)
+    lost: set[int] = field(default_factory=set, init=False)
+    checked: tuple[Stamp, Contents] | None = field(default=None, init=False)
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> FilePlan:
+        """Make a plan of what the state file keeps of it.
+
+        :raises TypeError: if it keeps something else there.
+        """
+        plan = cls(**record)
+        for text in (plan.file, plan.table, plan.digest):
+            read_text(text)
+        for number in (plan.first, plan.batches, plan.batch_rows, plan.max_frame_bytes):
+            read_number(number)
+        return plan
 
     @property
     def is_done(self) -> bool:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from cafeteria_orch.wire.rows import Row
 from cafeteria_orch.wire.tables import MENU_ITEMS, Table
+
+_CELLS_IN_ROW = 16
+"""A row is not longer than so many of the longest cells: a compressed file of a few kilobytes may
+say one of gigabytes."""
 
 # In addition to the aliases of the wire.
 _EXPORT_ALIASES = {MENU_ITEMS: {"item_name": "name"}}
@@ -46,19 +51,19 @@ class RowReader:
     The cells are in the order of the table's columns, unchanged. Blank lines are skipped.
 
     :param path: of the file, for its errors.
-    :param file: its lines.
+    :param file: the file.
     :param reject: takes the bad rows; ``None``: the first one is an error.
     """
 
-    def __init__(
-        self, path: Path, table: Table, file: Iterable[bytes], reject: Reject | None
-    ) -> None:
+    def __init__(self, path: Path, table: Table, file: BinaryIO, reject: Reject | None) -> None:
         self._path = path
         self._table = table
         self._file = file
         self._reject = reject
         # The lines of the row that is read, for the one who gets it if it is bad.
         self._lines: list[bytes] = []
+        self._row_bytes = 0
+        self._max_row_bytes = _CELLS_IN_ROW * csv.field_size_limit()
         self._not_utf8 = ""
 
     def __iter__(self) -> Iterator[tuple[int, int, Row]]:
@@ -69,6 +74,7 @@ class RowReader:
         is_read = False
         while not is_read:
             self._lines.clear()
+            self._row_bytes = 0
             try:
                 for cells in reader:
                     first_line, line = line + 1, reader.line_num
@@ -79,6 +85,7 @@ class RowReader:
                     elif cells:
                         self.refuse(first_line, f"{len(cells)} cells, the header has {width}")
                     self._lines.clear()
+                    self._row_bytes = 0
                 is_read = True
             except csv.Error as error:
                 # The reader goes on with the next line.
@@ -96,7 +103,15 @@ class RowReader:
         self._reject(BadRow(line, what, b"".join(self._lines)))
 
     def _decode(self) -> Iterator[str]:
-        for number, line in enumerate(self._file, 1):
+        max_bytes = self._max_row_bytes
+        lines = iter(partial(self._file.readline, max_bytes + 1), b"")
+        for number, line in enumerate(lines, 1):
+            self._row_bytes += len(line)
+            if self._row_bytes > max_bytes:
+                what = (
+                    f"a row of more than {max_bytes} bytes: this is no CSV file, or it is damaged"
+                )
+                raise self._error(number, what)
             # Spreadsheet programs write a byte order mark before the header.
             encoding = "utf-8-sig" if number == 1 else "utf-8"
             if self._reject is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import os
 import sys
 from collections.abc import Iterable
@@ -327,6 +328,17 @@ class Refusing(ExportCase):
         """A quote that is not closed, or closed too early."""
         self.assert_refused(HEADER + LINE + b'8,"open,,\n', 3, "", good_rows=1)
         self.assert_refused(HEADER + b'8,"a"b,,\n' + LINE, 2, "")
+
+    def test_row_without_an_end(self) -> None:
+        """A compressed file of kilobytes says a row of gigabytes: it is not read to its end."""
+        limit = 16 * csv.field_size_limit()
+        for row in (b"x" * (limit + 1), b'"a\n",' * (limit // 5 + 1)):
+            path = self.folder / "users.csv.gz"
+            path.write_bytes(gzip.compress(HEADER + row + b"\n" + LINE, 1))
+            for skips_bad_rows in (False, True):
+                cut = Cut(1, 4000, MIB, skips_bad_rows)
+                with self.assertRaisesRegex(ExportError, f"a row of more than {limit} bytes"):
+                    list(Export(path, USERS).batches(cut))
 
 
 class Batching(ExportCase):

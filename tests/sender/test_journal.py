@@ -27,6 +27,32 @@ from cafeteria_orch.wire.messages import StoreIdentity
 from cafeteria_orch.wire.tables import STORES, TABLES, USERS, Table
 from tests.support.disks import ENVIRONMENT, mount_small_disk
 
+PLAN: dict[str, object] = {
+    "file": "a",
+    "table": "users",
+    "digest": "d",
+    "first": 1,
+    "batches": 3,
+    "batch_rows": 4000,
+    "max_frame_bytes": 1 << 20,
+}
+
+WRONG_KINDS: list[dict[str, object]] = [
+    {"stored": "2"},
+    {"stored": 2.5},
+    {"stored": True},
+    {"stored": 10**30},
+    {"forgotten": "x"},
+    {"server": 7, "store": None, "agency": 1},
+    {"server": "x", "store": None, "agency": "1"},
+    {**PLAN, "first": "1"},
+    {**PLAN, "batches": []},
+    {**PLAN, "first": 1e308},
+    {**PLAN, "table": 7},
+    {**PLAN, "lost": [1]},
+]
+"""Records with something else than what is written there."""
+
 HOLDER = """
 import sys
 from pathlib import Path
@@ -442,6 +468,11 @@ class RefusedTests(JournalTestCase):
             head + b'{"acknowledged": 1, "file": "unknown"}\n',
             head + b'{"file": "users.csv"}\n',
             head + b"name,price\nlatte,3\n",
+            head + b"[" * 5000 + b"\n",
+            *(head + json.dumps(record).encode() + b"\n" for record in WRONG_KINDS),
+            head + json.dumps(PLAN).encode() + b'\n{"acknowledged": "1", "file": "a"}\n',
+            head + json.dumps(PLAN).encode() + b'\n{"renamed": "a", "file": 7}\n',
+            b'{"client_id": "00000000-0000-0000-0000-000000000001", "server": 7}\n',
         ):
             self.path.write_bytes(contents)
             try:

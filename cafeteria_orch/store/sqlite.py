@@ -58,6 +58,7 @@ WAL_SIZE_LIMIT = 64 * 1024 * 1024
 
 # A statement that SQLite refuses for what it says, as where somebody has dropped its table.
 _SQLITE_ERROR = 1
+_SAID_OF_A_STATEMENT = ("no such ", "table ", "ON CONFLICT ")
 
 
 class Database:
@@ -179,9 +180,7 @@ class Database:
         if isinstance(error, (BatchRejected, sqlite3.DataError, ValueError, OverflowError)):
             return Blame.BATCH
         if isinstance(error, sqlite3.OperationalError):
-            # Python 3.10 does not have the code: there, the store gets the blame for each.
-            code = getattr(error, "sqlite_errorcode", None)
-            return Blame.TABLE if code == _SQLITE_ERROR else Blame.STORE
+            return Blame.TABLE if _is_of_a_statement(error) else Blame.STORE
         return Blame.STORE if type(error) is sqlite3.DatabaseError else Blame.TABLE
 
     def explain(self, error: Exception) -> str | None:
@@ -341,6 +340,14 @@ class Database:
     def _pragma(self, pragma: str) -> int:
         result = self._connection.execute(f"PRAGMA {pragma}").fetchone()
         return 0 if result is None else result[0]
+
+
+def _is_of_a_statement(error: sqlite3.OperationalError) -> bool:
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:
+        # Python 3.10 does not have it.
+        return str(error).startswith(_SAID_OF_A_STATEMENT)
+    return bool(code == _SQLITE_ERROR)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

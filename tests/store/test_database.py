@@ -17,6 +17,7 @@ from twisted.trial.unittest import SkipTest
 
 from cafeteria_orch.server.responses import Session
 from cafeteria_orch.store import sqlite as database_module
+from cafeteria_orch.store.database import Blame
 from cafeteria_orch.wire.messages import TableBatch, decode, encode
 from cafeteria_orch.wire.tables import (
     MENU_ITEMS,
@@ -381,6 +382,22 @@ class SQLiteAlone(DatabaseTestCase):
         updates = [statement for statement in statements if "DO UPDATE" in statement]
         self.assertEqual(len(updates), 1)
         self.assertIn("ON CONFLICT (session_id, table_name) DO UPDATE", updates[0])
+
+    def test_errors_without_a_code(self) -> None:
+        """Python 3.10 has only their texts: they tell a changed table from a disk that fails."""
+        with self.database.transaction():
+            for text, blame in {
+                "no such table: users": Blame.TABLE,
+                "no such column: name": Blame.TABLE,
+                "table users has no column named gender": Blame.TABLE,
+                "ON CONFLICT clause does not match any PRIMARY KEY": Blame.TABLE,
+                "database table is locked: users": Blame.STORE,
+                "database is locked": Blame.STORE,
+                "database or disk is full": Blame.STORE,
+                "disk I/O error": Blame.STORE,
+                "unable to open database file": Blame.STORE,
+            }.items():
+                self.assertIs(self.database.blame(sqlite3.OperationalError(text)), blame, text)
 
     def test_locked(self) -> None:
         """While another program writes, a transaction fails after its time; then it works."""

@@ -245,9 +245,11 @@ class Journal:
         plan.lost.discard(number)
 
     def _replay_met(self, record: dict[str, Any]) -> None:
-        self.server = read_text(record["server"])
+        server = record["server"]
+        self.server = None if server is None else read_text(server)
         self.store_id = UUID(record["store"]) if record["store"] else None
-        self.agency_id = read_number(record["agency"])
+        agency_id = record["agency"]
+        self.agency_id = None if agency_id is None else read_number(agency_id)
 
     def _replay_stored(self, record: dict[str, Any]) -> None:
         self._stored = read_number(record["stored"])

@@ -227,7 +227,17 @@ def in_place(world: World) -> Iterator[None]:
         yield
 
 
-def bury() -> None:
+@contextmanager
+def burying() -> Iterator[None]:
     """Let go of the coroutines of processes that are no more: they cannot be brought to an end."""
-    with patch.object(sys, "unraisablehook", lambda _: None):
-        gc.collect()
+    hook = sys.unraisablehook
+
+    def tell_others(unraisable: Any) -> None:
+        if "coroutine ignored GeneratorExit" not in str(unraisable.exc_value):
+            hook(unraisable)
+
+    with patch.object(sys, "unraisablehook", tell_others):
+        try:
+            yield
+        finally:
+            gc.collect()

@@ -16,7 +16,7 @@ from cafeteria_orch.store import sink
 
 from .clients import FieldClient, HonestClient, Sender
 from .disk import install
-from .exporter import Exporter, bury, in_place
+from .exporter import Exporter, burying, in_place
 from .faults import WEIGHTS, Nemesis
 from .hostile import HostileClient
 from .network import Network
@@ -68,6 +68,11 @@ def run(
     seed: int, settings: Settings = Settings(), verbose: Callable[[str], object] | None = None
 ) -> Outcome:
     """Run a world until all is done."""
+    with burying():
+        return _run(seed, settings, verbose)
+
+
+def _run(seed: int, settings: Settings, verbose: Callable[[str], object] | None) -> Outcome:
     began = time.perf_counter()
     digest = blake2b(digest_size=8)
 
@@ -99,7 +104,6 @@ def run(
         uninstall()
         for end in world.at_end:
             end()
-        bury()
     acknowledged = 0 if server is None else len(server.acknowledged)
     return Outcome(
         seed, violation, list(world.story), digest.hexdigest(), world.faults, world.now,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -243,11 +244,18 @@ class Server:
         if self._stored(batch) < 1:
             self.world.fail(f"{batch} is acknowledged, and not committed")
 
+    def _query(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """What the store's file says to another reader."""
+        try:
+            return self._reader.execute(sql, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            self.world.fail(f"the store is damaged: {error}")
+
     def _stored(self, batch: Sent) -> int:
-        ((found,),) = self._reader.execute(
+        ((found,),) = self._query(
             "SELECT count(*) FROM batch WHERE client_id IS ? AND opcode = ? AND digest = ?",
             (batch.client_id, batch.opcode, batch.digest),
-        ).fetchall()
+        )
         return int(found)
 
     def check_moment(self) -> None:
@@ -292,12 +300,10 @@ class Server:
         """All that was acknowledged is there, whole, and once."""
         stored: Counter[Sent] = Counter()
         batches: dict[int, Sent] = {}
-        query = self._reader.execute
-        if query("PRAGMA foreign_key_check(batch)").fetchall():
+        query = self._query
+        if query("PRAGMA foreign_key_check(batch)"):
             self.world.fail(f"a batch has no session {when}")
-        for batch_id, digest in query(
-            "SELECT id, digest FROM batch WHERE batch_number > 0"
-        ).fetchall():
+        for batch_id, digest in query("SELECT id, digest FROM batch WHERE batch_number > 0"):
             sent = self.sent.get(digest)
             if sent is None:
                 self.world.fail(f"a batch that nobody sent is stored {when}")
@@ -305,9 +311,7 @@ class Server:
             batches[batch_id] = sent
         rows: Counter[int] = Counter()
         for table in TABLES:
-            for batch_id, cell in query(
-                f"SELECT batch_id, {table.columns[0]} FROM {table.name}"
-            ).fetchall():
+            for batch_id, cell in query(f"SELECT batch_id, {table.columns[0]} FROM {table.name}"):
                 rows[batch_id] += 1
                 if batch_id in batches and cell != batches[batch_id].cell:
                     self.world.fail(f"a row of {batches[batch_id]} is not its own {when}")
@@ -327,19 +331,17 @@ class Server:
         """The last session of an address has ended its table, and sent nothing since."""
         if not self.is_up:
             return
-        found = self._reader.execute(
+        found = self._query(
             "SELECT complete FROM ingest_status"
             " WHERE session_id = (SELECT max(id) FROM session WHERE ip = ?)",
             (ip,),
-        ).fetchall()
+        )
         if not all(complete for (complete,) in found):
             self.world.fail(f"the table of {ip} is not complete, and was ended")
 
     def check_completeness(self, client_id: str) -> None:
         """A client that has ended its table, and is done, has a complete table."""
-        found = self._reader.execute(
-            "SELECT complete FROM ingest_status WHERE client_id = ?", (client_id,)
-        ).fetchall()
+        found = self._query("SELECT complete FROM ingest_status WHERE client_id = ?", (client_id,))
         if not found or not all(complete for (complete,) in found):
             self.world.fail(f"the table of {client_id} is not complete: {found}")
 

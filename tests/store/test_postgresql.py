@@ -26,6 +26,7 @@ from cafeteria_orch.wire.tables import TRANSACTIONS
 from tests.support.builders import PEER, SUCCESS, USER_ROW, batch_frame, connect, frame, received
 from tests.support.postgresql import TERMINATE, InPostgreSQL, cluster, query
 from tests.support.processes import PATIENCE, wait_until
+from tests.support.standbys import require_standby
 from tests.support.stores import CLIENT, NOW, REJECTED, TRY_AGAIN, PassingTime
 
 
@@ -148,15 +149,8 @@ class Standbys(InPostgreSQL):
         threads = ThreadPoolExecutor(2)
         self.addCleanup(threads.shutdown)
         self.submit = threads.submit
-        self.addCleanup(self.set_standby, "")
-        self.set_standby("nobody")
+        require_standby(self, cluster(), "nobody")
         self.leave_a_commit()
-
-    def set_standby(self, name: str) -> None:
-        """Have commits wait for a standby."""
-        self.query(f"ALTER SYSTEM SET synchronous_standby_names = '{name}'")
-        self.query("SELECT pg_reload_conf()")
-        wait_until(lambda: self.query("SHOW synchronous_standby_names") == [(name,)], "it is set")
 
     def leave_a_commit(self) -> None:
         """End the wait of a commit, which then is not replicated."""
@@ -186,7 +180,7 @@ class Standbys(InPostgreSQL):
         again = self.submit(self.commit, self.other)
         self.wait_until_waiting()
         self.assertFalse(again.done())
-        self.set_standby("")
+        require_standby(self, cluster(), "")
         self.assertEqual(again.result(PATIENCE), [False])
 
     def test_committed_before(self) -> None:
@@ -199,7 +193,7 @@ class Standbys(InPostgreSQL):
         asked = self.submit(ask)
         self.wait_until_waiting()
         self.assertFalse(asked.done())
-        self.set_standby("")
+        require_standby(self, cluster(), "")
         self.assertTrue(asked.result(PATIENCE))
 
 

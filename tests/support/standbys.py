@@ -25,6 +25,8 @@ def require_standby(test: SynchronousTestCase, cluster: Cluster, name: str) -> N
         lambda: query(url, "SELECT current_setting('synchronous_standby_names')") == [(name,)],
         "the server has read its settings",
     )
+    # Commits look at a flag of the checkpointer, which reads the settings before it does this.
+    query(url, "CHECKPOINT")
 
 
 def add_standby(test: SynchronousTestCase, cluster: Cluster, name: str) -> None:

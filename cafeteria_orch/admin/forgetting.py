@@ -72,7 +72,7 @@ class Amount:
 class Forgetting:
     """Has batches forgotten.
 
-    :param connection: to the store; whoever has opened it closes it.
+    :param connection: to the store; the caller closes it.
     :param selection: the batches.
     :param resend: whether a batch is stored again when it is sent again.
     :ivar name: of the store, without a password.

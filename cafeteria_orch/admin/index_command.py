@@ -1,7 +1,7 @@
 """``cafeorch store index``: the indexes that look-ups in a store want.
 
-Each one makes every batch slower to store: so a server does not make them, and whoever asks for
-single batches and receipts does.
+Each of them makes every batch slower to store. So a server does not make them; an operator does,
+for users who ask for single batches and receipts.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class AgencyTotals(NamedTuple):
 class StoreTotals(NamedTuple):
     """What a store has.
 
-    :ivar tables: of each table, whoever sent it.
+    :ivar tables: of each table, from all senders.
     :ivar agencies: at most :data:`MAX_AGENCIES`, those last seen first.
     :ivar others: all others together; ``None`` without others.
     :ivar agency_count: how many agencies there are.

@@ -102,7 +102,7 @@ LEFT JOIN known ON known.client_id = session.client_id
 
 
 def typed_views() -> Iterator[str]:
-    """What makes the views anew in SQLite."""
+    """What makes the views again in SQLite."""
     for table in TABLES:
         yield f"DROP VIEW IF EXISTS {table.name}_typed"
         yield typed_view(table, SQLITE)

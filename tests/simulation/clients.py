@@ -272,7 +272,6 @@ class HonestClient(Sender):
         self._source = Source(server, self.name, self.client_id)
         self.table: Table = world.pick(TABLES)
         self.waiting: deque[tuple[Sent, bytes]] = deque()
-        self.has_ended = False
 
     def rests(self, then: Callable[[], None]) -> bool:
         """Whether it has nothing to send for a while."""
@@ -376,7 +375,6 @@ class _HonestProtocol(OrchestratorClient):
             self._is_finishing = False
             self._owner.reactor.callLater(1.0, self._fill)
             return
-        self._owner.has_ended = True
         self.finish(9).addCallbacks(self._said_all, lambda _: None)
 
     def _said_all(self, _: object) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -306,6 +305,3 @@ class Network:
                         end.peer.out.clear()
                     else:
                         end.peer.reset()
-
-
-SHUT_WR = socket.SHUT_WR

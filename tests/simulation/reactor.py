@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet import address, defer, error, interfaces, main, tcp
+from twisted.internet import address, defer, error, interfaces, tcp
 from twisted.internet.base import DelayedCall
 from twisted.internet.posixbase import _DisconnectSelectableMixin
 from twisted.python.failure import Failure
@@ -383,6 +383,3 @@ class ClientEndpoint:
         protocol.makeConnection(transport)
         if not connected.called:
             connected.callback(protocol)
-
-
-CONNECTION_LOST = main.CONNECTION_LOST

@@ -101,7 +101,6 @@ class Server:
         self.is_draining = False
         self.slow_until = 0.0
         self._images: dict[str, bytes] = {}
-        self._observers = ExitStack()
         globalLogPublisher.addObserver(self)
 
     # The process.

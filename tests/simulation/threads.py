@@ -188,11 +188,6 @@ class Threads:
         assert self.running is not None
         return self.running
 
-    def sleep(self, seconds: float) -> None:
-        """Wait in the thread that runs; the reactor's own does not wait."""
-        if self.running is not None:
-            self.running.pause(seconds)
-
     def kill(self) -> None:
         """End all where they stand."""
         for thread in self.alive:
